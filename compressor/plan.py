@@ -1,0 +1,202 @@
+"""The data that all stages share: formats, sites, actions, plans, scores.
+
+Plain values: printable, hashable, comparable, saved as JSON. This file knows nothing of torch, ONNX or learning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.errors import RecipeError
+
+ALIGNMENT = 64
+"""Bytes to which every tensor is aligned in the exported data file."""
+
+FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others)"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight matrix of shape [rows, columns] = [output, input] is stored and which kernel reads it.
+
+    kind
+        `float`: `bits` 32, or 16 (stored as fp16, computed in the graph's float type);
+        `dynamic`: int8 weights, one scale a row; activations quantized to uint8 at run time, one scale a tensor;
+        `blockwise`: weight-only codes of `bits`, one scale (and zero point) for `block` columns of a row;
+        `dropped`: there is no weight, the sub-layer is gone.
+    """
+
+    name: str
+    kind: Literal["float", "dynamic", "blockwise", "dropped"]
+    bits: int
+    block: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """`w4` -> Format('w4', 'blockwise', 4, 32).
+
+        Raises:
+            RecipeError: the name is none that can be deployed.
+        """
+        fixed = {
+            "fp32": cls("fp32", "float", 32),
+            "fp16": cls("fp16", "float", 16),
+            "int8": cls("int8", "dynamic", 8),
+            "none": cls("none", "dropped", 0),
+        }
+        if name in fixed:
+            return fixed[name]
+        match = re.fullmatch(r"w(\d+)(?:b(\d+))?", name)
+        if not match:
+            raise RecipeError(f"format {name!r} is unknown; choose among {FORMAT_NAMES}")
+        bits, block = int(match[1]), int(match[2] or 32)
+        if bits not in (2, 4, 8):
+            raise RecipeError(f"format {name!r}: ONNX Runtime has no {bits}-bit kernel; choose among 2, 4, 8 bits")
+        if block not in (32, 64, 128, 256):
+            raise RecipeError(f"format {name!r}: block {block} has no fast kernel; choose among 32, 64, 128, 256")
+        return cls(f"w{bits}" if block == 32 else name, "blockwise", bits, block)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether every block stores a zero point; 8-bit blocks are symmetric."""
+        return self.kind == "blockwise" and self.bits < 8
+
+    def tensor_bytes(self, rows: int, columns: int) -> list[int]:
+        """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales, zero points."""
+        if self.kind == "dropped" or rows == 0 or columns == 0:
+            return []
+        if self.kind == "float":
+            return [rows * columns * self.bits // 8]
+        if self.kind == "dynamic":
+            return [rows * columns, rows * 4, rows]
+        blocks = -(-columns // self.block)
+        sizes = [rows * blocks * (self.block * self.bits // 8), rows * blocks * 4]
+        return [*sizes, rows * -(-blocks * self.bits // 8)] if self.has_zeros else sizes
+
+
+DROPPED = Format.parse("none")
+
+
+def aligned(size: int) -> int:
+    """`size` in bytes, rounded up to the alignment of the exported data file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of a site at full size, and the side that shrinks when units are pruned."""
+
+    name: str
+    rows: int
+    columns: int
+    pruned: Literal["rows", "columns", "neither"]
+
+    def shape(self, keep: int, units: int) -> tuple[int, int]:
+        """(rows, columns) when `keep` of `units` units are left."""
+        rows = self.rows * keep // units if self.pruned == "rows" else self.rows
+        columns = self.columns * keep // units if self.pruned == "columns" else self.columns
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the network that gets one decision.
+
+    `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
+    1 for embedding and head, which are never pruned.
+    """
+
+    name: str
+    kind: Literal["attention", "ffn", "embedding", "head"]
+    layer: int | None
+    units: int
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights at full size."""
+        return sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+    def size_bytes(self, action: Action) -> int:
+        """Bytes of the exported data file that this site takes under `action`, alignment included."""
+        fmt = Format.parse(action.format)
+        return sum(
+            aligned(size)
+            for matrix in self.matrices
+            for size in fmt.tensor_bytes(*matrix.shape(action.keep, self.units))
+        )
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """What is decided for a site: how many units are kept (0 drops the sub-layer) and in which format."""
+
+    keep: int
+    format: str
+
+    def __str__(self) -> str:
+        return "dropped" if self.keep == 0 else f"{self.keep}:{self.format}"
+
+
+DROP = Action(0, DROPPED.name)
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Action]):
+    """An action for every site, in depth order. Iterates over site names."""
+
+    actions: tuple[tuple[str, Action], ...]
+
+    def __getitem__(self, site: str) -> Action:
+        for name, action in self.actions:
+            if name == site:
+                return action
+        raise KeyError(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.actions)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __hash__(self) -> int:
+        return hash(self.actions)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that name this plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def diff(self, other: Plan) -> dict[str, tuple[Action, Action]]:
+        """The sites on which two plans differ: name -> (ours, theirs)."""
+        theirs = dict(other.actions)
+        return {name: (action, theirs[name]) for name, action in self.actions if theirs[name] != action}
+
+    def to_json(self) -> str:
+        return json.dumps({name: {"keep": a.keep, "format": a.format} for name, a in self.actions}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        return cls(tuple((name, Action(a["keep"], a["format"])) for name, a in json.loads(text).items()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a real evaluation of a plan said.
+
+    kl: KL(teacher || student) in nats per token on the calibration text, over `tokens` tokens; lower is better.
+    perplexity: the student's perplexity on the same tokens.
+    """
+
+    kl: float
+    perplexity: float
+    tokens: int
+
+
+ActionMenu = Mapping[str, tuple[Action, ...]]
+"""The actions that each site may take, by site name."""

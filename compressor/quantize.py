@@ -1,0 +1,313 @@
+"""Weights on a format's grid: codes, scales and zero points are made here once, and everything else reads them.
+
+Arithmetic on tensors only; no files, no modules. Shape letters: O output rows, I input columns, G blocks along I.
+
+    w_OI = (code_OI - zero_OG) * scale_OG          blockwise, codes and zero points unsigned
+    w_OI = code_OI * scale_O                       dynamic int8, codes signed, symmetric
+
+The packed layouts are those of ONNX Runtime's MatMulNBits: codes [O, G, block * bits / 8], low bits first;
+zero points [O, ceil(G * bits / 8)], low bits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compressor.plan import Format
+
+CLIP_STEPS = 16
+"""Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The representable values of one matrix: scales and zero points, before any code is chosen.
+
+    scales: float32 [O, G] (G = 1 for int8); zeros: float32 [O, G], whole numbers.
+    """
+
+    format: Format
+    scales: Tensor
+    zeros: Tensor
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (-127, 127) if self.format.kind == "dynamic" else (0, 2**self.format.bits - 1)
+
+    def codes(self, w_OI: Tensor) -> Tensor:
+        """Nearest codes, float32 [O, I]."""
+        scales, zeros = self._expand(w_OI.shape[1])
+        low, high = self.code_range
+        return (torch.round(w_OI / scales) + zeros).clamp_(low, high)
+
+    def values(self, codes_OI: Tensor) -> Tensor:
+        """What the kernel's arithmetic makes of the codes, float32 [O, I]."""
+        scales, zeros = self._expand(codes_OI.shape[1])
+        return (codes_OI - zeros) * scales
+
+    def nearest(self, w_OI: Tensor) -> Tensor:
+        """`w_OI` rounded to the grid."""
+        return self.values(self.codes(w_OI))
+
+    def column(self, index: int) -> Grid:
+        """The grid of one column, as [O, 1]."""
+        group = index // self.format.block if self.format.kind == "blockwise" else 0
+        return replace(self, scales=self.scales[:, group : group + 1], zeros=self.zeros[:, group : group + 1])
+
+    def _expand(self, columns: int) -> tuple[Tensor, Tensor]:
+        if self.scales.shape[1] == 1:
+            return self.scales, self.zeros
+        block = self.format.block
+        return (
+            self.scales.repeat_interleave(block, 1)[:, :columns],
+            self.zeros.repeat_interleave(block, 1)[:, :columns],
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored [O, I] matrix: float values, or codes on a grid.
+
+    values: [O, I] float32 or float16 when the format is float, else None.
+    codes: [O, I] uint8 (blockwise) or int8 (dynamic); scales [O, G] float32; zeros [O, G] uint8 or None.
+    """
+
+    format: Format
+    values: Tensor | None = None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        stored = self.values if self.values is not None else self.codes
+        assert stored is not None
+        return stored.shape[0], stored.shape[1]
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid on which this weight lies; None for float formats."""
+        if self.scales is None:
+            return None
+        if self.zeros is not None:
+            zeros = self.zeros.float()
+        else:
+            centre = 0.0 if self.format.kind == "dynamic" else 2.0 ** (self.format.bits - 1)
+            zeros = torch.full_like(self.scales, centre)
+        return Grid(self.format, self.scales, zeros)
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the deployed kernel multiplies with, float32 [O, I]."""
+        grid = self.grid
+        if grid is None:
+            assert self.values is not None
+            return self.values.float()
+        assert self.codes is not None
+        return grid.values(self.codes.float())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored form, in the layout of the deployed kernel: `values`, or `codes`, `scales`, `zeros`."""
+        if self.values is not None:
+            return {"values": self.values}
+        assert self.codes is not None and self.scales is not None
+        if self.format.kind == "dynamic":
+            return {"codes": self.codes, "scales": self.scales}
+        stored = {"codes": pack_codes(self.codes, self.format), "scales": self.scales}
+        if self.zeros is not None:
+            stored["zeros"] = pack_rows(self.zeros, self.format.bits)
+        return stored
+
+    @classmethod
+    def from_tensors(cls, format: Format, columns: int, stored: Mapping[str, Tensor]) -> Weight:
+        """The inverse of `tensors`; `columns` is I, which padding hides."""
+        if format.kind == "float":
+            return cls(format, values=stored["values"])
+        if format.kind == "dynamic":
+            return cls(format, codes=stored["codes"], scales=stored["scales"])
+        codes = unpack_rows(stored["codes"].flatten(1), format.bits)[:, :columns]
+        zeros = stored.get("zeros")
+        if zeros is not None:
+            zeros = unpack_rows(zeros, format.bits)[:, : stored["scales"].shape[1]]
+        return cls(format, codes=codes, scales=stored["scales"], zeros=zeros)
+
+    @classmethod
+    def on_grid(cls, grid: Grid, w_OI: Tensor) -> Weight:
+        """`w_OI` rounded to the nearest values of `grid`."""
+        dtype = torch.int8 if grid.format.kind == "dynamic" else torch.uint8
+        zeros = grid.zeros.to(torch.uint8) if grid.format.has_zeros else None
+        return cls(grid.format, codes=grid.codes(w_OI).to(dtype), scales=grid.scales, zeros=zeros)
+
+    @classmethod
+    def concatenate(cls, parts: list[Weight]) -> Weight:
+        """Stack matrices of one format and one input along the output rows."""
+
+        def stack(name: str) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if tensors[0] is None else torch.cat(tensors)
+
+        return cls(parts[0].format, stack("values"), stack("codes"), stack("scales"), stack("zeros"))
+
+    def rows(self, start: int, stop: int) -> Weight:
+        """The matrix of output rows `start` to `stop`."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return Weight(self.format, cut(self.values), cut(self.codes), cut(self.scales), cut(self.zeros))
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [O, N] of `bits` -> bytes [O, ceil(N * bits / 8)], low bits first."""
+    if bits == 8:
+        return codes.contiguous()
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    packed = torch.zeros(padded.shape[:2], dtype=torch.uint8)
+    for index in range(per_byte):
+        packed |= padded[:, :, index] << (bits * index)
+    return packed
+
+
+def unpack_rows(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_rows`, with the padding: bytes [O, M] -> uint8 codes [O, M * 8 / bits]."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def pack_codes(codes_OI: Tensor, format: Format) -> Tensor:
+    """uint8 codes [O, I] -> MatMulNBits bytes [O, G, block * bits / 8]."""
+    padded = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % format.block))
+    return pack_rows(padded, format.bits).unflatten(1, (-1, format.block * format.bits // 8))
+
+
+def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) -> Grid:
+    """Scales and zero points for `w_OI`.
+
+    Blockwise: min-max of every block, then a search over shrunken ranges for the least squared error, weighted
+    by `importance_I` (the diagonal of the input's second moment) where given. Int8: the row's absolute maximum.
+
+    Args:
+        w_OI: float32 weights.
+        format: a `dynamic` or `blockwise` format.
+        importance_I: non-negative float32 [I].
+    """
+    if format.kind == "dynamic":
+        scales = (w_OI.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+        return Grid(format, scales, torch.zeros_like(scales))
+    assert format.kind == "blockwise", format
+    rows, columns = w_OI.shape
+    pad = -columns % format.block
+    w_OGB = torch.nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
+    importance = torch.ones(columns) if importance_I is None else importance_I
+    importance_GB = torch.nn.functional.pad(importance, (0, pad)).view(-1, format.block).to(w_OI)
+    top_code = 2**format.bits - 1
+    low, high = w_OGB.amin(2).clamp_max(0), w_OGB.amax(2).clamp_min(0)
+    if not format.has_zeros:
+        high = torch.maximum(high, -low)
+        low = -high
+    best_error = torch.full_like(low, torch.inf)
+    best_scales, best_zeros = torch.ones_like(low), torch.zeros_like(low)
+    for step in range(CLIP_STEPS if format.bits < 8 else 1):
+        shrink = 1 - step / 40
+        scales = ((high - low) * shrink / top_code).clamp_min(1e-12)
+        if format.has_zeros:
+            zeros = torch.round(-low * shrink / scales).clamp_(0, top_code)
+        else:
+            zeros = torch.full_like(scales, 2.0 ** (format.bits - 1))
+        codes = (torch.round(w_OGB / scales.unsqueeze(2)) + zeros.unsqueeze(2)).clamp_(0, top_code)
+        error = ((codes - zeros.unsqueeze(2)).mul_(scales.unsqueeze(2)).sub_(w_OGB).square_() * importance_GB).sum(2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
+    return Grid(format, best_scales, best_zeros)
+
+
+def store_float(w_OI: Tensor, format: Format) -> Weight:
+    """The matrix in a float format."""
+    assert format.kind == "float", format
+    return Weight(format, values=w_OI.to(torch.float16 if format.bits == 16 else torch.float32).contiguous())
+
+
+def round_to_nearest(w_OI: Tensor, format: Format) -> Weight:
+    """The reference that GPTQ must beat: every weight to the nearest value of its grid."""
+    return Weight.on_grid(find_grid(w_OI, format), w_OI)
+
+
+def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01) -> Weight:
+    """Quantize column by column; what rounding a column loses is taken up by the columns not yet rounded.
+
+    With H = X^T X and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for every column i:
+        q_i = round(w_i);  e = (w_i - q_i) / U_ii;  w_j -= e U_ij  for j > i
+    Source: Frantar et al. 2022, "GPTQ", Algorithm 1. Departures: clipped grids found beforehand on the original
+    weights, weighted by diag(H); columns in their own order, so that blocks stay contiguous for the kernel.
+
+    Args:
+        w_OI: float32 weights.
+        hessian_II: float32 second moment of the layer's input, any positive multiple of X^T X.
+        format: a `blockwise` format.
+        damping: added to the diagonal, as a fraction of its mean.
+
+    Raises:
+        torch.linalg.LinAlgError: the damped Hessian is not positive definite (non-finite activations).
+    """
+    grid = find_grid(w_OI, format, hessian_II.diagonal())
+    upper_II = inverse_cholesky(damped(hessian_II, damping))
+    w_OI = w_OI.clone()
+    codes_OI = torch.empty_like(w_OI)
+    columns = w_OI.shape[1]
+    step = 32
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        # columns as rows: one column's update then touches contiguous memory
+        w_iO = w_OI[:, start:stop].T.contiguous()
+        codes_iO, error_iO = torch.empty_like(w_iO), torch.empty_like(w_iO)
+        upper_ii = upper_II[start:stop, start:stop]
+        group = start // format.block if format.kind == "blockwise" else 0
+        scale_O, zero_O = grid.scales[:, group].contiguous(), grid.zeros[:, group].contiguous()
+        low, high = grid.code_range
+        for i in range(stop - start):
+            code = torch.round(w_iO[i] / scale_O).add_(zero_O).clamp_(low, high)
+            codes_iO[i] = code
+            torch.sub(w_iO[i], code.sub_(zero_O).mul_(scale_O), out=error_iO[i]).div_(upper_ii[i, i])
+            w_iO[i + 1 :].addr_(upper_ii[i, i + 1 :], error_iO[i], alpha=-1)
+        codes_OI[:, start:stop] = codes_iO.T
+        w_OI[:, stop:].addmm_(error_iO.T, upper_II[start:stop, stop:], alpha=-1)
+    zeros = grid.zeros.to(torch.uint8) if format.has_zeros else None
+    return Weight(format, codes=codes_OI.to(torch.uint8), scales=grid.scales, zeros=zeros)
+
+
+def damped(hessian_II: Tensor, damping: float) -> Tensor:
+    """`hessian_II` with `damping` times its mean diagonal added; inputs that were always zero get a unit diagonal."""
+    hessian = hessian_II.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    return hessian + torch.eye(len(hessian)).to(hessian) * (damping * hessian.diagonal().mean())
+
+
+def inverse_cholesky(hessian_II: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = H^-1."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def fake_dynamic_int8(x_BLD: Tensor) -> Tensor:
+    """What DynamicQuantizeLinear leaves of an activation: uint8, one scale for each sequence of the batch.
+
+    The kernel sees one tensor per run, so every sequence is quantized as if it ran alone. Straight-through
+    for gradients (torch's fake quantization passes them where nothing was clipped, and nothing is).
+    """
+    return torch.stack([_fake_uint8(x_LD) for x_LD in x_BLD])
+
+
+def _fake_uint8(x: Tensor) -> Tensor:
+    low, high = torch.aminmax(x.detach())
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-12)
+    zero = torch.round(-low / scale).clamp_(0, 255).to(torch.int32)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)

@@ -1,0 +1,91 @@
+"""A decoder as data: its shape, and the weights of one student. Knows nothing of transformers or ONNX.
+
+Names of a student's tensors, `{i}` being the block:
+
+    embedding                      [vocabulary, hidden]       head (only when untied)  [vocabulary, hidden]
+    layers.{i}.attention.q/k/v     [heads * head_dim, hidden]  (k, v: kv_heads * head_dim)
+    layers.{i}.attention.o         [hidden, heads * head_dim]
+    layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
+    layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
+
+A dropped sub-layer has none of its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from compressor.plan import Action, Matrix, Plan, Site
+from compressor.quantize import Weight
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Shape of a Llama-type decoder at full size: pre-norm blocks of grouped-query attention with rotary
+    positions and a gated feed-forward.
+
+    rope_frequencies: inverse frequencies, [head_dim / 2]; rope_scale multiplies cos and sin.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    vocabulary: int
+    max_positions: int
+    norm_epsilon: float
+    rope_frequencies: tuple[float, ...]
+    rope_scale: float
+    tied: bool
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
+        vocabulary, hidden, width = self.vocabulary, self.hidden, self.head_dim
+        sites = [Site("embedding", "embedding", None, 1, (Matrix("embedding", vocabulary, hidden, "neither"),))]
+        for i in range(self.layers):
+            name = f"layers.{i}.attention"
+            attention = (
+                Matrix(f"{name}.q", self.heads * width, hidden, "rows"),
+                Matrix(f"{name}.k", self.kv_heads * width, hidden, "rows"),
+                Matrix(f"{name}.v", self.kv_heads * width, hidden, "rows"),
+                Matrix(f"{name}.o", hidden, self.heads * width, "columns"),
+            )
+            sites.append(Site(name, "attention", i, self.kv_heads, attention))
+            name = f"layers.{i}.ffn"
+            ffn = (
+                Matrix(f"{name}.gate", self.channels, hidden, "rows"),
+                Matrix(f"{name}.up", self.channels, hidden, "rows"),
+                Matrix(f"{name}.down", hidden, self.channels, "columns"),
+            )
+            sites.append(Site(name, "ffn", i, self.channels, ffn))
+        if not self.tied:
+            sites.append(Site("head", "head", None, 1, (Matrix("head", vocabulary, hidden, "neither"),)))
+        return tuple(sites)
+
+    def heads_of(self, action: Action) -> tuple[int, int]:
+        """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
+        return action.keep * self.heads // self.kv_heads, action.keep
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Decoder:
+        return cls(**{**data, "rope_frequencies": tuple(data["rope_frequencies"])})
+
+
+@dataclass(frozen=True)
+class Student:
+    """Everything that is needed to run or to export one student.
+
+    matrices: the weight matrices by name; vectors: the norm gains, float32 [hidden], by name.
+    """
+
+    decoder: Decoder
+    plan: Plan
+    matrices: dict[str, Weight]
+    vectors: dict[str, Tensor]
