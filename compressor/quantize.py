@@ -12,12 +12,15 @@ zero points [O, ceil(G * bits / 8)], low bits first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compressor.plan import Format
+
+SMALLEST_BLOCK = 32
+"""Columns that GPTQ handles before it updates the rest; divides every format's block."""
 
 CLIP_STEPS = 16
 """Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
@@ -40,32 +43,28 @@ class Grid:
 
     def codes(self, w_OI: Tensor) -> Tensor:
         """Nearest codes, float32 [O, I]."""
-        scales, zeros = self._expand(w_OI.shape[1])
-        low, high = self.code_range
-        return (torch.round(w_OI / scales) + zeros).clamp_(low, high)
+        w, scales, zeros = self._blocks(w_OI)
+        return (w / scales).round_().add_(zeros).clamp_(*self.code_range).view(w_OI.shape)
 
     def values(self, codes_OI: Tensor) -> Tensor:
         """What the kernel's arithmetic makes of the codes, float32 [O, I]."""
-        scales, zeros = self._expand(codes_OI.shape[1])
-        return (codes_OI - zeros) * scales
+        codes, scales, zeros = self._blocks(codes_OI)
+        return (codes - zeros).mul_(scales).view(codes_OI.shape)
 
     def nearest(self, w_OI: Tensor) -> Tensor:
         """`w_OI` rounded to the grid."""
         return self.values(self.codes(w_OI))
 
-    def column(self, index: int) -> Grid:
-        """The grid of one column, as [O, 1]."""
-        group = index // self.format.block if self.format.kind == "blockwise" else 0
-        return replace(self, scales=self.scales[:, group : group + 1], zeros=self.zeros[:, group : group + 1])
-
-    def _expand(self, columns: int) -> tuple[Tensor, Tensor]:
+    def _blocks(self, matrix_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(matrix, scales, zeros) in shapes that broadcast: blocks apart where they divide the columns, else full rows."""
+        columns = matrix_OI.shape[1]
         if self.scales.shape[1] == 1:
-            return self.scales, self.zeros
+            return matrix_OI, self.scales, self.zeros
         block = self.format.block
-        return (
-            self.scales.repeat_interleave(block, 1)[:, :columns],
-            self.zeros.repeat_interleave(block, 1)[:, :columns],
-        )
+        if columns % block == 0:
+            return matrix_OI.unflatten(1, (-1, block)), self.scales.unsqueeze(2), self.zeros.unsqueeze(2)
+        scales, zeros = (side.repeat_interleave(block, 1)[:, :columns] for side in (self.scales, self.zeros))
+        return matrix_OI, scales, zeros
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
         scales = (w_OI.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
         return Grid(format, scales, torch.zeros_like(scales))
     assert format.kind == "blockwise", format
-    rows, columns = w_OI.shape
+    columns = w_OI.shape[1]
     pad = -columns % format.block
     w_OGB = torch.nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
     importance = torch.ones(columns) if importance_I is None else importance_I
@@ -261,14 +260,13 @@ def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01
     w_OI = w_OI.clone()
     codes_OI = torch.empty_like(w_OI)
     columns = w_OI.shape[1]
-    step = 32
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
+    for start in range(0, columns, SMALLEST_BLOCK):
+        stop = min(start + SMALLEST_BLOCK, columns)
         # columns as rows: one column's update then touches contiguous memory
         w_iO = w_OI[:, start:stop].T.contiguous()
         codes_iO, error_iO = torch.empty_like(w_iO), torch.empty_like(w_iO)
         upper_ii = upper_II[start:stop, start:stop]
-        group = start // format.block if format.kind == "blockwise" else 0
+        group = start // format.block
         scale_O, zero_O = grid.scales[:, group].contiguous(), grid.zeros[:, group].contiguous()
         low, high = grid.code_range
         for i in range(stop - start):

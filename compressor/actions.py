@@ -1,0 +1,45 @@
+"""From a recipe's fractions and formats to the actions that each site may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from compressor.plan import DROP, Action, ActionMenu, Site
+from compressor.recipe import SearchSection
+
+
+def menu(search: SearchSection, sites: Iterable[Site]) -> ActionMenu:
+    """The actions of every site by its name, each once, in order of bytes from largest to smallest.
+
+    Ties in bytes go by units kept, most first, then by the name of the format.
+    """
+    return {site.name: _actions(search, site) for site in sites}
+
+
+def _actions(search: SearchSection, site: Site) -> tuple[Action, ...]:
+    if site.kind in ("embedding", "head"):
+        keeps, formats = {site.units}, search.embedding_formats
+    else:
+        keeps, formats = kept_units(search, site), search.formats
+    actions = {Action(keep, fmt) if keep else DROP for keep in keeps for fmt in formats}
+    return tuple(sorted(actions, key=lambda action: (-site.size_bytes(action), -action.keep, action.format)))
+
+
+def kept_units(search: SearchSection, site: Site) -> set[int]:
+    """Numbers of units that an attention or a feed-forward may keep, 0 for a dropped sub-layer.
+
+    A fraction f of n units in multiples of m: m * round(f * n / m), at least m (and at most n) unless f is 0.
+    """
+    if site.kind == "attention":
+        if search.attention_keep is None:
+            return set(range(site.units + 1))
+        fractions, multiple = search.attention_keep, 1
+    else:
+        fractions, multiple = search.ffn_keep, search.ffn_multiple
+    return {_rounded(fraction, site.units, multiple) for fraction in fractions}
+
+
+def _rounded(fraction: float, units: int, multiple: int) -> int:
+    if fraction in (0.0, 1.0):
+        return round(fraction * units)
+    return min(units, max(multiple, multiple * int(fraction * units / multiple + 0.5)))

@@ -1,0 +1,236 @@
+"""The bank: every site under every action that was ever asked for, computed once and kept on disk.
+
+    statistics   second moments of every input (Hessians), its dynamic range, and the Fisher weight of every output
+    order        which heads and channels go first, per site
+    variant      the pruned, compensated, quantized weights of one (site, action), in the layout that is deployed
+
+A folder holds one bank; its name says which teacher, text and settings it belongs to. Every file is written beside
+and renamed, then listed with its hash in `manifest.jsonl`; what is not listed is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from compressor.errors import BankError
+from compressor.files import write_bytes_atomic
+from compressor.model import Network
+from compressor.plan import Action, Format, Site
+from compressor.prune import compensate, removal_order, unit_columns
+from compressor.quantize import Weight, damped, gptq, round_to_nearest, store_float
+from compressor.calibrate import Statistics, collect
+
+VERSION = 1
+"""Raise when the same request would give other numbers."""
+
+DAMPING = 0.01
+ORDER_CHUNK = 32
+"""Channels removed between two scorings of the feed-forward."""
+
+MEMORY_BYTES = 2 * 2**30
+"""Variants kept in memory, as codes."""
+
+
+class Bank:
+    """Variants of one teacher over one calibration text.
+
+    Args:
+        root: folder under which this bank gets a folder of its own.
+        teacher: the network to compress.
+        calibration_NL: token ids that give the statistics.
+        fisher_NL: token ids of the one backward pass.
+        quantizer: `gptq`, or `nearest` as the reference.
+        seed: of the labels that the Fisher pass samples.
+
+    Raises:
+        BankError: a stored file does not match its hash.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        teacher: Network,
+        calibration_NL: Tensor,
+        fisher_NL: Tensor,
+        quantizer: str = "gptq",
+        seed: int = 0,
+    ):
+        assert quantizer in ("gptq", "nearest"), quantizer
+        self.teacher, self.quantizer, self.seed = teacher, quantizer, seed
+        self.calibration_NL, self.fisher_NL = calibration_NL, fisher_NL
+        identity = json.dumps([VERSION, teacher.digest(), quantizer, seed, DAMPING, ORDER_CHUNK])
+        key = hashlib.sha256(identity.encode())
+        for tokens in (calibration_NL, fisher_NL):
+            key.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
+        self.folder = root / key.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._listed = self._read_manifest()
+        self._recent: OrderedDict[tuple[str, Action], dict[str, Weight]] = OrderedDict()
+        self._recent_bytes = 0
+        self._statistics: Statistics | None = None
+
+    # -- what the bank holds --
+
+    def statistics(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
+        """Second moments, ranges and Fisher weights; the first call runs the teacher, later ones read the disk."""
+        if self._statistics is None:
+            stored = self._load("statistics")
+            if stored is None:
+                stored = collect(self.teacher, self.calibration_NL, self.fisher_NL, self.seed, progress)
+                self._store("statistics", stored)
+            self._statistics = Statistics(stored)
+        return self._statistics
+
+    def order(self, site: Site) -> Tensor:
+        """Units of an attention or feed-forward in order of removal, int64 [units]; the first goes first."""
+        stored = self._load(f"{site.name}/order")
+        if stored is None:
+            narrow = site.matrices[-1]
+            order = removal_order(
+                self.teacher.matrix(narrow.name).cpu(),
+                self._hessian(f"{site.name}.out"),
+                unit=narrow.columns // site.units,
+                chunk=1 if site.kind == "attention" else ORDER_CHUNK,
+            )
+            stored = {"order": order}
+            self._store(f"{site.name}/order", stored)
+        return stored["order"]
+
+    def pruned(self, site: Site, keep: int) -> dict[str, Tensor]:
+        """A site with `keep` units left and the last matrix compensated, float32 and not yet quantized."""
+        dense = {matrix.name: self.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        if keep == site.units:
+            return dense
+        units = self.order(site)[site.units - keep :].sort().values
+        for matrix in site.matrices:
+            w_OI = dense[matrix.name]
+            if matrix.pruned == "rows":
+                dense[matrix.name] = w_OI[unit_columns(units, matrix.rows // site.units)].contiguous()
+            else:
+                columns = unit_columns(units, matrix.columns // site.units)
+                dense[matrix.name] = compensate(w_OI, self._hessian(f"{site.name}.out"), columns)
+        return dense
+
+    def variant(self, site: Site, action: Action) -> dict[str, Weight]:
+        """The stored weights of a site under an action, by matrix name; empty where the site is dropped."""
+        if action.keep == 0:
+            return {}
+        key = (site.name, action)
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        name, fmt = f"{site.name}/{action.keep}-{action.format}", Format.parse(action.format)
+        stored = self._load(name)
+        if stored is None:
+            weights = self._make(site, action.keep, fmt)
+            if fmt.kind != "float" or action.keep < site.units:
+                self._store(name, _flatten(weights))
+        else:
+            weights = _unflatten(stored, site, action.keep, fmt)
+        self._remember(key, weights)
+        return weights
+
+    # -- making --
+
+    def _make(self, site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
+        dense = self.pruned(site, keep)
+        if fmt.kind == "float":
+            return {name: store_float(w, fmt) for name, w in dense.items()}
+        if fmt.kind == "dynamic" or self.quantizer == "nearest":
+            return {name: round_to_nearest(w, fmt) for name, w in dense.items()}
+        if site.layer is None:
+            return {name: self._quantize_table(site, w, fmt) for name, w in dense.items()}
+        weights = {}
+        for matrices, hessian in self._readers(site, keep):
+            together = gptq(torch.cat([dense[name] for name in matrices]), hessian, fmt, damping=0)
+            row = 0
+            for name in matrices:
+                weights[name] = together.rows(row, row + len(dense[name]))
+                row += len(dense[name])
+        return weights
+
+    def _quantize_table(self, site: Site, w: Tensor, fmt: Format) -> Weight:
+        """Embedding and head: what an output reads of the head is a product, so GPTQ serves there and in a tied table."""
+        if site.name == "embedding" and not self.teacher.decoder.tied:
+            return round_to_nearest(w, fmt)
+        return gptq(w, damped(self.statistics().second_moment("head.in"), DAMPING), fmt, damping=0)
+
+    def _readers(self, site: Site, keep: int) -> list[tuple[list[str], Tensor]]:
+        """(matrices that share an input, its damped second moment) of a site with `keep` units."""
+        wide = [matrix.name for matrix in site.matrices if matrix.pruned == "rows"]
+        narrow = site.matrices[-1]
+        hessian = self._hessian(f"{site.name}.out")
+        if keep < site.units:
+            units = self.order(site)[site.units - keep :].sort().values
+            columns = unit_columns(units, narrow.columns // site.units)
+            hessian = hessian[columns][:, columns]
+        return [(wide, self._hessian(f"{site.name}.in")), ([narrow.name], hessian)]
+
+    def _hessian(self, name: str) -> Tensor:
+        return damped(self.statistics().second_moment(name), DAMPING)
+
+    # -- memory and disk --
+
+    def _remember(self, key: tuple[str, Action], weights: dict[str, Weight]) -> None:
+        self._recent[key] = weights
+        self._recent_bytes += _memory(weights)
+        while self._recent_bytes > MEMORY_BYTES and len(self._recent) > 1:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_bytes -= _memory(oldest)
+
+    def _read_manifest(self) -> dict[str, str]:
+        path = self.folder / "manifest.jsonl"
+        listed = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that a kill cut off: its file is made again
+                listed[entry["name"]] = entry["sha256"]
+        return listed
+
+    def _store(self, name: str, tensors: dict[str, Tensor]) -> None:
+        data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        digest = hashlib.sha256(data).hexdigest()
+        write_bytes_atomic(self.folder / f"{name}.safetensors", data)
+        with open(self.folder / "manifest.jsonl", "a") as manifest:
+            manifest.write("\n" + json.dumps({"name": name, "sha256": digest}))
+        self._listed[name] = digest
+
+    def _load(self, name: str) -> dict[str, Tensor] | None:
+        path = self.folder / f"{name}.safetensors"
+        if name not in self._listed or not path.exists():
+            return None
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self._listed[name]:
+            raise BankError(f"{path} does not match its hash in manifest.jsonl: delete the file and run again")
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise BankError(f"{path} cannot be read ({error}): delete the file and run again") from error
+
+
+def _memory(weights: dict[str, Weight]) -> int:
+    return sum(tensor.nbytes for w in weights.values() for tensor in (w.values, w.codes, w.scales) if tensor is not None)
+
+
+def _flatten(weights: dict[str, Weight]) -> dict[str, Tensor]:
+    return {f"{name}:{part}": tensor for name, w in weights.items() for part, tensor in w.tensors().items()}
+
+
+def _unflatten(stored: dict[str, Tensor], site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
+    weights = {}
+    for matrix in site.matrices:
+        parts = {key.split(":")[1]: t for key, t in stored.items() if key.split(":")[0] == matrix.name}
+        weights[matrix.name] = Weight.from_tensors(fmt, matrix.shape(keep, site.units)[1], parts)
+    return weights

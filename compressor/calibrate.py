@@ -1,0 +1,114 @@
+"""What one look at the teacher tells: second moments of inputs, their dynamic range, Fisher weights of outputs.
+
+For a linear layer y = W x and a change D of its weights, with g the gradient of log p(sampled label) at y,
+    KL(teacher || student) per token  ~  1/2 sum_o E[g_o^2] (D H D^T)_oo        H = E[x x^T]
+the Kronecker-factored Fisher of Martens and Grosse 2015 ("K-FAC", section 3) with a diagonal output side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.model import Network
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Named tensors, as `collect` made them."""
+
+    tensors: dict[str, Tensor]
+
+    def second_moment(self, name: str) -> Tensor:
+        """E[x x^T] of an input, float32 [I, I]; `head.in` is what the output head reads."""
+        return self.tensors[f"{name}:moment"]
+
+    def rounding_variance(self, name: str) -> float:
+        """Mean squared error of an input under dynamic uint8, one scale a sequence."""
+        return float(self.tensors[f"{name}:rounding"])
+
+    def fisher(self, matrix: str) -> Tensor:
+        """E[g_o^2] of a matrix's outputs, float32 [O]; of the embedding, at the vectors it looks up, [hidden]."""
+        return self.tensors[f"{matrix}:fisher"]
+
+    def token_frequency(self) -> Tensor:
+        """How often each token occurs in the text, per token, float32 [vocabulary]."""
+        return self.tensors["frequency"]
+
+
+def collect(
+    network: Network,
+    calibration_NL: Tensor,
+    fisher_NL: Tensor,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """Run the teacher over `calibration_NL` forward, and over `fisher_NL` forward and backward."""
+    total = len(calibration_NL) + 2 * len(fisher_NL)
+    tensors = _second_moments(network, calibration_NL, lambda done: progress(done, total))
+    tensors |= _fisher(network, fisher_NL, seed, lambda done: progress(len(calibration_NL) + 2 * done, total))
+    counts = torch.bincount(calibration_NL.flatten(), minlength=network.decoder.vocabulary)
+    tensors["frequency"] = counts / calibration_NL.numel()
+    return tensors
+
+
+@torch.no_grad()
+def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int], None]) -> dict[str, Tensor]:
+    moments: dict[str, Tensor] = {}
+    rounding: dict[str, float] = {}
+
+    def see(name: str, x_BLI: Tensor) -> None:
+        x_TI = x_BLI.flatten(0, 1)
+        if name not in moments:
+            moments[name] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
+            rounding[name] = 0.0
+        moments[name].addmm_(x_TI.T, x_TI)
+        low, high = torch.aminmax(x_TI)
+        scale = float(high.clamp_min(0) - low.clamp_max(0)) / 255
+        rounding[name] += scale**2 / 12
+
+    with network.watch_inputs(see):
+        for index, ids_L in enumerate(tokens_NL):
+            see("head.in", network.hidden(ids_L[None]))
+            progress(index + 1)
+    tensors = {f"{name}:moment": (moment / tokens_NL.numel()).cpu() for name, moment in moments.items()}
+    tensors |= {f"{name}:rounding": torch.tensor(value / len(tokens_NL)) for name, value in rounding.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"the teacher's activations at {name.split(':')[0]} are not finite")
+    return tensors
+
+
+def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[int], None]) -> dict[str, Tensor]:
+    generator = torch.Generator(network.device).manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = gradient.detach().flatten(0, -2).square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _arguments: tuple, output: Tensor) -> None:
+            if not output.requires_grad:  # the weights need no gradients: the graph starts at the embedding's output
+                output.requires_grad_()
+            output.register_hook(lambda gradient: add(name, gradient))
+
+        return hook
+
+    linears = [matrix.name for site in network.sites.values() if site.layer is not None for matrix in site.matrices]
+    handles = [network.module(name).register_forward_hook(watch(name)) for name in ["embedding", *linears]]
+    try:
+        for index, ids_L in enumerate(tokens_NL):
+            logits = network.logits(network.hidden(ids_L[None]))
+            logits.register_hook(lambda gradient: add("head", gradient))
+            log_probabilities = torch.log_softmax(logits[0], -1)
+            labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+            log_probabilities.gather(1, labels).sum().backward()
+            progress(index + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {f"{name}:fisher": (total / tokens_NL.numel()).cpu() for name, total in sums.items()}

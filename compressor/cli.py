@@ -1,0 +1,158 @@
+"""The command `compress`: reads the recipe, calls the pipeline, shows progress and result. Decides nothing itself.
+
+Heavy modules are imported where they are used, so that `compress --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.report import DryRun
+
+
+class DefaultRun(TyperGroup):
+    """`compress recipe.yaml` is short for `compress run recipe.yaml`: what names no command is given to `run`."""
+
+    def parse_args(self, ctx, args):
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=DefaultRun, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def about() -> None:
+    """Compresses a language model to a budget: `compress recipe.yaml`."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; `compress schema` lists its keys.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME_OF_THE_RECIPE when absent.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key: search.evaluations=8.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only says what the run would do and take.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Lets the model's repository run its own code here.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Shows no progress.")] = False,
+) -> None:
+    """Runs a recipe (`run` may be left out). The same command goes on where an interrupted run stopped."""
+    with told():
+        from compressor.recipe import Recipe
+
+        loaded = Recipe.load(recipe, settings or ())
+        loaded.check_files()
+
+        from compressor import pipeline
+        from compressor.progress import renderer, silent
+
+        if dry_run:
+            show_dry_run(pipeline.dry_run(loaded))
+            return
+        folder = out or Path("runs", recipe.stem)
+        if quiet:
+            report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=silent)
+        else:
+            with renderer(sys.stderr) as progress:
+                report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=progress)
+
+        from compressor.report import headline
+
+        typer.echo(f"{headline(report)}\n{folder / 'report.md'}")
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON schema of a recipe."""
+    from compressor.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="An exported ONNX folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+) -> None:
+    """Shows the greedy continuation that an exported folder gives."""
+    with told():
+        from compressor.export import generate_text
+
+        for piece in generate_text(folder, prompt, tokens):
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """An error that is meant for the user becomes one message on stderr and its exit code; Ctrl-C says how to go on."""
+    try:
+        yield
+    except CompressorError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        typer.echo(f"\ninterrupted; the same command goes on from here:\n  {command}", err=True)
+        raise typer.Exit(130) from None
+
+
+def show_dry_run(plan: DryRun) -> None:
+    """Prints the sites, the range of sizes and the estimates of a dry run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from compressor.progress import duration
+    from compressor.report import size
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    sites = Table(title=f"{plan.model}: {len(plan.sites)} sites, {plan.actions} actions", title_justify="left")
+    for name in ("site", "units", "parameters", "actions", "smallest", "largest"):
+        sites.add_column(name, justify="left" if name == "site" else "right")
+    for site in plan.sites:
+        sites.add_row(
+            site.name,
+            str(site.units),
+            f"{site.parameters:,}",
+            str(site.actions),
+            size(site.smallest_bytes),
+            size(site.largest_bytes),
+        )
+    console.print(sites)
+    budget = "none" if plan.bytes_budget is None else size(plan.bytes_budget)
+    console.print(
+        f"exported files: {size(plan.bytes_smallest)} to {size(plan.bytes_largest)}; budget: {budget}", highlight=False
+    )
+    stages = Table(title="estimates", title_justify="left")
+    for name in ("stage", "time", "memory"):
+        stages.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in plan.stages:
+        stages.add_row(stage.name, duration(stage.seconds), size(stage.memory_bytes))
+    stages.add_section()
+    stages.add_row(
+        "all",
+        duration(sum(s.seconds for s in plan.stages)),
+        size(max((s.memory_bytes for s in plan.stages), default=0)),
+    )
+    console.print(stages)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,185 @@
+"""The exported folder: model.onnx (graph) and model.onnx.data (weights), written, read back, and their size promised.
+
+Every tensor starts at a multiple of `plan.ALIGNMENT` in the data file and is written as soon as it is made, so
+that no more than one site's bytes are in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from compressor.errors import BankError
+from compressor.export.graph import decoder_model
+from compressor.export.layout import Stored, layout
+from compressor.plan import Action, Format, Plan, aligned
+from compressor.quantize import Weight
+from compressor.student import Decoder, Student
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+def export_onnx(student: Student, folder: Path) -> None:
+    """Write `student` to `folder`, which is made if need be; files of an earlier export are replaced.
+
+    A reader never sees a graph with another export's weights: the old graph goes first, the new one comes last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    graph_path, data_path = folder / GRAPH_FILE, folder / DATA_FILE
+    data_draft, graph_draft = (path.with_name(f".{path.name}.draft") for path in (data_path, graph_path))
+
+    def matrices(names: tuple[str, ...]) -> Stored:
+        return Stored.of(Weight.concatenate([student.matrices[name] for name in names]))
+
+    vectors = {name: vector.detach().float().numpy() for name, vector in student.vectors.items()}
+    try:
+        with open(data_draft, "wb") as data:
+
+            def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
+                data.seek(aligned(data.tell()))
+                tensor = _external(name, array.dtype, array.shape, data.tell())
+                data.write(np.ascontiguousarray(array).data)
+                return tensor
+
+            model = decoder_model(student.decoder, student.plan, matrices, vectors, store)
+            data.flush()
+            os.fsync(data.fileno())
+        graph_draft.write_bytes(_serialize(model))
+        graph_path.unlink(missing_ok=True)
+        os.replace(data_draft, data_path)
+        os.replace(graph_draft, graph_path)
+    finally:
+        data_draft.unlink(missing_ok=True)
+        graph_draft.unlink(missing_ok=True)
+
+
+def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> ir.ExternalTensor:
+    length = int(np.prod(shape)) * dtype.itemsize
+    kind = ir.DataType.from_numpy(dtype)
+    return ir.ExternalTensor(DATA_FILE, offset, length, kind, shape=ir.Shape(shape), name=name)
+
+
+def _serialize(model: ir.Model) -> bytes:
+    return ir.serde.serialize_model(model).SerializeToString()
+
+
+def exported_bytes(folder: Path) -> int:
+    """Size in bytes of the exported graph and weights, the quantity that a byte budget limits."""
+    return sum((Path(folder) / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE))
+
+
+@lru_cache
+def fixed_bytes(decoder: Decoder) -> int:
+    """Bytes of everything in the exported files that no site accounts for: an upper bound, whatever the plan.
+
+        exported_bytes(folder) <= fixed_bytes(decoder) + sum over sites of site.size_bytes(action)
+
+    That is the norm gains and the graph. A graph is a sum of what each site writes, so its bound is the sum of the
+    bounds of attention, feed-forward and tables, each in the format whose nodes take most.
+    """
+    vectors = (2 * decoder.layers + 1) * aligned(decoder.hidden * 4)
+    base = _graph_bytes(decoder)
+    formats = ("fp32", "fp16", "int8", "w8b256", "w4b256")
+    growth = {
+        kind: max(_graph_bytes(decoder, **{kind: name}) for name in formats if kind != "table" or name != "int8") - base
+        for kind in ("attention", "ffn", "table")
+    }
+    # 64: the length prefixes of graph and model may each take a byte more than in `base`, and names of a skipped
+    # block's neighbours differ by a few characters; what a dropped site saves is far more
+    return vectors + base + sum(growth.values()) + 64
+
+
+def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", table: str = "fp32") -> int:
+    """Size of the graph with every site whole, in these formats, and every offset as long as offsets can be."""
+    names = {"attention": attention, "ffn": ffn, "embedding": table, "head": table}
+    sites = decoder.sites()
+    plan = {site.name: Action(site.units, names[site.kind]) for site in sites}
+    formats = {matrix.name: Format.parse(names[site.kind]) for site in sites for matrix in site.matrices}
+    shapes = {matrix.name: (matrix.rows, matrix.columns) for site in sites for matrix in site.matrices}
+    largest = sum(site.parameters for site in sites) * 4
+
+    def matrices(parts: tuple[str, ...]) -> Stored:
+        return Stored.blank(formats[parts[0]], sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
+
+    def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
+        return _external(name, array.dtype, array.shape, largest)
+
+    gain = np.broadcast_to(np.float32(0), (decoder.hidden,))
+    gains = {"norm": gain} | {f"{site.name}.norm": gain for site in sites if site.layer is not None}
+    return len(_serialize(decoder_model(decoder, plan, matrices, gains, store)))
+
+
+def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
+    """The student that was exported to `folder` under `plan`: `export_onnx` backwards, exactly.
+
+    Raises:
+        BankError: a file is missing or truncated, or does not hold what the plan says.
+    """
+    folder = Path(folder)
+    tensors = _open_tensors(folder)
+    matrices: dict[str, Weight] = {}
+    vectors = {"norm": _vector(tensors, "norm")}
+    for site in decoder.sites():
+        action = plan[site.name]
+        if action.keep == 0:
+            continue
+        format = Format.parse(action.format)
+        shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
+        if site.layer is not None:
+            vectors[f"{site.name}.norm"] = _vector(tensors, f"{site.name}.norm")
+        if site.kind == "attention":
+            fused = [f"{site.name}.{part}" for part in "qkv"]
+            rows = [shapes.pop(name)[0] for name in fused]
+            columns = decoder.hidden
+            whole = _stored(tensors, f"{site.name}.qkv", format, sum(rows), columns).weight()
+            ends = np.cumsum(rows).tolist()
+            for name, count, end in zip(fused, rows, ends, strict=True):
+                matrices[name] = whole.rows(end - count, end)
+        for name, (rows, columns) in shapes.items():
+            matrices[name] = _stored(tensors, name, format, rows, columns).weight()
+    return Student(decoder, plan, matrices, vectors)
+
+
+def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
+    for name in (GRAPH_FILE, DATA_FILE):
+        if not (folder / name).is_file():
+            raise BankError(f"{folder / name} is missing; export the model again")
+    graph = ir.load(folder / GRAPH_FILE).graph
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
+    end = max(t.offset + t.length for t in tensors.values() if isinstance(t, ir.ExternalTensor))
+    size = (folder / DATA_FILE).stat().st_size
+    if size != end:
+        raise BankError(f"{folder / DATA_FILE} has {size} bytes, its graph says {end}; export the model again")
+    return tensors
+
+
+def _stored(
+    tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int
+) -> Stored:
+    """The arrays of one matrix; types may differ by signedness only (int8 codes are kept as uint8 on some processors)."""
+    arrays = {}
+    for part in ("values", "codes", "scales", "zeros"):
+        if f"{name}.{part}" in tensors:
+            arrays[part] = tensors[f"{name}.{part}"].numpy()
+    expected = {part: shape for part, (_, shape) in layout(format, rows, columns).items()}
+    found = {part: array.shape for part, array in arrays.items()}
+    if format.kind == "dynamic":
+        expected.pop("zeros", None)
+        found.pop("zeros", None)
+    if found != expected:
+        raise BankError(f"exported matrix {name!r}: the plan says {format.name} with {expected}, the file holds {found}")
+    return Stored(format, rows, columns, arrays)
+
+
+def _vector(tensors: Mapping[str, ir.TensorProtocol], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise BankError(f"exported norm {name!r}: the plan keeps this sub-layer, the file does not hold it")
+    return torch.from_numpy(np.array(tensors[name].numpy()))

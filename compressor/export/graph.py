@@ -1,0 +1,319 @@
+"""The ONNX graph of a student, node by node, with onnx-ir: one graph for prefill (empty past) and decode.
+
+Knows nothing of files or sessions: a `store` callable says where a tensor's bytes go. Every sub-layer is one
+function, which the whole model and the latency table's stacks share, so that what is timed is what is deployed.
+
+    float       FusedMatMul(transB) on [O, I]; fp16 through a Cast, which ONNX Runtime folds when the session is made
+    blockwise   MatMulNBits, accuracy_level 4 (activations in int8 blocks); embedding: GatherBlockQuantized
+    int8        DynamicQuantizeLinear (shared by the matrices that read one input), MatMulIntegerToFloat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from compressor.export.layout import Stored
+from compressor.plan import Action, Plan
+from compressor.student import Decoder
+
+OPSETS = {"": 21, "com.microsoft": 1}
+IR_VERSION = 10
+
+Store = Callable[[str, np.ndarray], ir.TensorProtocol]
+"""(name, array) -> the tensor, in memory or in a data file."""
+
+Matrices = Callable[[tuple[str, ...]], Stored]
+"""Names of matrices that share format and input -> the one matrix of all their rows."""
+
+
+class GraphBuilder:
+    """Collects nodes and initializers in order; every tensor is stored once, however many nodes read it."""
+
+    def __init__(self, store: Store):
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self._store = store
+        self._quantized: dict[str, tuple[ir.Value, ...]] = {}
+
+    def op(self, kind: str, inputs: list[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+        """One node of the standard operators with one output, called `name`."""
+        return self.node("", kind, inputs, [name], attributes)[0]
+
+    def ms(self, kind: str, inputs: list[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+        """One node of ONNX Runtime's own operators with one output, called `name`."""
+        return self.node("com.microsoft", kind, inputs, [name], attributes)[0]
+
+    def node(
+        self, domain: str, kind: str, inputs: list[ir.Value | None], names: list[str], attributes: Mapping
+    ) -> list[ir.Value]:
+        outputs = [ir.Value(name=name) for name in names]
+        self.nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=outputs))
+        return outputs
+
+    def input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        self.inputs.append(ir.val(name, dtype, shape))
+        return self.inputs[-1]
+
+    def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def small(self, name: str, array: np.ndarray) -> ir.Value:
+        """A constant of a few bytes, kept inside the graph."""
+        if name not in self.initializers:
+            self._initializer(name, ir.tensor(array, name=name))
+        return self.initializers[name]
+
+    def tensor(self, name: str, array: np.ndarray) -> ir.Value:
+        """A weight, put where `store` says."""
+        if name not in self.initializers:
+            self._initializer(name, self._store(name, array))
+        return self.initializers[name]
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> None:
+        self.initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+
+    def quantized(self, x: ir.Value) -> tuple[ir.Value, ...]:
+        """`x` as uint8 with one scale and zero point for the whole tensor: (codes, scale, zero point)."""
+        if x.name not in self._quantized:
+            names = [f"{x.name}.{part}" for part in ("q", "s", "z")]
+            self._quantized[x.name] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
+        return self._quantized[x.name]
+
+    def model(self) -> ir.Model:
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports=OPSETS,
+            name="student",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION)
+
+
+# -- matrices --
+
+
+def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str) -> ir.Value:
+    """x [B, S, I] times the transpose of the [O, I] matrix `name` -> [B, S, O], called `output`."""
+    w = {part: b.tensor(f"{name}.{part}", array) for part, array in weight.arrays.items()}
+    if weight.format.kind == "float":
+        values = w["values"]
+        if weight.format.bits == 16:
+            values = b.op("Cast", [values], f"{name}.float", to=ir.DataType.FLOAT.value)
+        return b.ms("FusedMatMul", [x, values], output, transB=1)
+    if weight.format.kind == "dynamic":
+        codes, scale, zero = b.quantized(x)
+        inputs = [codes, w["codes"], scale, w["scales"], zero, *([w["zeros"]] if "zeros" in w else [])]
+        return b.ms("MatMulIntegerToFloat", inputs, output)
+    return b.ms(
+        "MatMulNBits",
+        [x, w["codes"], w["scales"], *([w["zeros"]] if "zeros" in w else [])],
+        output,
+        K=weight.columns,
+        N=weight.rows,
+        bits=weight.format.bits,
+        block_size=weight.format.block,
+        accuracy_level=4,
+    )
+
+
+def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.Value:
+    """Rows of the table `name` at ids [B, S] -> [B, S, D]."""
+    w = {part: b.tensor(f"{name}.{part}", array) for part, array in weight.arrays.items()}
+    if weight.format.kind == "float":
+        rows = b.op("Gather", [w["values"], ids], f"{name}.rows")
+        return b.op("Cast", [rows], f"{name}.out", to=ir.DataType.FLOAT.value) if weight.format.bits == 16 else rows
+    flat = b.small("table_shape", np.array([weight.rows, -1], np.int64))
+    table = b.op("Reshape", [w["codes"], flat], f"{name}.table")
+    rows = b.ms(
+        "GatherBlockQuantized",
+        [table, ids, w["scales"], *([w["zeros"]] if "zeros" in w else [])],
+        f"{name}.rows",
+        bits=weight.format.bits,
+        block_size=weight.format.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if weight.columns % weight.format.block == 0:
+        return rows
+    bounds = {"slice_start": 0, "slice_stop": weight.columns, "slice_axis": 2}
+    return b.op("Slice", [rows, *(b.small(k, np.array([v], np.int64)) for k, v in bounds.items())], f"{name}.out")
+
+
+# -- sub-layers --
+
+
+class Stream:
+    """The residual stream x [B, S, D]; the last sub-layer's output waits, to be added inside the next norm's kernel."""
+
+    def __init__(self, b: GraphBuilder, x: ir.Value, epsilon: float):
+        self._b = b
+        self._x = x
+        self._waiting: ir.Value | None = None
+        self._epsilon = epsilon
+
+    def norm(self, name: str, gain: np.ndarray) -> ir.Value:
+        """Add what waits to the stream and return its root-mean-square norm."""
+        b, weight = self._b, self._b.tensor(name, gain)
+        if self._waiting is None:
+            return b.op("SimplifiedLayerNormalization", [self._x, weight], f"{name}.out", epsilon=self._epsilon, axis=-1)
+        normed, _, _, self._x = b.node(
+            "com.microsoft",
+            "SkipSimplifiedLayerNormalization",
+            [self._x, self._waiting, weight],
+            [f"{name}.out", "", "", f"{name}.sum"],
+            {"epsilon": self._epsilon},
+        )
+        self._waiting = None
+        return normed
+
+    def add(self, delta: ir.Value) -> None:
+        assert self._waiting is None, "two sub-layers without a norm between them"
+        self._waiting = delta
+
+    def end(self) -> ir.Value:
+        """The stream with all that was added."""
+        return self._x if self._waiting is None else self._b.op("Add", [self._x, self._waiting], "end")
+
+
+class Positions:
+    """What every attention reads: lengths from the mask, and the rotary tables.
+
+    The tables [max_positions, head_dim / 2] are written as arithmetic on a range, which ONNX Runtime folds
+    into a constant when the session is made: they cost no bytes in the file.
+    """
+
+    def __init__(self, b: GraphBuilder, decoder: Decoder, mask: ir.Value):
+        one = b.small("one", np.array([1], np.int64))
+        to_int32 = ir.DataType.INT32.value
+        lengths = b.op("ReduceSum", [mask, one], "lengths", keepdims=0)
+        self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
+        total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
+        self.total = b.op("Cast", [total], "total_sequence_length", to=to_int32)
+        ends = [b.small(f"positions.{i}", np.array(i, np.int64)) for i in (0, decoder.max_positions, 1)]
+        positions = b.op("Cast", [b.op("Range", ends, "positions")], "positions.float", to=ir.DataType.FLOAT.value)
+        column = b.op("Unsqueeze", [positions, one], "positions.column")
+        frequencies = b.small("frequencies", np.array([decoder.rope_frequencies], np.float32))
+        angles = b.op("Mul", [column, frequencies], "angles")
+        scale = b.small("rope_scale", np.array(decoder.rope_scale, np.float32))
+        self.cos = b.op("Mul", [b.op("Cos", [angles], "cos"), scale], "cos.scaled")
+        self.sin = b.op("Mul", [b.op("Sin", [angles], "sin"), scale], "sin.scaled")
+
+
+def attention(
+    b: GraphBuilder,
+    stream: Stream,
+    layer: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    matrices: Matrices,
+    gain: np.ndarray,
+    positions: Positions,
+) -> None:
+    """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value)."""
+    name = f"layers.{layer}.attention"
+    x = stream.norm(f"{name}.norm", gain)
+    qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
+    past = [
+        b.input(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, ["batch", heads[1], "past", head_dim])
+        for part in ("key", "value")
+    ]
+    mixed, key, value = b.node(
+        "com.microsoft",
+        "GroupQueryAttention",
+        [qkv, None, None, *past, positions.last, positions.total, positions.cos, positions.sin],
+        [f"{name}.mixed", f"present.{layer}.key", f"present.{layer}.value"],
+        {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1},
+    )
+    b.output(key, f"present.{layer}.key", ["batch", heads[1], "total", head_dim])
+    b.output(value, f"present.{layer}.value", ["batch", heads[1], "total", head_dim])
+    stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"))
+
+
+def feed_forward(b: GraphBuilder, stream: Stream, layer: int, matrices: Matrices, gain: np.ndarray) -> None:
+    """Pre-norm gated feed-forward of block `layer`: down(silu(gate x) * up x)."""
+    name = f"layers.{layer}.ffn"
+    x = stream.norm(f"{name}.norm", gain)
+    gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
+    up = linear(b, x, f"{name}.up", matrices((f"{name}.up",)), f"{name}.up.out")
+    silu = b.op("Mul", [gate, b.op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
+    product = b.op("Mul", [silu, up], f"{name}.product")
+    stream.add(linear(b, product, f"{name}.down", matrices((f"{name}.down",)), f"{name}.out"))
+
+
+# -- the whole --
+
+
+def decoder_model(
+    decoder: Decoder, plan: Mapping[str, Action], matrices: Matrices, vectors: Mapping[str, np.ndarray], store: Store
+) -> ir.Model:
+    """The graph of a whole student.
+
+    Inputs: input_ids [B, S] int64; attention_mask [B, past + S] int64;
+    past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] float32 for every block whose attention is left.
+    Outputs: logits [B, S, V] float32; present.{i}.key and .value.
+    """
+    b = GraphBuilder(store)
+    ids = b.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    mask = b.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+    table = matrices(("embedding",))
+    stream = Stream(b, embedding(b, ids, "embedding", table), decoder.norm_epsilon)
+    positions = None
+    for site in decoder.sites():
+        action = plan[site.name]
+        if site.layer is None or action.keep == 0:
+            continue
+        gain = vectors[f"{site.name}.norm"]
+        if site.kind == "attention":
+            positions = positions or Positions(b, decoder, mask)
+            heads = decoder.heads_of(action)
+            attention(b, stream, site.layer, heads, decoder.head_dim, matrices, gain, positions)
+        else:
+            feed_forward(b, stream, site.layer, matrices, gain)
+    x = stream.norm("norm", vectors["norm"])
+    name = "embedding" if decoder.tied else "head"
+    logits = linear(b, x, name, table if decoder.tied else matrices((name,)), "logits")
+    b.output(logits, "logits", ["batch", "sequence", decoder.vocabulary])
+    return b.model()
+
+
+def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:
+    """`copies` repetitions of one site, each with its own tensors; for timing.
+
+    attention, ffn: norm, site, residual in a chain; input `x` [B, S, D], mask and caches as in the whole model.
+    embedding: lookup and final norm from `input_ids`, and the head's product where the table is tied.
+    head: final norm of `x` and product.
+    """
+    b = GraphBuilder(store)
+    gain = np.ones(decoder.hidden, np.float32)
+    if kind == "embedding":
+        source = b.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+    else:
+        source = b.input("x", ir.DataType.FLOAT, ["batch", "sequence", decoder.hidden])
+    if kind in ("embedding", "head"):
+        for copy in range(copies):
+            name = f"{kind}.{copy}"
+            weight = matrices((kind,))
+            x = embedding(b, source, name, weight) if kind == "embedding" else source
+            y = Stream(b, x, decoder.norm_epsilon).norm(f"{name}.norm", gain)
+            if kind == "head" or decoder.tied:
+                y = linear(b, y, name, weight, f"{name}.logits")
+            b.output(y, y.name, ["batch", "sequence", "width"])
+        return b.model()
+    stream = Stream(b, source, decoder.norm_epsilon)
+    if kind == "attention":
+        positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch", "total"]))
+    for copy in range(copies):
+        if kind == "attention":
+            attention(b, stream, copy, decoder.heads_of(action), decoder.head_dim, matrices, gain, positions)
+        else:
+            feed_forward(b, stream, copy, matrices, gain)
+    b.output(stream.end(), "end", ["batch", "sequence", decoder.hidden])
+    return b.model()

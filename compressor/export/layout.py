@@ -1,0 +1,118 @@
+"""How a weight matrix lies in the exported file: arrays in the layout of the kernel that reads them.
+
+Knows formats and numpy, neither graphs nor files.
+
+    float       values [O, I] float32 or float16
+    blockwise   codes [O, G, block * bits / 8] uint8, scales [O, G] float32, zeros [O, ceil(G * bits / 8)] uint8
+    int8        codes [I, O] int8, scales [O] float32; where int8 products saturate, codes uint8 and zeros [O] = 128
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+
+from compressor.plan import Format
+from compressor.quantize import Weight
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A [rows, columns] = [output, input] matrix as arrays of the file, by part (`values`, or `codes`, `scales`, `zeros`)."""
+
+    format: Format
+    rows: int
+    columns: int
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, weight: Weight) -> Stored:
+        rows, columns = weight.shape
+        arrays = {part: tensor.detach().numpy() for part, tensor in weight.tensors().items()}
+        if weight.format.kind == "dynamic":
+            arrays["codes"] = np.ascontiguousarray(arrays["codes"].T)
+            arrays["scales"] = arrays["scales"].reshape(rows)
+            if not int8_products_are_exact():
+                # the same grid, shifted: (code + 128 - 128) * scale
+                arrays["codes"] = (arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
+                arrays["zeros"] = np.full(rows, 128, np.uint8)
+        return cls(weight.format, rows, columns, arrays)
+
+    @classmethod
+    def blank(cls, format: Format, rows: int, columns: int) -> Stored:
+        """All zeros, in no memory: for measuring the graph alone."""
+        shapes = layout(format, rows, columns)
+        return cls(
+            format, rows, columns, {part: np.broadcast_to(dtype(0), shape) for part, (dtype, shape) in shapes.items()}
+        )
+
+    @classmethod
+    def random(cls, format: Format, rows: int, columns: int, rng: np.random.Generator) -> Stored:
+        """Weights of a plausible size, for timing."""
+        arrays = {}
+        for part, (dtype, shape) in layout(format, rows, columns).items():
+            if part == "scales":
+                arrays[part] = np.full(shape, 0.1 / 2**format.bits, dtype)
+            elif np.issubdtype(dtype, np.floating):
+                arrays[part] = (rng.random(shape, np.float32) * 0.1 - 0.05).astype(dtype)
+            else:
+                arrays[part] = np.frombuffer(rng.bytes(int(np.prod(shape))), dtype).reshape(shape)
+        return cls(format, rows, columns, arrays)
+
+    def weight(self) -> Weight:
+        """The inverse of `of`: the same values, codes, scales and zero points."""
+        arrays = dict(self.arrays)
+        if self.format.kind == "dynamic":
+            if arrays.pop("zeros", None) is not None:
+                arrays["codes"] = (arrays["codes"].astype(np.int16) - 128).astype(np.int8)
+            arrays["codes"] = arrays["codes"].T
+            arrays["scales"] = arrays["scales"].reshape(self.rows, 1)
+        # copies: the arrays may be read-only views of a mapped file
+        tensors = {part: torch.from_numpy(np.array(array, order="C")) for part, array in arrays.items()}
+        return Weight.from_tensors(self.format, self.columns, tensors)
+
+
+def layout(format: Format, rows: int, columns: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """(numpy type, shape) of every array of a [rows, columns] matrix."""
+    if format.kind == "float":
+        return {"values": (np.float16 if format.bits == 16 else np.float32, (rows, columns))}
+    if format.kind == "dynamic":
+        shapes = {"codes": (np.int8, (columns, rows)), "scales": (np.float32, (rows,))}
+        if not int8_products_are_exact():
+            shapes |= {"codes": (np.uint8, (columns, rows)), "zeros": (np.uint8, (rows,))}
+        return shapes
+    blocks = -(-columns // format.block)
+    shapes = {
+        "codes": (np.uint8, (rows, blocks, format.block * format.bits // 8)),
+        "scales": (np.float32, (rows, blocks)),
+    }
+    if format.has_zeros:
+        shapes["zeros"] = (np.uint8, (rows, -(-blocks * format.bits // 8)))
+    return shapes
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """Whether this processor multiplies uint8 activations with int8 weights exactly.
+
+    x86 without VNNI adds two products in saturating int16; a product that would saturate is compared with the
+    exact one, with one row and with several, which take different kernels.
+    """
+    inner, columns = 64, 32
+    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", inner])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", columns])],
+        [helper.make_tensor("w", TensorProto.INT8, [inner, columns], [127] * (inner * columns))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    products = (session.run(None, {"x": np.full((rows, inner), 255, np.uint8)})[0] for rows in (1, 16))
+    return all((product == 255 * 127 * inner).all() for product in products)

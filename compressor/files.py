@@ -1,0 +1,39 @@
+"""Files that are either whole or absent: written beside their place, then moved there.
+
+A run that is killed while it writes leaves at most a hidden `.name.*.part` file, never half a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, whose folder is made if need be. A reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # mkstemp makes the file private; a result has the rights of any other new file
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """The same for text, as UTF-8 with `\\n` line ends."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: Path, data: object) -> None:
+    """The same for JSON that any reader takes: ValueError for NaN and infinity."""
+    write_text_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

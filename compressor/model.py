@@ -1,0 +1,264 @@
+"""The one file that knows architectures: loads the teacher and puts weights into its sub-layers.
+
+Everything else sees a `Network`: matrices by the names of `compressor.student`, inputs that can be watched, and
+sites that can be replaced. To add a family, extend `DECODERS` and `Network._modules`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.plan import Action, Format, Site
+from compressor.quantize import fake_dynamic_int8
+from compressor.student import Decoder
+
+DECODERS = ("llama",)
+"""`model_type` of the supported configurations: pre-norm blocks, SiLU-gated feed-forward, rotary attention, no biases."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The Transformer as given.
+
+    tokenizer: as transformers made it; source: the local folder or hub id it came from.
+    """
+
+    network: Network
+    tokenizer: object
+    source: str
+
+
+def load_teacher(
+    path: str | Path, *, gguf: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Teacher:
+    """Load a causal language model in float32, and its tokenizer.
+
+    Args:
+        path: hub id or local folder.
+        gguf: name of a GGUF file in that folder; its weights are dequantized.
+
+    Raises:
+        ModelError: nothing can be loaded from there, or the architecture is not supported.
+    """
+    import transformers
+
+    options: dict = {"trust_remote_code": trust_remote_code}
+    options |= {"gguf_file": gguf} if gguf else {}
+    options |= {"revision": revision} if revision else {}
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        _check_supported(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path = {str(path)!r}{f' with gguf = {gguf!r}' if gguf else ''} cannot be loaded; "
+            f"expected a hub id or a local folder with config.json, tokenizer and weights; transformers says: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    model.config.quantization_config = None
+    model.eval().requires_grad_(False)
+    return Teacher(Network(model, _decoder(model)), tokenizer, str(path))
+
+
+def _check_supported(config) -> None:
+    problems = []
+    if config.model_type not in DECODERS:
+        problems.append(f"model_type {config.model_type!r} (supported: {', '.join(DECODERS)})")
+    else:
+        if config.hidden_act != "silu":
+            problems.append(f"hidden_act {config.hidden_act!r} (supported: silu)")
+        if config.attention_bias or config.mlp_bias:
+            problems.append("biases in attention or feed-forward (supported: none)")
+        if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3"):
+            problems.append(f"rope_type {config.rope_parameters['rope_type']!r} (supported: default, linear, llama3)")
+    if problems:
+        raise ModelError("this architecture is not supported: " + "; ".join(problems))
+
+
+def _decoder(model) -> Decoder:
+    config, rotary = model.config, model.model.rotary_emb
+    return Decoder(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        channels=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        rope_frequencies=tuple(rotary.inv_freq.tolist()),
+        rope_scale=float(rotary.attention_scaling),
+        tied=config.tie_word_embeddings,
+    )
+
+
+_ATTRIBUTES = {"attention": "self_attn", "ffn": "mlp"}
+
+
+def _named_modules(model, decoder: Decoder) -> dict[str, nn.Module]:
+    """Our names for the modules that hold matrices and norm gains."""
+    modules: dict[str, nn.Module] = {"embedding": model.model.embed_tokens, "norm": model.model.norm}
+    for i, block in enumerate(model.model.layers):
+        for name in "qkvo":
+            modules[f"layers.{i}.attention.{name}"] = getattr(block.self_attn, f"{name}_proj")
+        for name in ("gate", "up", "down"):
+            modules[f"layers.{i}.ffn.{name}"] = getattr(block.mlp, f"{name}_proj")
+        modules[f"layers.{i}.attention.norm"] = block.input_layernorm
+        modules[f"layers.{i}.ffn.norm"] = block.post_attention_layernorm
+    if not decoder.tied:
+        modules["head"] = model.lm_head
+    return modules
+
+
+def _quantize_input(_module: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook: the activation that a sub-layer reads goes through dynamic int8."""
+    if arguments:
+        return (fake_dynamic_int8(arguments[0]), *arguments[1:]), named
+    return arguments, {**named, "hidden_states": fake_dynamic_int8(named["hidden_states"])}
+
+
+class Dropped(nn.Module):
+    """Stands where a sub-layer was: adds nothing to the residual stream."""
+
+    def __init__(self, returns_tuple: bool):
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, **_) -> Tensor | tuple[Tensor, None]:
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.returns_tuple else nothing
+
+
+class Network:
+    """A decoder in torch whose sites can be replaced one by one.
+
+    Args:
+        model: a transformers causal language model of a supported family; taken over, not copied.
+        decoder: its shape at full size.
+    """
+
+    def __init__(self, model: nn.Module, decoder: Decoder):
+        self.model = model
+        self.decoder = decoder
+        self.sites = {site.name: site for site in decoder.sites()}
+        self._modules = _named_modules(model, decoder)
+        self._owners = {
+            site.name: getattr(model.model.layers[site.layer], _ATTRIBUTES[site.kind])
+            for site in self.sites.values()
+            if site.layer is not None
+        }
+        self._hooks: dict[str, list] = {}
+
+    def copy(self) -> Network:
+        """An independent network with the same weights."""
+        assert not self._hooks, "a network with hooks cannot be copied"
+        return Network(copy.deepcopy(self.model), self.decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def to(self, device: torch.device | str) -> Network:
+        self.model.to(device)
+        return self
+
+    # -- running --
+
+    def hidden(self, ids_BL: Tensor, every_block: bool = False) -> Tensor | list[Tensor]:
+        """Final hidden states [B, L, D] behind the last norm, or with `every_block` the list [embedding, blocks...]."""
+        output = self.model.model(ids_BL.to(self.device), use_cache=False, output_hidden_states=every_block)
+        return list(output.hidden_states) if every_block else output.last_hidden_state
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Hidden states -> logits [B, L, V]."""
+        return self.model.lm_head(hidden_BLD)
+
+    # -- weights --
+
+    def matrix(self, name: str) -> nn.Parameter:
+        """The weight [output, input] of one matrix; the embedding's is [vocabulary, hidden]."""
+        return self._modules[name].weight
+
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a matrix or a norm gain."""
+        return self._modules[name]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The norm gains [hidden] by name."""
+        return {name: module.weight for name, module in self._modules.items() if name.endswith("norm")}
+
+    def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(name of an input, matrices that read it), over the pruned and quantized linear layers.
+
+        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down.
+        """
+        for site in self.sites.values():
+            if site.layer is not None:
+                yield f"{site.name}.in", tuple(m.name for m in site.matrices if m.pruned == "rows")
+                yield f"{site.name}.out", tuple(m.name for m in site.matrices if m.pruned == "columns")
+
+    @contextmanager
+    def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """While open, `see(input name, x_BLI)` is called for every input of `inputs()` during a forward pass."""
+
+        def hook(name: str):
+            return lambda _module, arguments: see(name, arguments[0].detach())
+
+        handles = [
+            self._modules[matrices[0]].register_forward_pre_hook(hook(name)) for name, matrices in self.inputs()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def install(self, site: Site, action: Action, matrices: Mapping[str, Tensor]) -> None:
+        """Replace a site: `matrices` are its dense float32 weights under `action`; none where it is dropped."""
+        for handle in self._hooks.pop(site.name, []):
+            handle.remove()
+        if site.layer is None:
+            self._install_table(site, matrices[site.name])
+            return
+        block, attribute = self.model.model.layers[site.layer], _ATTRIBUTES[site.kind]
+        if action.keep == 0:
+            setattr(block, attribute, Dropped(returns_tuple=site.kind == "attention"))
+            return
+        for name, dense in matrices.items():
+            linear = self._modules[name]
+            linear.weight = nn.Parameter(dense.to(self.device), requires_grad=False)
+            linear.out_features, linear.in_features = dense.shape
+        owner = self._owners[site.name]
+        setattr(block, attribute, owner)
+        if Format.parse(action.format).kind == "dynamic":
+            self._hooks[site.name] = [
+                owner.register_forward_pre_hook(_quantize_input, with_kwargs=True),
+                self._modules[site.matrices[-1].name].register_forward_pre_hook(_quantize_input, with_kwargs=True),
+            ]
+
+    def _install_table(self, site: Site, dense: Tensor) -> None:
+        weight = nn.Parameter(dense.to(self.device), requires_grad=False)
+        self._modules[site.name].weight = weight
+        if site.name == "embedding" and self.decoder.tied:
+            self.model.lm_head.weight = weight
+
+    def digest(self) -> str:
+        """A hash of shape and weights, for cache keys."""
+        digest = hashlib.sha256(json.dumps(self.decoder.to_dict()).encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]

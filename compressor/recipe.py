@@ -1,0 +1,543 @@
+"""The recipe: everything that a run is asked for, as a YAML file, checked before any work begins.
+
+Only values are checked here. What the keys mean is written under each of them; `recipe_schema()` and the documentation
+are made from those words. Turning a recipe into the actions of each site is `compressor.actions`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from compressor.errors import RecipeError
+from compressor.plan import Format
+
+PolicyName = Literal["uniform", "random", "dynamic_programming", "actor_critic"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit: `value` in bytes or milliseconds, or, when `relative`, as a fraction of a reference."""
+
+    value: float
+    relative: bool
+
+    def resolve(self, reference: float) -> float:
+        """The limit in the unit of `reference`: what the teacher costs when it is exported in fp32."""
+        return self.value * reference if self.relative else self.value
+
+
+SIZE_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+TIME_UNITS = {"us": 1e-3, "ms": 1, "s": 1e3}
+SIZE_WANTED = "expected a size such as 60MB, 60MiB or 60000000, or a fraction of the fp32 teacher such as 25% or 0.25x"
+TIME_WANTED = "expected a time such as 120ms or 1.5s, or a fraction of the fp32 teacher such as 25% or 0.25x"
+
+
+def parse_limit(text: object, units: Mapping[str, float], wanted: str) -> Limit:
+    """`25%` or `0.25x` -> a relative limit; `60 MB` -> an absolute one, in units of the unit whose factor is 1.
+
+    Raises:
+        ValueError: it is neither, or not above 0, or a bare number where a unit is needed.
+    """
+    if isinstance(text, Limit):
+        return text
+    match = re.fullmatch(r"([0-9_]*\.?[0-9]+(?:e[+-]?\d+)?)\s*([a-z%]*)", str(text).strip().lower())
+    if isinstance(text, bool) or not match:
+        raise ValueError(wanted)
+    value, unit = float(match[1]), match[2]
+    if not 0 < value < math.inf:
+        raise ValueError(f"{wanted}, above 0")
+    if unit in ("%", "x"):
+        return Limit(value / 100 if unit == "%" else value, relative=True)
+    if not unit:
+        if value <= 1:
+            raise ValueError(f"{wanted}; for a fraction write {value:.10g}x")
+        if "b" not in units:
+            raise ValueError(f"{wanted}; write the unit, {value:.10g}ms")
+        unit = "b"
+    if unit not in units:
+        raise ValueError(f"{wanted}; choose the unit among {', '.join(units)}")
+    return Limit(value * units[unit], relative=False)
+
+
+def _written(unit: str, factor: float) -> PlainSerializer:
+    def write(limit: Limit) -> str:
+        return f"{limit.value!r}x" if limit.relative else f"{limit.value / factor:.15g}{unit}"
+
+    return PlainSerializer(write)
+
+
+_LIMIT_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})
+SizeLimit = Annotated[
+    Limit, BeforeValidator(lambda text: parse_limit(text, SIZE_UNITS, SIZE_WANTED)), _written("MB", 1e6), _LIMIT_SCHEMA
+]
+TimeLimit = Annotated[
+    Limit, BeforeValidator(lambda text: parse_limit(text, TIME_UNITS, TIME_WANTED)), _written("ms", 1), _LIMIT_SCHEMA
+]
+
+
+def _format_name(name: str) -> str:
+    try:
+        fmt = Format.parse(name)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    if fmt.kind == "dropped":
+        raise ValueError("a sub-layer is dropped by the fraction 0 in attention_keep or ffn_keep, not by a format")
+    return fmt.name
+
+
+def _distinct(values: tuple) -> tuple:
+    return tuple(dict.fromkeys(values))
+
+
+FormatName = Annotated[str, AfterValidator(_format_name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Formats = Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(_distinct)]
+Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), AfterValidator(_distinct)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _beside_recipe(path: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    return str(Path(folder, Path(path).expanduser())) if folder else path
+
+
+class ModelSection(Section):
+    """The teacher."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Hugging Face hub id (`org/name`), or a local folder, which is relative to the recipe's own."""
+    gguf: str | None = None
+    """Name of a GGUF file in that folder or repository, when the weights are to be read from one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the default branch when absent."""
+
+    @field_validator("path")
+    @classmethod
+    def _local(cls, path: str, info: ValidationInfo) -> str:
+        local = _beside_recipe(path, info)
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        return local if looks_local or Path(local).is_dir() else path
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` is a folder rather than a hub id."""
+        return not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path) or Path(self.path).is_dir()
+
+
+class TextSource(Section):
+    """A text: a local file (written as a plain string) or a column of a data set on the hub."""
+
+    file: str | None = None
+    """Path of a UTF-8 text file, relative to the recipe's folder."""
+    dataset: str | None = None
+    """Hub id of a data set, or its local folder; streamed, never downloaded whole."""
+    config: str | None = None
+    """Configuration (subset) of the data set."""
+    split: str | None = None
+    """Split of the data set, such as `train`; needed with `dataset`."""
+    column: str = "text"
+    """Column that holds the text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_string(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+    @field_validator("file")
+    @classmethod
+    def _local(cls, file: str | None, info: ValidationInfo) -> str | None:
+        return file and _beside_recipe(file, info)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TextSource:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("expected the path of a text file or {dataset: ..., split: ...}, one of the two")
+        if self.dataset is not None and self.split is None:
+            raise ValueError("expected a split beside the data set; add for example split: train")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str]:
+        return self.file or {key: value for key, value in self if value is not None}
+
+    def __str__(self) -> str:
+        parts = (self.dataset, self.config, self.split, self.column)
+        return self.file or ":".join(part for part in parts if part)
+
+
+Texts = Annotated[tuple[TextSource, ...], Field(min_length=1)]
+
+
+class DataSection(Section):
+    """The texts."""
+
+    calibration: Texts
+    """Texts for sensitivities, quantization, the search's score and distillation."""
+    evaluation: Texts
+    """Other texts, seen by nothing before the final measurement."""
+    calibration_tokens: Count = 16384
+    """Tokens taken from the calibration texts; whole windows of `sequence_length`."""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a window; windows follow one another without overlap."""
+    evaluation_tokens: Count = 16384
+    """Tokens taken from the evaluation texts."""
+
+
+class Workload(Section):
+    """What is timed on the target."""
+
+    prefill: Count = 128
+    """Tokens of the prompt whose processing is `prefill`, in tokens."""
+    context: Count = 128
+    """Tokens in the cache when the time of one more token, `decode`, is taken."""
+
+
+class TargetSection(Section):
+    """Where the student runs."""
+
+    runtime: Literal["onnx"] = "onnx"
+    """Runtime that the student is exported to."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that the exported student runs on; `auto` takes CUDA when ONNX Runtime has it."""
+    threads: Count | None = None
+    """Threads of ONNX Runtime; the number of physical cores when absent."""
+    workload: Workload = Workload()
+    """What is timed."""
+
+
+class BudgetSection(Section):
+    """What the student may cost at most; at least one limit."""
+
+    bytes: SizeLimit | None = None
+    """Size of the exported files: 60MB, 60MiB, 60000000, or 25% or 0.25x of the fp32 export."""
+    prefill: TimeLimit | None = None
+    """Time of the workload's prefill: 120ms, 1.5s, or 50% or 0.5x of the fp32 export."""
+    decode: TimeLimit | None = None
+    """Time of one more token: 12ms, or 50% or 0.5x of the fp32 export."""
+
+    @model_validator(mode="after")
+    def _some(self) -> BudgetSection:
+        if self.bytes is None and self.prefill is None and self.decode is None:
+            raise ValueError("expected at least one limit among bytes, prefill, decode; add for example bytes: 25%")
+        return self
+
+
+class SearchSection(Section):
+    """Which plans are considered, and who proposes them."""
+
+    policy: PolicyName = "actor_critic"
+    """Policy whose best plan becomes the student."""
+    evaluations: Count = 64
+    """Plans that each policy may have scored."""
+    tokens: Count = 2048
+    """Calibration tokens that score a plan, the same for every plan."""
+    rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
+    """Policies that run beside it, at the same budget and number of evaluations."""
+    formats: Formats = ("fp32", "int8", "w8", "w4", "w2")
+    """Weight formats of attention and feed-forward."""
+    embedding_formats: Formats = ("fp32", "w8", "w4")
+    """Weight formats of the embedding and the output head."""
+    attention_keep: Fractions | None = None
+    """Fractions of the key/value groups (with their query heads) that an attention may keep, rounded to whole groups;
+    0 drops the sub-layer. Every whole number of groups when absent."""
+    ffn_keep: Fractions = (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0)
+    """Fractions of the channels that a feed-forward may keep; 0 drops the sub-layer."""
+    ffn_multiple: Count = 64
+    """Channels that are kept are rounded to a multiple of this."""
+    quantizer: Literal["gptq", "nearest"] = "gptq"
+    """How weights are put on a format's grid."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of every policy."""
+
+    @field_validator("embedding_formats")
+    @classmethod
+    def _gathered(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if any(Format.parse(name).kind == "dynamic" for name in names):
+            raise ValueError("int8 quantizes activations, and an embedding has none; choose among fp32, fp16, w8, w4")
+        return names
+
+    @property
+    def policies(self) -> tuple[PolicyName, ...]:
+        """All that run: the rivals, then the policy itself, each once."""
+        return (*(rival for rival in self.rivals if rival != self.policy), self.policy)
+
+
+class DistillSection(Section):
+    """Recovery of the student by training against the teacher on calibration text."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps; 0 turns distillation off."""
+    batch_tokens: Count = 2048
+    """Tokens in a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    warmup: Annotated[int, Field(ge=0)] = 10
+    """Steps over which the learning rate rises to its peak."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of KL(teacher || student) over the vocabulary, in nats per token."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the relative squared error of the hidden states."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of both distributions in the KL term."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop after so many minutes, whatever `steps` says; no limit when absent."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the order of the windows."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DistillSection:
+        if self.steps and not (self.kl_weight or self.hidden_weight):
+            raise ValueError("expected kl_weight or hidden_weight above 0; without either there is nothing to learn")
+        return self
+
+
+class ExportSection(Section):
+    """The exported student."""
+
+    folder: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "onnx"
+    """Name of its folder, inside the run's."""
+    parity_tolerance: Annotated[float, Field(gt=0)] = 0.05
+    """Largest relative error of the exported student's logits against the same student in torch."""
+
+
+class GateSection(Section):
+    """Limits on what is measured at the end. When one is missed, the run ends with exit code 3."""
+
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Perplexity of the student over that of the teacher, on the evaluation text."""
+    bytes: SizeLimit | None = None
+    """Size of the exported files, as in `budget`."""
+    prefill: TimeLimit | None = None
+    """Time of the prefill, as in `budget`."""
+    decode: TimeLimit | None = None
+    """Time of one more token, as in `budget`."""
+
+
+class Recipe(Section):
+    """A run of `compress`, in full."""
+
+    model: ModelSection
+    """The teacher."""
+    data: DataSection
+    """The texts."""
+    target: TargetSection = TargetSection()
+    """Where the student runs."""
+    budget: BudgetSection
+    """What the student may cost."""
+    search: SearchSection = SearchSection()
+    """Which plans are considered, and who proposes them."""
+    distill: DistillSection = DistillSection()
+    """Recovery by distillation."""
+    export: ExportSection = ExportSection()
+    """The exported student."""
+    gate: GateSection = GateSection()
+    """Limits on the measured result."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads a recipe; each override is `section.key=value`, its value in YAML.
+
+        Raises:
+            RecipeError: one message that lists every problem.
+        """
+        path = Path(path)
+        try:
+            data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        except OSError as error:
+            raise RecipeError(f"{path}: expected a recipe (YAML file), {error.strerror}; check the path") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: expected YAML; {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path}: expected a mapping with the keys {', '.join(cls.model_fields)}; got {data!r}")
+        for override in overrides:
+            _override(data, override)
+        return cls.from_dict(data, path.parent.resolve(), str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: Path | None = None, name: str = "recipe") -> Recipe:
+        """Checks plain data, as YAML or `to_dict` gives it. Local paths become absolute, relative to `folder`.
+
+        Raises:
+            RecipeError: one message that lists every problem.
+        """
+        try:
+            recipe = cls.model_validate(data, context={"folder": folder})
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            # a list whose items are wrong is also reported as too short: once is enough
+            wrong = {detail["loc"][:-1] for detail in details}
+            problems = [
+                _problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong
+            ]
+        else:
+            problems = list(recipe._contradictions())
+        if problems:
+            raise RecipeError(f"{name}: {_count(problems)}\n" + "\n".join(f"  {problem}" for problem in problems))
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, defaults included, that `from_dict` turns into an equal recipe."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def _contradictions(self) -> Iterable[str]:
+        data, search = self.data, self.search
+        for key in ("calibration_tokens", "evaluation_tokens"):
+            if getattr(data, key) < data.sequence_length:
+                least = f"data.sequence_length = {data.sequence_length}"
+                yield f"data.{key} = {getattr(data, key)}: expected at least {least}; raise it or shorten the windows"
+        if search.tokens < data.sequence_length:
+            least = f"data.sequence_length = {data.sequence_length}"
+            yield f"search.tokens = {search.tokens}: expected at least {least}; raise it or shorten the windows"
+        if search.tokens > data.calibration_tokens:
+            most = f"data.calibration_tokens = {data.calibration_tokens}"
+            yield f"search.tokens = {search.tokens}: expected at most {most}; lower it or take more calibration tokens"
+        for i, source in enumerate(data.evaluation):
+            if source in data.calibration:
+                yield f"data.evaluation[{i}] = {source}: expected text that isn't in data.calibration; choose another"
+
+    def check_files(self) -> None:
+        """Whether every local file and folder that the recipe names is there; takes no time.
+
+        Raises:
+            RecipeError: one message that lists every missing one.
+        """
+        problems = []
+        if self.model.is_local:
+            folder = Path(self.model.path)
+            if not folder.is_dir():
+                problems.append(f"model.path = {folder}: expected a folder, found none; check it, or give a hub id")
+            elif self.model.gguf and not (folder / self.model.gguf).is_file():
+                found = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
+                problems.append(f"model.gguf = {self.model.gguf}: expected a file in {folder}; it holds {found}")
+            elif not self.model.gguf and not (folder / "config.json").is_file():
+                problems.append(
+                    f"model.path = {folder}: expected a model folder, it has no config.json; check the path"
+                )
+        for key in ("calibration", "evaluation"):
+            for i, source in enumerate(getattr(self.data, key)):
+                if source.file and not Path(source.file).is_file():
+                    problems.append(
+                        f"data.{key}[{i}] = {source.file}: expected a text file, found none; check the path"
+                    )
+        if problems:
+            raise RecipeError(f"recipe: {_count(problems)}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, with every key's description."""
+    return Recipe.model_json_schema()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if str(key) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is written twice", problem_mark=key_node.start_mark)
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"--set {override}: expected section.key=value, such as search.evaluations=8")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: expected a value in YAML; {error}") from None
+    for part in path[:-1]:
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override}: {part} holds {data!r}, no keys; set {part} as a whole")
+    data[path[-1]] = value
+
+
+def _count(problems: Sequence[str]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def _problem(detail: Any) -> str:
+    """One pydantic error as `key.path = value: expected ...; remedy`."""
+    location = detail["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    section, field = _schema_at(location)
+    meaning = " ".join(field.split()).rstrip(".") if field else ""
+    if detail["type"] == "missing":
+        return f"{path}: expected it, found nothing; add it: {meaning}"
+    if detail["type"] == "extra_forbidden":
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+        remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
+        return f"{path} = {_short(detail['input'])}: unknown key; {remedy}"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if detail["type"] in ("model_type", "dict_type"):
+        message = "expected a mapping of keys"
+    shown = f"{path} = {_short(detail['input'])}" if path else "recipe"
+    explained = detail["type"] != "value_error" and meaning
+    return f"{shown}: {message[:1].lower()}{message[1:]}" + (f"; it is: {meaning}" if explained else "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _schema_at(location: tuple) -> tuple[type[Section] | None, str | None]:
+    """The section that holds the last key of `location`, and that key's description."""
+    section: type[Section] | None = Recipe
+    description = None
+    for i, part in enumerate(location):
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            return section, description if i < len(location) - 1 else None
+        description = field.description
+        inner = _section_in(field.annotation)
+        if i < len(location) - 1 and any(not isinstance(rest, int) for rest in location[i + 1 :]):
+            section = inner
+    return section, description
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in inner if section), None)

@@ -1,0 +1,105 @@
+"""The additive surrogate: how much KL each (site, action) would add alone, from one backward pass of the teacher.
+
+    s(site, action) = 1/2 sum over matrices, outputs o of  F_o (D H D^T)_oo          (see `compressor.calibrate`)
+
+D is the real change of the weights for pruning and for quantization at full size. What quantizing a *pruned* site adds
+is taken from the full-size variant: the rows that stay, and the share of columns that stay. So only the full-size
+variants are made for it, and the rest of the bank stays lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.bank import Bank
+from compressor.plan import Action, ActionMenu, Format, Site
+from compressor.prune import output_error, unit_columns
+
+
+@torch.no_grad()
+def sensitivities(
+    bank: Bank, menu: ActionMenu, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, np.ndarray]:
+    """Predicted KL in nats per token for every action of every site, by site name: float64 [actions]."""
+    result = {}
+    for index, (name, actions) in enumerate(menu.items()):
+        site = bank.teacher.sites[name]
+        if site.layer is None:
+            result[name] = np.array([_table_loss(bank, site, action) for action in actions])
+        else:
+            sub_layer = _SubLayer(bank, site)
+            result[name] = np.array([sub_layer.loss(action) for action in actions])
+        progress(index + 1, len(menu))
+    return result
+
+
+class _SubLayer:
+    """Losses of one attention or feed-forward; what actions share is computed once."""
+
+    def __init__(self, bank: Bank, site: Site):
+        self.bank, self.site = bank, site
+        self.statistics = bank.statistics()
+        self.full = {matrix.name: bank.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        self._quantized: dict[str, dict[str, Tensor]] = {}
+        self._pruned: dict[int, float] = {}
+
+    def loss(self, action: Action) -> float:
+        loss = self._pruning_loss(action.keep)
+        if action.keep == 0 or action.format == "fp32":
+            return loss
+        units = self.bank.order(self.site)[self.site.units - action.keep :]
+        for matrix in self.site.matrices:
+            losses_O = self._quantization_losses(action.format)[matrix.name]
+            if matrix.pruned == "rows":
+                loss += float(losses_O[unit_columns(units, matrix.rows // self.site.units)].sum())
+            else:
+                loss += float(losses_O.sum()) * action.keep / self.site.units
+        return loss
+
+    def _pruning_loss(self, keep: int) -> float:
+        if keep not in self._pruned:
+            narrow = self.site.matrices[-1]
+            delta = -self.full[narrow.name]
+            if keep:
+                units = self.bank.order(self.site)[self.site.units - keep :].sort().values
+                columns = unit_columns(units, narrow.columns // self.site.units)
+                delta[:, columns] += self.bank.pruned(self.site, keep)[narrow.name]
+            self._pruned[keep] = float(self._weigh(narrow.name, delta).sum()) if keep < self.site.units else 0.0
+        return self._pruned[keep]
+
+    def _quantization_losses(self, format: str) -> dict[str, Tensor]:
+        """Loss of every output of every matrix, [O], at full size."""
+        if format not in self._quantized:
+            variant = self.bank.variant(self.site, Action(self.site.units, format))
+            losses = {}
+            for name, w_OI in self.full.items():
+                losses[name] = self._weigh(name, variant[name].dequantize() - w_OI)
+                if Format.parse(format).kind == "dynamic":
+                    variance = self.statistics.rounding_variance(self._input(name))
+                    losses[name] += 0.5 * self.statistics.fisher(name) * variance * w_OI.square().sum(1)
+            self._quantized[format] = losses
+        return self._quantized[format]
+
+    def _weigh(self, name: str, delta_OI: Tensor) -> Tensor:
+        moment = self.statistics.second_moment(self._input(name))
+        return 0.5 * self.statistics.fisher(name) * output_error(delta_OI, moment)
+
+    def _input(self, name: str) -> str:
+        return f"{self.site.name}.{'out' if name == self.site.matrices[-1].name else 'in'}"
+
+
+def _table_loss(bank: Bank, site: Site, action: Action) -> float:
+    """Loss of a quantized embedding or head; a tied table counts as both."""
+    statistics = bank.statistics()
+    delta_VD = bank.variant(site, action)[site.name].dequantize() - bank.teacher.matrix(site.name).cpu()
+    loss = torch.zeros(())
+    if site.name == "embedding":
+        looked_up_D = statistics.token_frequency() @ delta_VD.square()
+        loss += (statistics.fisher("embedding") * looked_up_D).sum()
+    if site.name == "head" or bank.teacher.decoder.tied:
+        loss += (statistics.fisher("head") * output_error(delta_VD, statistics.second_moment("head.in"))).sum()
+    return float(loss) / 2

@@ -1,0 +1,105 @@
+"""From texts to windows of tokens. Knows tokenizers and data sets, not models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import DataError
+from compressor.recipe import TextSource
+
+CHUNK = 1 << 16
+"""Characters that are tokenized at a time, so that a long text is read only as far as it is needed."""
+
+
+def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequence_length: int) -> Tensor:
+    """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
+
+    Every source is cut into consecutive windows that don't overlap, and the sources take turns, a window each, so that
+    a small number of tokens holds something of every text; one that ends drops out. No special tokens are added.
+
+    Raises:
+        DataError: a source cannot be read, or all together hold fewer than N windows.
+    """
+    wanted = tokens // sequence_length
+    if wanted < 1:
+        raise DataError(f"tokens = {tokens}: expected at least one window of {sequence_length}; ask for more tokens")
+    rounds = [_windows(source, tokenizer, sequence_length) for source in sources]
+    windows: list[list[int]] = []
+    while rounds and len(windows) < wanted:
+        window = next(turn := rounds.pop(0), None)
+        if window is not None:
+            windows.append(window)
+            rounds.append(turn)
+    if len(windows) < wanted:
+        raise DataError(
+            f"{', '.join(map(str, sources))}: expected {wanted} windows of {sequence_length} tokens, found "
+            f"{len(windows)}; give more text, or lower the number of tokens to {len(windows) * sequence_length}"
+        )
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def tokens_digest(tokens_NL: Tensor) -> str:
+    """Sixteen hex digits that name these windows: SHA-256 of the shape and of the ids as int64."""
+    data = tokens_NL.to("cpu", torch.int64).contiguous()
+    return hashlib.sha256(str(tuple(data.shape)).encode() + data.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _windows(source: TextSource, tokenizer: Any, sequence_length: int) -> Iterator[list[int]]:
+    ids: list[int] = []
+    for chunk in _chunks(_file_lines(source) if source.file else _dataset_rows(source)):
+        ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) - len(ids) % sequence_length
+        yield from (ids[i : i + sequence_length] for i in range(0, whole, sequence_length))
+        ids = ids[whole:]
+
+
+def _chunks(pieces: Iterator[str]) -> Iterator[str]:
+    """Joins pieces to chunks of some `CHUNK` characters. A chunk ends where a piece does, so no word is cut."""
+    held: list[str] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= CHUNK:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)
+
+
+def _file_lines(source: TextSource) -> Iterator[str]:
+    assert source.file is not None
+    try:
+        with Path(source.file).open(encoding="utf-8") as lines:
+            yield from lines
+    except OSError as error:
+        raise DataError(f"{source}: expected a text file, {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected UTF-8, found byte {error.object[error.start]:#x}; convert it") from None
+
+
+def _dataset_rows(source: TextSource) -> Iterator[str]:
+    """The texts of a data set's rows, a blank line between two."""
+    import datasets  # type: ignore[import-untyped]
+
+    try:
+        rows = iter(datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the hub, the network and the builders each have their own tree of errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{source}: expected a data set that loads; {reason}; check its name, config and split"
+        ) from error
+    if first is None:
+        return
+    if source.column not in first:
+        raise DataError(f"{source}: expected the column {source.column}; choose among {', '.join(first)}")
+    for row in chain([first], rows):
+        yield f"{row[source.column]}\n\n"
