@@ -24,9 +24,10 @@ from torch import Tensor
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
 from compressor.model import Network
-from compressor.plan import Action, Format, Site
+from compressor.plan import Action, Format, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Weight, damped, gptq, round_to_nearest, store_float
+from compressor.student import Student, matrices_from, matrix_tensors
 from compressor.calibrate import Statistics, collect
 
 VERSION = 1
@@ -71,7 +72,8 @@ class Bank:
         key = hashlib.sha256(identity.encode())
         for tokens in (calibration_NL, fisher_NL):
             key.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
-        self.folder = root / key.hexdigest()[:16]
+        self.key = key.hexdigest()[:16]
+        self.folder = root / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
         self._listed = self._read_manifest()
         self._recent: OrderedDict[tuple[str, Action], dict[str, Weight]] = OrderedDict()
@@ -133,11 +135,19 @@ class Bank:
         if stored is None:
             weights = self._make(site, action.keep, fmt)
             if fmt.kind != "float" or action.keep < site.units:
-                self._store(name, _flatten(weights))
+                self._store(name, matrix_tensors(weights))
         else:
-            weights = _unflatten(stored, site, action.keep, fmt)
+            weights = matrices_from(site, action, stored)
         self._remember(key, weights)
         return weights
+
+    def realize(self, plan: Plan) -> Student:
+        """The weights of a plan, as they are deployed."""
+        matrices: dict[str, Weight] = {}
+        for name, action in plan.items():
+            matrices |= self.variant(self.teacher.sites[name], action)
+        vectors = {name: gain.detach().cpu().clone() for name, gain in self.teacher.vectors().items()}
+        return Student(self.teacher.decoder, plan, matrices, vectors)
 
     # -- making --
 
@@ -222,15 +232,3 @@ class Bank:
 
 def _memory(weights: dict[str, Weight]) -> int:
     return sum(tensor.nbytes for w in weights.values() for tensor in (w.values, w.codes, w.scales) if tensor is not None)
-
-
-def _flatten(weights: dict[str, Weight]) -> dict[str, Tensor]:
-    return {f"{name}:{part}": tensor for name, w in weights.items() for part, tensor in w.tensors().items()}
-
-
-def _unflatten(stored: dict[str, Tensor], site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
-    weights = {}
-    for matrix in site.matrices:
-        parts = {key.split(":")[1]: t for key, t in stored.items() if key.split(":")[0] == matrix.name}
-        weights[matrix.name] = Weight.from_tensors(fmt, matrix.shape(keep, site.units)[1], parts)
-    return weights

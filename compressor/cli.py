@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, DataError, ModelError
 
 if TYPE_CHECKING:
     from compressor.report import DryRun
@@ -91,13 +91,23 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
 ) -> None:
-    """Shows the greedy continuation that an exported folder gives."""
+    """Shows the greedy continuation that an exported folder gives, on CPU."""
     with told():
-        from compressor.export import generate_text
+        import numpy as np
+        from transformers import AutoTokenizer
 
-        for piece in generate_text(folder, prompt, tokens):
-            typer.echo(piece, nl=False)
-        typer.echo()
+        from compressor.export import OnnxDecoder
+
+        with OnnxDecoder(folder) as decoder:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{folder}: expected a tokenizer beside model.onnx; {error}") from None
+            ids = tokenizer(prompt)["input_ids"]
+            if not ids:
+                raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
+            made = decoder.generate(np.array(ids), tokens, tokenizer.eos_token_id)
+        typer.echo(tokenizer.decode([*ids, *made], skip_special_tokens=True))
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor
 from compressor.bank import Bank
 from compressor.model import Network
 from compressor.plan import Action, Plan, Score
-from compressor.student import Student
 
 
 class Executor:
@@ -52,14 +51,6 @@ class Executor:
         self.install(plan)
         kl, nll = self._reference.compare(self.student)
         return Score(kl=kl, perplexity=math.exp(min(nll, 700)), tokens=self.tokens_NL.numel())
-
-    def realize(self, plan: Plan) -> Student:
-        """The weights of a plan, as they are deployed."""
-        matrices = {}
-        for name, action in plan.items():
-            matrices |= self.bank.variant(self.teacher.sites[name], action)
-        vectors = {name: gain.detach().cpu().clone() for name, gain in self.teacher.vectors().items()}
-        return Student(self.teacher.decoder, plan, matrices, vectors)
 
 
 class Reference:

@@ -62,14 +62,50 @@ def load_teacher(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path = {str(path)!r}{f' with gguf = {gguf!r}' if gguf else ''} cannot be loaded; "
-            f"expected a hub id or a local folder with config.json, tokenizer and weights; transformers says: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    model.config.quantization_config = None
+        raise _cannot_load(path, gguf, error) from error
+    if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats now
+        del model.config.quantization_config
     model.eval().requires_grad_(False)
-    return Teacher(Network(model, _decoder(model)), tokenizer, str(path))
+    return Teacher(Network(model, decoder_of(model.config)), tokenizer, str(path))
+
+
+def network_from_config(folder: Path) -> Network:
+    """A network of the shape that `folder`/config.json says, its weights not yet set."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        _check_supported(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no usable config.json: {str(error).strip().splitlines()[0]}") from error
+    model.eval().requires_grad_(False)
+    return Network(model, decoder_of(config))
+
+
+def read_decoder(path: str | Path, *, gguf: str | None = None, revision: str | None = None) -> Decoder:
+    """The shape of a model from its configuration alone; no weights are read.
+
+    Raises:
+        ModelError: there is no configuration, or the architecture is not supported.
+    """
+    import transformers
+
+    options = ({"gguf_file": gguf} if gguf else {}) | ({"revision": revision} if revision else {})
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, gguf, error) from error
+    _check_supported(config)
+    return decoder_of(config)
+
+
+def _cannot_load(path: str | Path, gguf: str | None, error: Exception) -> ModelError:
+    return ModelError(
+        f"model.path = {str(path)!r}{f' with gguf = {gguf!r}' if gguf else ''} cannot be loaded; "
+        "expected a hub id or a local folder with config.json, tokenizer and weights; transformers says: "
+        f"{str(error).strip().splitlines()[0]}"
+    )
 
 
 def _check_supported(config) -> None:
@@ -87,8 +123,11 @@ def _check_supported(config) -> None:
         raise ModelError("this architecture is not supported: " + "; ".join(problems))
 
 
-def _decoder(model) -> Decoder:
-    config, rotary = model.config, model.model.rotary_emb
+def decoder_of(config) -> Decoder:
+    """The shape that a supported transformers configuration describes."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
     return Decoder(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -186,6 +225,29 @@ class Network:
         """Hidden states -> logits [B, L, V]."""
         return self.model.lm_head(hidden_BLD)
 
+    def greedy(self, ids_L: Tensor, new_tokens: int, eos: int | None = None) -> list[int]:
+        """At most `new_tokens` greedy tokens behind `ids_L`, without a cache; ends behind `eos`."""
+        ids = ids_L.tolist()
+        made: list[int] = []
+        with torch.no_grad():
+            while len(made) < new_tokens and (not made or made[-1] != eos):
+                hidden_LD = self.hidden(torch.tensor([ids + made]))[0]
+                made.append(int(self.logits(hidden_LD[-1]).argmax()))
+        return made
+
+    def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
+        """A call that decodes one token behind `context_BL`, every time from the same cache. For the full network."""
+        cache = self.model.model(context_BL.to(self.device), use_cache=True).past_key_values
+        token_BL = context_BL[:, -1:].to(self.device)
+
+        @torch.no_grad()
+        def step() -> Tensor:
+            logits = self.model(token_BL, past_key_values=cache, use_cache=True).logits
+            cache.crop(context_BL.shape[1])
+            return logits
+
+        return step
+
     # -- weights --
 
     def matrix(self, name: str) -> nn.Parameter:
@@ -254,6 +316,15 @@ class Network:
         self._modules[site.name].weight = weight
         if site.name == "embedding" and self.decoder.tied:
             self.model.lm_head.weight = weight
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they lie in memory; a tied table counts once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def save_configuration(self, folder: Path) -> None:
+        """Write config.json and generation_config.json, as transformers reads them."""
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
 
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys."""

@@ -33,7 +33,7 @@ def silent(_: Progress) -> None:
 
 
 def duration(seconds: float) -> str:
-    """75 -> `1m15s`, 4000 -> `1h07m`."""
+    """75 -> `1m15s`, 4000 -> `1h06m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -152,8 +152,17 @@ class ModelSection(Section):
         return not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path) or Path(self.path).is_dir()
 
 
+def _string_too(schema: dict[str, Any]) -> None:
+    described = {key: schema.pop(key) for key in ("title", "description")}
+    mapping = dict(schema)
+    schema.clear()
+    schema |= {**described, "anyOf": [{"type": "string"}, mapping]}
+
+
 class TextSource(Section):
     """A text: a local file (written as a plain string) or a column of a data set on the hub."""
+
+    model_config = ConfigDict(json_schema_extra=_string_too)
 
     file: str | None = None
     """Path of a UTF-8 text file, relative to the recipe's folder."""
@@ -393,7 +402,7 @@ class Recipe(Section):
         except ValidationError as error:
             details = error.errors(include_url=False)
             # a list whose items are wrong is also reported as too short: once is enough
-            wrong = {detail["loc"][:-1] for detail in details}
+            wrong = {detail["loc"][:i] for detail in details for i in range(len(detail["loc"]))}
             problems = [
                 _problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong
             ]
@@ -509,6 +518,8 @@ def _problem(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if detail["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
+    if detail["type"] == "too_short":
+        message = "expected at least one item"
     shown = f"{path} = {_short(detail['input'])}" if path else "recipe"
     explained = detail["type"] != "value_error" and meaning
     return f"{shown}: {message[:1].lower()}{message[1:]}" + (f"; it is: {meaning}" if explained else "")

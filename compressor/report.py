@@ -636,6 +636,8 @@ def _policy_colours(report: Report) -> dict[str, str]:
 
 
 def _search_figure(report: Report) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(7.5, 4.2)
     axes = figure.add_subplot()
     colours = _policy_colours(report)
@@ -654,6 +656,7 @@ def _search_figure(report: Report) -> Figure:
     _plain_log(axes)
     _clean(axes)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         xlabel="evaluations",
         ylabel="KL to the teacher, nats per token",

@@ -13,11 +13,12 @@ A dropped sub-layer has none of its tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from compressor.plan import Action, Matrix, Plan, Site
+from compressor.plan import Action, Format, Matrix, Plan, Site
 from compressor.quantize import Weight
 
 
@@ -89,3 +90,39 @@ class Student:
     plan: Plan
     matrices: dict[str, Weight]
     vectors: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights in their stored layout: `{matrix}:{part}` and `{vector}`."""
+        return {**matrix_tensors(self.matrices), **self.vectors}
+
+    @classmethod
+    def from_tensors(cls, decoder: Decoder, plan: Plan, stored: Mapping[str, Tensor]) -> Student:
+        """The inverse of `tensors`."""
+        matrices = {}
+        for site in decoder.sites():
+            matrices |= matrices_from(site, plan[site.name], stored)
+        return cls(decoder, plan, matrices, {name: t for name, t in stored.items() if ":" not in name})
+
+
+def matrix_tensors(matrices: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Weights -> tensors in their stored layout, named `{matrix}:{part}`."""
+    return {f"{name}:{part}": tensor for name, w in matrices.items() for part, tensor in w.tensors().items()}
+
+
+def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> dict[str, Weight]:
+    """The weights of a site under an action, out of the tensors that `matrix_tensors` made."""
+    if action.keep == 0:
+        return {}
+    matrices = {}
+    for matrix in site.matrices:
+        parts = {part: stored[key] for part in ("values", "codes", "scales", "zeros") if (key := f"{matrix.name}:{part}") in stored}
+        columns = matrix.shape(action.keep, site.units)[1]
+        matrices[matrix.name] = Weight.from_tensors(Format.parse(action.format), columns, parts)
+    return matrices
+
+
+def full_plan(decoder: Decoder, format: str, table_format: str) -> Plan:
+    """Nothing pruned: attention and feed-forward in one format, embedding and head in another."""
+    return Plan(
+        tuple((s.name, Action(s.units, table_format if s.layer is None else format)) for s in decoder.sites())
+    )

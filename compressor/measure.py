@@ -1,0 +1,148 @@
+"""Measures exported students as they are deployed: quality, time, memory. Puts `eval` and `compressor.export` together."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compressor.export import BenchCalls, OnnxDecoder
+from compressor.export.runtime import Device
+from compressor.model import Network
+from eval.memory import peak_growth_bytes
+from eval.timing import time_call
+
+@dataclass(frozen=True)
+class Target:
+    """Where students run: device, threads (None for one a core), tokens of the prefill and of the decode's context."""
+
+    device: Device
+    threads: int | None
+    prefill_tokens: int
+    context: int
+
+    @property
+    def environment(self) -> dict[str, str | int | None]:
+        """Everything that changes a time, as the key of the latency table."""
+        return {
+            "cpu": processor(),
+            "cores": cores(),
+            "device": self.device,
+            "threads": self.threads,
+            "runtime": f"onnxruntime {runtime_version()}",
+            "prefill_tokens": self.prefill_tokens,
+            "context": self.context,
+        }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds: the median of the rounds' medians, the lowest and the highest of them."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+    @classmethod
+    def of(cls, medians_ms: list[float]) -> Spread:
+        return cls(float(np.median(medians_ms)), min(medians_ms), max(medians_ms))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Time of one prefill and of one decoded token."""
+
+    prefill: Spread
+    decode: Spread
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Times:
+        return cls(Spread(**data["prefill"]), Spread(**data["decode"]))
+
+
+def time_models(
+    models: Mapping[str, Callable[[], AbstractContextManager[BenchCalls]]],
+    *,
+    rounds: int = 3,
+    prefills: int = 4,
+    decodes: int = 24,
+    progress: Callable[[int, int, str], None] = lambda done, total, message: None,
+) -> dict[str, Times]:
+    """Prefill and decode times of several models, by name.
+
+    Models are open one at a time, since idle sessions spin; they take turns over `rounds`, so that what else the machine
+    does meets all of them.
+
+    Args:
+        models: how to open each for timing; see `opened` and `opened_torch`.
+    """
+    medians: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    for turn in range(rounds):
+        for index, (name, open_model) in enumerate(models.items()):
+            with open_model() as calls:
+                medians[name][0].append(time_call(calls.prefill, repeats=prefills).median_ms)
+                medians[name][1].append(time_call(calls.decode, repeats=decodes).median_ms)
+            progress(turn * len(models) + index + 1, rounds * len(models), name)
+    return {name: Times(Spread.of(prefill), Spread.of(decode)) for name, (prefill, decode) in medians.items()}
+
+
+@contextmanager
+def opened(folder: Path, target: Target) -> Iterator[BenchCalls]:
+    """An exported folder, as calls to be timed."""
+    with OnnxDecoder(folder, target.device, target.threads) as decoder:
+        yield decoder.bench_callables(target.prefill_tokens, target.context)
+
+
+@contextmanager
+def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
+    """The teacher in torch, as calls to be timed; on the network's device, with torch's own number of threads."""
+    ids_BL = torch.zeros(1, target.prefill_tokens, dtype=torch.int64)
+    step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
+    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)), step, lambda: None)
+
+
+def peak_memory_bytes(folder: Path, target: Target) -> int:
+    """Memory that an exported folder takes at its highest: opened, one prefill, eight decoded tokens."""
+    return peak_growth_bytes(_use, folder, target)
+
+
+def _use(folder: Path, target: Target) -> None:
+    with OnnxDecoder(folder, target.device, target.threads) as decoder:
+        _, cache = decoder.prefill(np.zeros(target.prefill_tokens, np.int64))
+        for _ in range(8):
+            _, cache = decoder.step(0, cache)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def runtime_version() -> str:
+    """Version of ONNX Runtime, whichever package brought it."""
+    import onnxruntime
+
+    return onnxruntime.__version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    packages = ("torch", "transformers", "onnx", "numpy")
+    return {"python": platform.python_version(), "onnxruntime": runtime_version()} | {p: version(p) for p in packages}

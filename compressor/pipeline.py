@@ -1,0 +1,289 @@
+"""The main job, top to bottom:
+
+recipe -> teacher, text -> bank -> sensitivities, latency -> search -> student -> distilled -> ONNX -> measured report
+
+Every stage keeps its result in the run's folder under a key of what it was made from, so the same call goes on where
+the last one stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor import actions, distill, report, results
+from compressor.bank import Bank
+from compressor.errors import GateError, RecipeError
+from compressor.executor import Executor
+from compressor.export import exported_bytes, fixed_bytes, site_stack
+from compressor.folder import save_folder
+from compressor.ledger import Ledger
+from compressor.measure import Target, opened, time_models
+from compressor.model import Teacher, load_teacher
+from compressor.plan import Action, ActionMenu, Plan, Score
+from compressor.progress import ProgressCallback, silent
+from compressor.recipe import Recipe
+from compressor.search import Trials, best, build_problem, run_policy
+from compressor.sensitivity import sensitivities
+from compressor.stages import Stages, key_of
+from compressor.student import Student, full_plan
+from compressor.text import load_tokens, tokens_digest
+from eval.latency import LatencyModel, LatencyTable, Milliseconds
+from policies import POLICIES, Problem
+
+
+def compress(
+    recipe: Recipe, out: Path, *, trust_remote_code: bool = False, progress: ProgressCallback = silent
+) -> report.Report:
+    """Run a recipe into the folder `out`; the exported student lies in `out/onnx`, the report in `out/report.md`.
+
+    Raises:
+        CompressorError: a stage could not go on; what was finished is kept.
+        GateError: the result misses the recipe's gate; everything is written nevertheless.
+    """
+    run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress))
+    sensitivity = find_sensitivities(run)
+    latency = measure_latency(run)
+    problem = pose(run, sensitivity, latency)
+    trials = search(run, problem)
+    plan, _ = best(trials[recipe.search.policy])
+    student, curve = recover(run, plan)
+    folders = export(run, problem, trials, student)
+    result = results.collect(run, problem, latency, trials, student, curve, folders)
+    report.write(result, out)
+    if missed := [line for line in result.gate if not line.passed]:
+        lines = "; ".join(f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in missed)
+        raise GateError(f"{lines}. The student is in {out / recipe.export.folder}; raise the budget or loosen the gate")
+    return result
+
+
+# Before the search ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of token ids, [N, L] each: scoring plans, deciding what distillation keeps, statistics and training, and
+    the text that nothing sees before the end."""
+
+    score_NL: Tensor
+    held_out_NL: Tensor
+    calibration_NL: Tensor
+    evaluation_NL: Tensor
+
+    @classmethod
+    def read(cls, recipe: Recipe, tokenizer) -> Texts:
+        """The calibration text gives scoring and held-out windows first, then the rest."""
+        data, count = recipe.data, recipe.search.tokens // recipe.data.sequence_length
+        total = data.calibration_tokens + 2 * recipe.search.tokens
+        windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length)
+        evaluation_NL = load_tokens(data.evaluation, tokenizer, data.evaluation_tokens, data.sequence_length)
+        return cls(windows_NL[:count], windows_NL[count : 2 * count], windows_NL[2 * count :], evaluation_NL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of one run share."""
+
+    recipe: Recipe
+    out: Path
+    stages: Stages
+    target: Target
+    teacher: Teacher
+    texts: Texts
+    bank: Bank
+    menu: ActionMenu
+
+    @cached_property
+    def executor(self) -> Executor:
+        """Made when the first plan has to be scored: it holds a copy of the teacher."""
+        return Executor(self.bank, self.texts.score_NL)
+
+
+def target_of(recipe: Recipe) -> Target:
+    """Where the student will run; `auto` takes the GPU where torch sees one."""
+    device = recipe.target.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    workload = recipe.target.workload
+    return Target(device, recipe.target.threads, workload.prefill, workload.context)
+
+
+def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) -> Run:
+    """Load the teacher and the texts, and take the teacher's statistics."""
+    model = recipe.model
+    with stages.timed("teacher"):
+        teacher = load_teacher(
+            model.path, gguf=model.gguf, revision=model.revision, trust_remote_code=trust_remote_code
+        )
+        texts = Texts.read(recipe, teacher.tokenizer)
+        teacher.network.to("cuda" if torch.cuda.is_available() and recipe.target.device != "cpu" else "cpu")
+    fisher_NL = texts.calibration_NL[: len(texts.score_NL)]
+    bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
+    with stages.timed("statistics") as report_progress:
+        bank.statistics(report_progress)
+    menu = actions.menu(recipe.search, teacher.network.decoder.sites())
+    return Run(recipe, out, stages, target_of(recipe), teacher, texts, bank, menu)
+
+
+def find_sensitivities(run: Run) -> dict[str, np.ndarray]:
+    """Predicted KL of every action, by site name: float64 [actions]."""
+
+    def make(report_progress) -> dict[str, list[float]]:
+        return {name: values.tolist() for name, values in sensitivities(run.bank, run.menu, report_progress).items()}
+
+    stored = run.stages.value("sensitivity", key_of(run.bank.key, menu_json(run.menu)), make)
+    return {name: np.array(values) for name, values in stored.items()}
+
+
+def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
+    """A menu as JSON, for keys."""
+    return {name: [str(action) for action in choices] for name, choices in menu.items()}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made."""
+
+    model: LatencyModel
+    fp32_bytes: int
+    fp32_ms: Milliseconds
+
+
+def measure_latency(run: Run) -> Latency:
+    """Measure the table's missing entries, and two whole models that scale it: the teacher in fp32, and a small plan."""
+    decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
+    sites = decoder.sites()
+    anchors = {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, sites)}
+    folders = {name: run.out / "stages" / f"anchor-{name}" for name in anchors}
+    wanted = [(site, action) for site in sites for action in run.menu[site.name]]
+    wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
+    table = LatencyTable(run.out / "latency.json", target.environment)
+    key = key_of(run.bank.key, target.environment, menu_json(run.menu))
+
+    def make(report_progress) -> dict:
+        for name, plan in anchors.items():
+            save_folder(run.bank.realize(plan), run.teacher, folders[name])
+        stack = partial(
+            site_stack,
+            decoder,
+            prefill_tokens=target.prefill_tokens,
+            context=target.context,
+            device=target.device,
+            threads=target.threads,
+        )
+        table.measure(wanted, stack, progress=report_progress)
+        times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
+        return {
+            "bytes": exported_bytes(folders["fp32"]),
+            "ms": {name: [t.prefill.median_ms, t.decode.median_ms] for name, t in times.items()},
+        }
+
+    found = stages.value("latency", key, make)
+    measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
+    model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
+    return Latency(model, found["bytes"], measured["fp32"])
+
+
+def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
+    """Nothing pruned, everything in the smallest format that it may have."""
+    whole = {site.name: [a for a in menu[site.name] if a.keep == site.units] for site in sites}
+    if empty := [name for name, choices in whole.items() if not choices]:
+        raise RecipeError(f"search: expected 1.0 among the kept fractions of every site; {empty[0]} has none; add 1.0")
+    return Plan(tuple((site.name, min(whole[site.name], key=site.size_bytes)) for site in sites))
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+def pose(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency) -> Problem:
+    """The search as numbers.
+
+    Raises:
+        BudgetError: no plan fits.
+    """
+    decoder, budget = run.teacher.network.decoder, run.recipe.budget
+    references = {
+        "bytes": (budget.bytes, latency.fp32_bytes),
+        "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
+        "decode_ms": (budget.decode, latency.fp32_ms.decode),
+    }
+    limits = {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
+    return build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+
+
+def search(run: Run, problem: Problem) -> dict[str, Trials]:
+    """Every policy's trials, by its name: the rivals first. A plan that one had scored costs the next nothing."""
+    settings = run.recipe.search
+    numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
+    limits = [dict(problem.fixed), dict(problem.limits)]
+    key = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu), numbers, limits, settings.seed)
+    known: dict[Plan, Score] = {}
+
+    def score(plan: Plan) -> Score:
+        if plan not in known:
+            known[plan] = run.executor.score(plan)
+        return known[plan]
+
+    trials: dict[str, Trials] = {}
+    with run.stages.timed("search"):
+        for name in settings.policies:
+            ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu)
+            report_progress = run.stages.reporter(f"search: {name}")
+            trials[name] = run_policy(name, problem, settings.seed, settings.evaluations, score, ledger, report_progress)
+            known |= dict(trials[name])
+    return trials
+
+
+# After the search -----------------------------------------------------------------------------------------------------
+
+
+def recover(run: Run, plan: Plan) -> tuple[Student, distill.Curve | None]:
+    """The plan's student, distilled if the recipe says so; without distillation there is no curve."""
+    vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
+    given, wanted = run.bank.realize(plan), run.recipe.distill
+    if not wanted.steps:
+        return given, None
+    settings = distill.Settings(
+        steps=wanted.steps,
+        sequences=max(1, wanted.batch_tokens // run.recipe.data.sequence_length),
+        learning_rate=wanted.learning_rate,
+        warmup=wanted.warmup,
+        kl_weight=wanted.kl_weight,
+        hidden_weight=wanted.hidden_weight,
+        temperature=wanted.temperature,
+        seed=wanted.seed,
+    )
+    training = (run.texts.calibration_NL, run.texts.held_out_NL)
+    key = key_of(run.bank.key, plan.digest, settings.to_dict(), [tokens_digest(text) for text in training])
+
+    def make(report_progress) -> tuple[Student, dict]:
+        checkpoint = run.out / "stages" / f"distill-{key}.part"
+        student, curve = distill.distill(run.teacher.network, given, *training, settings, checkpoint, report_progress)
+        return student, curve.to_dict()
+
+    student, curve = run.stages.student("distill", key, given.decoder, make)
+    return student, distill.Curve.from_dict(curve)
+
+
+def export(run: Run, problem: Problem, trials: dict[str, Trials], student: Student) -> dict[str, Path]:
+    """Write the student where it is deployed from, and what it is compared with beside; folders by row of the report."""
+    if "uniform" in trials:
+        uniform, _ = best(trials["uniform"])
+    else:
+        uniform = POLICIES["uniform"](problem, 0).ask()
+    folders = {
+        "fp32": run.out / "stages" / "anchor-fp32",
+        "uniform": run.out / "stages" / "uniform",
+        "student": run.out / run.recipe.export.folder,
+    }
+    students = {"uniform": run.bank.realize(uniform), "student": student}
+    with run.stages.timed("export") as report_progress:
+        for done, (name, weights) in enumerate(students.items()):
+            save_folder(weights, run.teacher, folders[name])
+            report_progress(done + 1, len(students))
+    return folders

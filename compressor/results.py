@@ -1,0 +1,277 @@
+"""The last stage: measures what was exported, checks it against torch, and gathers everything into a report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from compressor import measure, report
+from compressor.distill import Curve, load_student
+from compressor.export import OnnxDecoder, exported_bytes
+from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
+from compressor.model import Network
+from compressor.plan import Plan
+from compressor.search import Trials
+from compressor.stages import key_of
+from compressor.student import Student
+from compressor.text import tokens_digest
+from eval.perplexity import Quality, compare
+from policies import Problem
+
+if TYPE_CHECKING:
+    from compressor.pipeline import Latency, Run
+
+SAMPLE_TOKENS = 32
+"""Greedy tokens of a sample, and those on which torch and ONNX Runtime are compared."""
+
+PROMPT_TOKENS = 24
+"""Tokens of the evaluation text that a sample goes on from."""
+
+ROLES: dict[str, tuple[str, str]] = {
+    "teacher": ("teacher, torch fp32", "teacher"),
+    "fp32": ("teacher, ONNX fp32", "reference"),
+    "uniform": ("uniform plan", "rival"),
+    "student": ("student", "student"),
+}
+"""Rows of the report: key -> (name, role)."""
+
+
+def collect(
+    run: Run,
+    problem: Problem,
+    latency: Latency,
+    trials: dict[str, Trials],
+    student: Student,
+    curve: Curve | None,
+    folders: dict[str, Path],
+) -> report.Report:
+    """Measure the exported folders and write down what the run found."""
+    weights = key_of(student.plan.digest, run.bank.key, curve and curve.to_dict(), folders)
+    quality = _quality(run, folders, weights)
+    times = _times(run, folders, weights)
+    memory = _memory(run, folders, weights)
+    parity, samples = _parity(run, student, folders["student"], weights)
+    rows = _rows(run, folders, quality, times, memory)
+    return report.Report(
+        environment=_environment(run, folders["fp32"]),
+        recipe=run.recipe.to_dict(),
+        protocol=_protocol(run),
+        rows=rows,
+        budget=_budget(run, problem, latency, student.plan, times, exported_bytes(folders["student"])),
+        trials=_trials(problem, trials),
+        plan=_plan(problem, student.plan),
+        distillation=_distillation(curve),
+        parity=parity,
+        samples=samples,
+        stage_seconds=dict(run.stages.seconds),
+        gate=_gate(run, quality, times, folders),
+    )
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Quality]:
+    """Perplexity and KL on the evaluation text, each model as it is deployed."""
+    network = run.teacher.network
+
+    @torch.no_grad()
+    def teacher(ids_L: np.ndarray) -> np.ndarray:
+        return network.logits(network.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
+
+    def make(progress: Callable[..., None]) -> dict[str, dict[str, float]]:
+        decoders = {key: OnnxDecoder(folder, run.target.device, run.target.threads) for key, folder in folders.items()}
+        try:
+            models = {key: decoder.logits for key, decoder in decoders.items()}
+            found = compare(teacher, models, run.texts.evaluation_NL.numpy(), progress)
+        finally:
+            for decoder in decoders.values():
+                decoder.close()
+        return {key: asdict(quality) for key, quality in found.items()}
+
+    key = key_of(weights, tokens_digest(run.texts.evaluation_NL))
+    return {name: Quality(**found) for name, found in run.stages.value("quality", key, make).items()}
+
+
+def _times(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Times]:
+    def make(progress: Callable[..., None]) -> dict[str, dict]:
+        models = {"teacher": partial(opened_torch, run.teacher.network, run.target)}
+        models |= {key: partial(opened, folder, run.target) for key, folder in folders.items()}
+        return {key: asdict(times) for key, times in time_models(models, progress=progress).items()}
+
+    key = key_of(weights, run.target.environment)
+    return {name: Times.from_dict(found) for name, found in run.stages.value("timing", key, make).items()}
+
+
+def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
+    def make(progress: Callable[..., None]) -> dict[str, int]:
+        return {key: peak_memory_bytes(folder, run.target) for key, folder in folders.items()}
+
+    return run.stages.value("memory", key_of(weights, run.target.environment), make)
+
+
+def _parity(
+    run: Run, student: Student, folder: Path, weights: str
+) -> tuple[report.Parity, tuple[report.Sample, ...]]:
+    """Logits and greedy text of ONNX Runtime against torch with the very same weights; the teacher's text beside."""
+    tolerance = run.recipe.export.parity_tolerance
+    window_L = run.texts.evaluation_NL[0]
+    prompts = [windows[:PROMPT_TOKENS] for windows in run.texts.evaluation_NL[:2]]
+    tokenizer = run.teacher.tokenizer
+
+    @torch.no_grad()
+    def make(progress: Callable[..., None]) -> dict:
+        network = run.teacher.network.copy()
+        load_student(student, network)
+        expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
+        samples, equal = [], True
+        with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:
+            found_LV = decoder.logits(window_L.numpy())
+            for done, prompt in enumerate(prompts):
+                texts = {
+                    "teacher": run.teacher.network.greedy(prompt, SAMPLE_TOKENS, tokenizer.eos_token_id),
+                    "torch": network.greedy(prompt, SAMPLE_TOKENS, tokenizer.eos_token_id),
+                    "onnx": decoder.generate(prompt.numpy(), SAMPLE_TOKENS, tokenizer.eos_token_id),
+                }
+                equal &= texts["torch"] == texts["onnx"]
+                samples.append([tokenizer.decode(ids) for ids in (prompt, texts["teacher"], texts["onnx"])])
+                progress(done + 1, len(prompts))
+        error = float(np.linalg.norm(found_LV - expected_LV) / np.linalg.norm(expected_LV))
+        return {"error": error, "equal": equal, "samples": samples}
+
+    found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
+    samples = tuple(report.Sample(*texts) for texts in found["samples"])
+    return report.Parity(found["error"], found["equal"], tolerance), samples
+
+
+# Writing down ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    run: Run,
+    folders: dict[str, Path],
+    quality: dict[str, Quality],
+    times: dict[str, Times],
+    memory: dict[str, int],
+) -> tuple[report.Row, ...]:
+    sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
+    sizes["teacher"] = run.teacher.network.weight_bytes()
+    return tuple(
+        report.Row(
+            name=name,
+            role=role,  # type: ignore[arg-type]
+            perplexity=quality[key].perplexity,
+            kl=None if key == "teacher" else quality[key].kl,
+            size_bytes=sizes[key],
+            prefill_ms=_timing(times[key].prefill),
+            decode_ms=_timing(times[key].decode),
+            peak_memory_bytes=memory.get(key),
+        )
+        for key, (name, role) in ROLES.items()
+    )
+
+
+def _timing(spread: measure.Spread) -> report.Timing:
+    return report.Timing(spread.median_ms, spread.low_ms, spread.high_ms)
+
+
+def _budget(
+    run: Run, problem: Problem, latency: Latency, plan: Plan, times: dict[str, Times], size: int
+) -> tuple[report.BudgetLine, ...]:
+    """Predicted beside measured. A machine that got faster or slower since the table was made moves all times alike, so
+    predictions and relative limits are carried over by the fp32 export, which is measured anew."""
+    cost = problem.cost(problem.indices(plan))
+    budget, fp32 = run.recipe.budget, times["fp32"]
+    drift = {
+        "prefill": fp32.prefill.median_ms / latency.fp32_ms.prefill,
+        "decode": fp32.decode.median_ms / latency.fp32_ms.decode,
+    }
+    entries = [
+        ("bytes", budget.bytes, latency.fp32_bytes, cost["bytes"], size),
+        ("prefill", budget.prefill, fp32.prefill.median_ms, cost["prefill_ms"], times["student"].prefill.median_ms),
+        ("decode", budget.decode, fp32.decode.median_ms, cost["decode_ms"], times["student"].decode.median_ms),
+    ]
+    lines = []
+    for name, limit, reference, predicted, measured in entries:
+        if limit is not None:
+            most = limit.resolve(reference)
+            line = report.BudgetLine(name, most, predicted * drift.get(name, 1.0), measured, measured <= most)  # type: ignore[arg-type]
+            lines.append(line)
+    return tuple(lines)
+
+
+def _trials(problem: Problem, trials: dict[str, Trials]) -> tuple[report.Trial, ...]:
+    found = []
+    for policy, told in trials.items():
+        for index, (plan, score) in enumerate(told, 1):
+            cost = problem.cost(problem.indices(plan))
+            times = (cost["prefill_ms"], cost["decode_ms"])
+            found.append(
+                report.Trial(policy, index, score.kl, score.perplexity, round(cost["bytes"]), *times, plan.digest)
+            )
+    return tuple(found)
+
+
+def _plan(problem: Problem, plan: Plan) -> tuple[report.PlanEntry, ...]:
+    entries = []
+    for site, index, sensitivity in zip(problem.sites, problem.indices(plan), problem.sensitivity, strict=True):
+        action, expected = plan[site.name], float(sensitivity[index])
+        shape = (action.keep, site.units, action.format)
+        entries.append(
+            report.PlanEntry(site.name, site.kind, site.layer, *shape, site.size_bytes(action), sensitivity=expected)
+        )
+    return tuple(entries)
+
+
+def _distillation(curve: Curve | None) -> report.Distillation | None:
+    if curve is None:
+        return None
+    held_out = dict(curve.held_out)
+    points = tuple(report.DistillPoint(i, loss, held_out.get(i)) for i, loss in enumerate(curve.losses, 1))
+    return report.Distillation(points, held_out[0], held_out[curve.kept_step], curve.kept_step > 0)
+
+
+def _gate(
+    run: Run, quality: dict[str, Quality], times: dict[str, Times], folders: dict[str, Path]
+) -> tuple[report.GateLine, ...]:
+    gate, fp32, student = run.recipe.gate, times["fp32"], times["student"]
+    lines = []
+    if gate.perplexity_ratio is not None:
+        ratio = quality["student"].perplexity / quality["teacher"].perplexity
+        lines.append(report.GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
+    entries = [
+        ("bytes", gate.bytes, exported_bytes(folders["fp32"]), exported_bytes(folders["student"])),
+        ("prefill", gate.prefill, fp32.prefill.median_ms, student.prefill.median_ms),
+        ("decode", gate.decode, fp32.decode.median_ms, student.decode.median_ms),
+    ]
+    for name, limit, reference, measured in entries:
+        if limit is not None:
+            most = limit.resolve(reference)
+            lines.append(report.GateLine(name, most, measured, measured <= most))  # type: ignore[arg-type]
+    return tuple(lines)
+
+
+def _environment(run: Run, folder: Path) -> report.Environment:
+    with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:
+        provider = decoder.provider
+    threads = run.target.threads or measure.cores()
+    return report.Environment(platform.platform(), measure.processor(), threads, provider, measure.versions())
+
+
+def _protocol(run: Run) -> str:
+    count, length = run.texts.evaluation_NL.shape
+    target = run.target
+    return (
+        f"Perplexity and KL: {count} windows of {length} tokens of the evaluation text that do not overlap, every token but "
+        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it. Prefill: "
+        f"{target.prefill_tokens} tokens into an empty cache. Decode: one token behind {target.context} cached ones. "
+        "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
+        "growth of resident memory in a fresh process over loading, one prefill and eight decoded tokens."
+    )

@@ -1,0 +1,88 @@
+"""What a finished stage left, on disk under a key of what it was made from; and how long every stage took.
+
+    stages/{name}.json           {"key": ..., "seconds": ..., "value": ...}
+    stages/{name}.safetensors    the weights of a student, beside the JSON that names their key
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save
+
+from compressor.files import write_bytes_atomic, write_json_atomic
+from compressor.plan import Plan
+from compressor.progress import Progress, ProgressCallback
+from compressor.student import Decoder, Student
+
+T = TypeVar("T")
+
+
+def key_of(*parts: object) -> str:
+    """Sixteen hex digits that name some JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Stages:
+    """The stages of one run.
+
+    Args:
+        folder: where their results lie.
+        progress: told what goes on.
+    """
+
+    def __init__(self, folder: Path, progress: ProgressCallback):
+        self.folder, self._progress = folder, progress
+        self.seconds: dict[str, float] = {}
+
+    def reporter(self, stage: str) -> Callable[..., None]:
+        """`report(done, total, message="")` for one stage."""
+        return lambda done, total, message="": self._progress(Progress(stage, done, total, str(message)))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[Callable[..., None]]:
+        """A stage that keeps its own results: timed only. Gives the stage's reporter."""
+        report, start = self.reporter(name), time.monotonic()
+        report(0, 1)
+        yield report
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        report(1, 1)
+
+    def value(self, name: str, key: str, make: Callable[[Callable[..., None]], T]) -> T:
+        """The JSON value of a stage: read if it was made under the same key, else `make(reporter)`."""
+        stored = self._stored(name, key)
+        if stored is None:
+            with self.timed(name) as report:
+                value = make(report)
+            stored = {"key": key, "seconds": self.seconds[name], "value": value}
+            write_json_atomic(self.folder / f"{name}.json", stored)
+        self.seconds[name] = stored["seconds"]
+        return stored["value"]
+
+    def student(
+        self, name: str, key: str, decoder: Decoder, make: Callable[[Callable[..., None]], tuple[Student, Any]]
+    ) -> tuple[Student, Any]:
+        """A student and a JSON value beside it, in the same way."""
+        weights = self.folder / f"{name}.safetensors"
+
+        def write(report: Callable[..., None]) -> dict:
+            student, value = make(report)
+            tensors = {key: tensor.contiguous() for key, tensor in student.tensors().items()}
+            write_bytes_atomic(weights, save(tensors))
+            return {"plan": student.plan.to_json(), "value": value}
+
+        record = self.value(name, key, write)
+        return Student.from_tensors(decoder, Plan.from_json(record["plan"]), load_file(weights)), record["value"]
+
+    def _stored(self, name: str, key: str) -> dict | None:
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return None
+        stored = json.loads(path.read_text())
+        return stored if stored["key"] == key else None

@@ -1,0 +1,86 @@
+"""Wall-clock time of calls: warm-up, cold caches, medians, alternation. Times callables and knows nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FALLBACK_CACHE_BYTES = 32 << 20
+"""Assumed size of the last-level cache where the system does not tell."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of the time of one call, in milliseconds, over `repeats` calls."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Timing:
+        low, median, high = np.percentile(samples_ms, (25, 50, 75)).tolist()
+        return cls(median, low, high, len(samples_ms))
+
+
+def time_call(
+    call: Callable[[], object], *, warmup: int = 2, repeats: int = 10, before: Callable[[], object] | None = None
+) -> Timing:
+    """Time `call`; `before` runs ahead of every call, outside the measured time."""
+    return interleave([call], warmup=warmup, repeats=repeats, before=before)[0]
+
+
+def interleave(
+    calls: Sequence[Callable[[], object]],
+    *,
+    warmup: int = 2,
+    repeats: int = 10,
+    before: Callable[[], object] | None = None,
+) -> list[Timing]:
+    """Time several calls in alternation, so that what else the machine does meets all of them alike.
+
+    Args:
+        warmup: rounds that are not counted.
+        repeats: rounds that are; at least 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats = {repeats}: at least 1 call must be timed")
+    samples: list[list[float]] = [[] for _ in calls]
+    for turn in range(warmup + repeats):
+        for call, into in zip(calls, samples, strict=True):
+            if before is not None:
+                before()
+            start = time.perf_counter()
+            call()
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            if turn >= warmup:
+                into.append(elapsed_ms)
+    return [Timing.of(sample) for sample in samples]
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that the first processor has."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=FALLBACK_CACHE_BYTES)
+
+
+class CacheFlusher:
+    """Called before a timed call, it leaves none of the call's weights in the processor's caches.
+
+    A whole model does not fit there, so a single layer timed with hot caches looks faster than it will be.
+    """
+
+    def __init__(self, size_bytes: int | None = None):
+        self._buffer = np.ones((size_bytes or 2 * last_level_cache_bytes()) // 8)
+
+    def __call__(self) -> None:
+        # written, not only read: exclusive last-level caches keep lines that were only read elsewhere
+        self._buffer += 1.0

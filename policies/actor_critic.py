@@ -1,0 +1,368 @@
+"""An off-policy actor-critic over plans: it starts from dynamic programming and learns what isn't additive.
+
+The decision process: state = a site, what was decided before it, what is left of each budget; action = the site's action,
+masked such that the budget stays reachable (AMC's action wall, He et al. 2018); deterministic; reward -log KL at the end.
+
+    actor    p(a | state) ~ exp(prior[s, a] + f(state, action))     prior = -(x + price * cost) / tau, x from the critic
+    critic   log KL of the whole plan, an ensemble (`policies.critic`): fitted to every plan that was ever scored
+    value    V(state), a second output of the actor's network: the baseline of the policy gradient
+
+A generation: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
+entropy bonus); let actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al. 2024)
+propose in imagination; ask for the plans of least predicted log KL: the first by the mean, the others by one posterior
+sample each (Thompson 1933), none of them run before.
+
+Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
+every generation from the ledger alone, so that an interrupted search resumes exactly; the features are relative (shares,
+fractions, slacks), so that weights of another budget or model may start them.
+
+Letters: B walks, S sites, A actions, P features of a state, Q of an action, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.plan import Format, Plan, Score
+from policies.base import History, generator
+from policies.critic import Critic
+from policies.dynamic_programming import prices, solve, tempered
+from policies.problem import UNITS, Problem
+from policies.random import random_plan
+from policies.uniform import uniform_plans
+
+METRICS = {
+    "generation": "number of the generation, from 0",
+    "scored": "plans in the ledger when it began",
+    "critic_error": "root mean square error of the critic's fit on the ledger, in log KL",
+    "critic_scale": "the most probable common scale of the critic's corrections; 1 is the prior's own",
+    "rank_correlation": "Spearman's, of predictions against scores on the newest generation, before fitting it",
+    "surprise": "mean of score - prediction on the newest generation, in log KL; above 0 the critic was too hopeful",
+    "spread": "mean standard deviation over the ensemble of the proposals' predictions, in log KL",
+    "predicted": "least mean prediction among the proposals, in log KL",
+    "best": "least log KL told so far",
+    "entropy": "mean entropy of the actor at a site after its training, in nats",
+    "gain": "mean predicted log KL of the actor's walks after its training less before; below 0 it learned",
+    "value_error": "variance of the returns that V leaves unexplained, as a share of their variance",
+    "from_actor": "proposals of the generation that the actor's walks led to; the others: exchanges and programming",
+}
+"""What the dicts in `ActorCritic.log` hold."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """warm_up: plans scored before learning begins (dynamic programming, one uniform, tempered ones).
+    generation: plans proposed at once. hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
+    rounds, children: of the search in imagination. members: of the critic's ensemble.
+    """
+
+    warm_up: int = 8
+    generation: int = 4
+    hidden: int = 32
+    steps: int = 12
+    walks: int = 48
+    learning_rate: float = 0.01
+    entropy: float = 0.003
+    rounds: int = 40
+    children: int = 256
+    members: int = 9
+
+
+class ActorCritic:
+    """log: one dict a generation; its keys are explained in `METRICS`.
+
+    weights: what `ActorCritic.weights` held after another search; None starts at the prior.
+    """
+
+    name = "actor_critic"
+
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int = 0,
+        settings: Settings = Settings(),
+        weights: dict[str, Tensor] | None = None,
+    ):
+        self.problem, self.seed, self.settings, self.start = problem, seed, settings, weights
+        self.history = History(problem)
+        self.reference = solve(problem)
+        self.weights = weights
+        self.log: list[dict[str, float]] = []
+        self._proposals: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def ask(self) -> Plan:
+        told = len(self.history)
+        if told < self.settings.warm_up:
+            return self.problem.plan(self._warm_up(told))
+        number = (told - self.settings.warm_up) // self.settings.generation
+        if self._proposals[0] != number:
+            self._proposals = number, self._generation(number)
+        untold = (indices for indices in self._proposals[1] if indices not in self.history)
+        return self.problem.plan(next(untold, self.history.best()))
+
+    def tell(self, plan: Plan, score: Score) -> None:
+        self.history.add(plan, score)
+
+    def _warm_up(self, told: int) -> np.ndarray:
+        """What every search scores first: dynamic programming as predicted, the largest uniform plan, tempered ones."""
+        firsts = [self.reference, uniform_plans(self.problem)[0]]
+        for indices in firsts[: told + 1]:
+            if indices not in self.history:
+                return indices
+        return tempered(self.problem, self.seed, self.history)
+
+    def _generation(self, number: int) -> list[np.ndarray]:
+        """The plans of a generation, in the order in which they are asked for, and some to spare."""
+        settings, problem = self.settings, self.problem
+        scored = settings.warm_up + number * settings.generation
+        plans_NS = np.stack(self.history.plans[:scored])
+        log_kl_N = np.array(self.history.log_kl[:scored])
+        seen = {plan.tobytes() for plan in plans_NS}
+        rng = generator(self.seed, scored)
+
+        newest = slice(scored - settings.generation, scored)
+        earlier = Critic(problem, self.reference, members=1)
+        earlier.fit(plans_NS[: newest.start], log_kl_N[: newest.start], rng)
+        foretold = earlier.predict(plans_NS[newest], 0)
+        critic = Critic(problem, self.reference, settings.members)
+        critic.fit(plans_NS, log_kl_N, rng)
+        actor = Actor(problem, critic.terms_ESA[0], settings, self.start, rng)
+        metrics = actor.improve(critic)
+        walks_BS = actor.walk(256)[0]
+
+        proposals: list[np.ndarray] = []
+        from_actor = 0
+        elite_PS = plans_NS[log_kl_N.argsort()[:6]]
+        for slot in range(settings.generation):
+            member = 0 if slot == 0 else 1 + (number * settings.generation + slot) % (settings.members - 1)
+            acquire = (lambda p: critic.predict(p).mean(0)) if slot == 0 else (lambda p, e=member: critic.predict(p, e))
+            programmed_S = solve(problem, critic.terms_ESA[member], width=300)
+            pool_PS = np.concatenate([elite_PS, programmed_S[None], walks_BS])
+            origin_P = np.arange(len(pool_PS)) > len(elite_PS)
+            ranked_PS, origin_P = exchange(problem, pool_PS, origin_P, acquire, settings, rng)
+            fresh = [(p, o) for p, o in zip(ranked_PS, origin_P) if p.tobytes() not in seen]
+            proposals += [p for p, _ in fresh[:1]]
+            seen |= {p.tobytes() for p, _ in fresh[:1]}
+            from_actor += sum(int(o) for _, o in fresh[:1])
+        spare = [p for p, _ in fresh[1:]] + [random_plan(problem, rng) for _ in range(50)]
+        predicted_EB = critic.predict(np.stack(proposals or [self.history.best()]))
+        self.weights = actor.weights()
+        self.log.append(
+            {
+                "generation": number,
+                "scored": scored,
+                "critic_error": float(np.sqrt(np.mean((critic.predict(plans_NS, 0) - log_kl_N) ** 2))),
+                "critic_scale": critic.scale,
+                "rank_correlation": spearman(foretold, log_kl_N[newest]),
+                "surprise": float(np.mean(log_kl_N[newest] - foretold)),
+                "spread": float(predicted_EB.std(0).mean()),
+                "predicted": float(predicted_EB.mean(0).min()),
+                "best": float(log_kl_N.min()),
+                **metrics,
+                "from_actor": from_actor,
+            }
+        )
+        return proposals + [p for p in spare if p.tobytes() not in seen]
+
+
+class Actor:
+    """Policy and value over walks; scores every menu with one network."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        x_SA: np.ndarray,
+        settings: Settings,
+        start: dict[str, Tensor] | None,
+        rng: np.random.Generator,
+    ):
+        """x_SA: the critic's sensitivities."""
+        self.problem, self.settings = problem, settings
+        self.random = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        self.valid_SA = torch.tensor(problem.valid_SA)
+        self.prior_SA = torch.tensor(prior_logits(problem, x_SA), dtype=torch.float32)
+        self.x_SA = torch.tensor(x_SA / x_SA[problem.valid_SA].mean(), dtype=torch.float32)
+        self.site_SP, self.action_SAQ = features(problem, x_SA)
+        state = self.site_SP.shape[1] + 2 * self.action_SAQ.shape[2] + len(UNITS) + 1
+        self.parameters = start or fresh_weights(state, self.action_SAQ.shape[2], settings.hidden, self.random)
+        self.parameters = {name: w.clone().requires_grad_() for name, w in self.parameters.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: w.detach().clone() for name, w in self.parameters.items()}
+
+    def __call__(self, state_BP: Tensor, action_BAQ: Tensor) -> tuple[Tensor, Tensor]:
+        """(additions to the prior's logits [..., A], values [...])."""
+        w = self.parameters
+        hidden_BH = state_BP @ w["state"] + w["bias"]
+        both_BAH = torch.tanh(hidden_BH[..., None, :] + action_BAQ @ w["action"])
+        value_B = (torch.tanh(state_BP @ w["value_in"]) @ w["value_out"])[..., 0] + w["value_bias"]
+        return (both_BAH @ w["out"])[..., 0], value_B
+
+    @torch.no_grad()
+    def walk(self, count: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Samples plans: (plans [B, S], states [B, S, P], masks [B, S, A])."""
+        problem, width = self.problem, self.action_SAQ.shape[2]
+        left_BD = np.repeat(problem.room_D[None], count, 0)
+        before_BQ, same = torch.zeros(count, width), {kind: torch.zeros(count, width) for kind in KINDS}
+        sum_B, rows = torch.zeros(count), np.arange(count)
+        axes = [list(UNITS).index(name) for name in problem.budgets]
+        chosen, states, masks = [], [], []
+        for s, site in enumerate(problem.sites):
+            slack_B3 = torch.ones(count, len(UNITS))
+            slack_B3[:, axes] = torch.tensor(problem.slack(s, left_BD), dtype=torch.float32)
+            summed_B1 = torch.log1p(sum_B)[:, None]
+            static_BP = self.site_SP[s].expand(count, -1)
+            state_BP = torch.cat([static_BP, before_BQ, same[site.kind], slack_B3, summed_B1], 1)
+            mask_BA = torch.tensor(problem.allowed(s, left_BD))
+            logits_BA, _ = self(state_BP, self.action_SAQ[s].expand(count, -1, -1))
+            logits_BA = (logits_BA + self.prior_SA[s]).masked_fill(~mask_BA, -torch.inf)
+            noise_BA = -torch.log(torch.empty(logits_BA.shape).exponential_(generator=self.random))
+            choice_B = (logits_BA + noise_BA).argmax(1).numpy()
+            left_BD = left_BD - problem.units_SAD[s, choice_B]
+            before_BQ = self.action_SAQ[s, choice_B]
+            same = {**same, site.kind: before_BQ}
+            sum_B = sum_B + self.x_SA[s, choice_B]
+            chosen.append(choice_B)
+            states.append(state_BP)
+            masks.append(mask_BA)
+        assert (problem.used(np.stack(chosen, 1))[rows] <= problem.room_D).all()
+        return np.stack(chosen, 1), torch.stack(states, 1), torch.stack(masks, 1)
+
+    def improve(self, critic: Critic) -> dict[str, float]:
+        """Policy gradient on imagined walks. Returns the actor's part of `METRICS`."""
+        settings = self.settings
+        optimizer = torch.optim.Adam(self.parameters.values(), settings.learning_rate)
+        means, entropy, value_error = [], 0.0, 1.0
+        for _ in range(settings.steps):
+            plans_BS, state_BSP, mask_BSA = self.walk(settings.walks)
+            predicted_B = critic.predict(plans_BS).mean(0)
+            means.append(predicted_B.mean())
+            returns_B = torch.tensor(-(predicted_B - predicted_B.mean()) / (predicted_B.std() + 1e-6), dtype=torch.float32)
+            logits_BSA, value_BS = self(state_BSP, self.action_SAQ)
+            logits_BSA = (logits_BSA + self.prior_SA).masked_fill(~mask_BSA, -torch.inf)
+            log_p_BSA = torch.log_softmax(logits_BSA, -1)
+            log_p_BS = log_p_BSA.gather(2, torch.tensor(plans_BS)[..., None])[..., 0]
+            advantage_BS = returns_B[:, None] - value_BS
+            entropy_term = -(log_p_BSA.exp() * log_p_BSA.masked_fill(~mask_BSA, 0.0)).sum(-1).mean()
+            actor_loss = -(advantage_BS.detach() * log_p_BS).mean() - settings.entropy * entropy_term
+            value_loss = advantage_BS.pow(2).mean()
+            optimizer.zero_grad()
+            (actor_loss + 0.5 * value_loss).backward()
+            optimizer.step()
+            entropy, value_error = float(entropy_term.detach()), float(value_loss.detach())
+        return {"entropy": entropy, "gain": float(means[-1] - means[0]), "value_error": value_error}
+
+
+KINDS = ("attention", "ffn", "embedding", "head")
+
+
+def fresh_weights(state: int, action: int, hidden: int, random: torch.Generator) -> dict[str, Tensor]:
+    """Weights of the actor's network; the outputs start at 0, so that it starts as its prior."""
+    return {
+        "state": torch.randn(state, hidden, generator=random) / state**0.5,
+        "action": torch.randn(action, hidden, generator=random) / action**0.5,
+        "bias": torch.zeros(hidden),
+        "out": torch.zeros(hidden, 1),
+        "value_in": torch.randn(state, hidden, generator=random) / state**0.5,
+        "value_out": torch.zeros(hidden, 1),
+        "value_bias": torch.zeros(()),
+    }
+
+
+def features(problem: Problem, x_SA: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What the network sees of sites [S, P] and actions [S, A, Q]; all relative, three cost columns whatever is budgeted."""
+    valid_SA, count = problem.valid_SA, len(problem.sites)
+    log_x_SA = np.log(x_SA)
+    log_x_SA = np.where(valid_SA, (log_x_SA - log_x_SA[valid_SA].mean()) / (log_x_SA[valid_SA].std() + 1e-6), 0.0)
+    cost_SA3 = np.zeros((*valid_SA.shape, len(UNITS)))
+    for d, name in enumerate(problem.budgets):
+        units_SA = np.where(valid_SA, problem.units_SAD[..., d], 0)
+        cost_SA3[..., list(UNITS).index(name)] = units_SA / max(np.abs(units_SA).max(), 1)
+    action_SAQ = np.zeros((*valid_SA.shape, 4 + len(UNITS)))
+    for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
+        for a, action in enumerate(menu):
+            bits = Format.parse(action.format).bits
+            action_SAQ[s, a, :3] = action.keep / site.units, np.log2(1 + bits) / 4, action.keep == 0
+    action_SAQ[..., 3], action_SAQ[..., 4:] = log_x_SA, cost_SA3
+    parameters_S = np.log([site.parameters + 1 for site in problem.sites])
+    site_SP = np.concatenate(
+        [
+            np.array([[site.kind == kind for kind in KINDS] for site in problem.sites], float),
+            np.linspace(-1, 1, count)[:, None],
+            (parameters_S - parameters_S.mean())[:, None],
+            log_x_SA.sum(1, keepdims=True) / valid_SA.sum(1, keepdims=True),
+            cost_SA3.max(1),
+        ],
+        axis=1,
+    )
+    return torch.tensor(site_SP, dtype=torch.float32), torch.tensor(action_SAQ, dtype=torch.float32)
+
+
+def prior_logits(problem: Problem, x_SA: np.ndarray, entropy: float = 0.3) -> np.ndarray:
+    """-(x + price * cost) / tau, [S, A]; tau such that the mean entropy of a site is `entropy` nats."""
+    priced_SA = np.where(problem.valid_SA, x_SA + problem.units_SAD @ prices(problem, x_SA), np.inf)
+    priced_SA = priced_SA - priced_SA.min(1, keepdims=True)
+    low, high = np.log(1e-6 * x_SA.max()), np.log(10 * x_SA.max())
+    for _ in range(30):
+        middle = (low + high) / 2
+        p_SA = np.exp(-priced_SA / np.exp(middle))
+        p_SA /= p_SA.sum(1, keepdims=True)
+        mean = -(p_SA * np.log(np.maximum(p_SA, 1e-30))).sum(1).mean()
+        low, high = (low, middle) if mean > entropy else (middle, high)
+    return np.where(problem.valid_SA, -priced_SA / np.exp(low), -1e9)
+
+
+def exchange(
+    problem: Problem,
+    plans_PS: np.ndarray,
+    origin_P: np.ndarray,
+    acquire: Callable[[np.ndarray], np.ndarray],
+    settings: Settings,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evolution in imagination: children change one to three sites of a parent and must fit.
+
+    acquire: plans [B, S] -> what is minimised [B]. origin_P: a mark that children inherit.
+    Returns the survivors, best first, and their marks.
+    """
+    sizes_S, count = problem.valid_SA.sum(1), len(problem.sites)
+    values_P = acquire(plans_PS)
+    for _ in range(settings.rounds):
+        keep = unique_best(plans_PS, values_P, 24)
+        plans_PS, values_P, origin_P = plans_PS[keep], values_P[keep], origin_P[keep]
+        parents = rng.integers(len(plans_PS), size=settings.children)
+        children_BS = plans_PS[parents].copy()
+        rows = np.arange(settings.children)
+        for change in range(3):
+            sites = rng.integers(count, size=settings.children)
+            fresh = rng.integers(sizes_S[sites])
+            changed = (rng.random(settings.children) < (1.0, 0.9, 0.3)[change]) & (sizes_S[sites] > 1)
+            children_BS[rows[changed], sites[changed]] = fresh[changed]
+        fits = problem.fits(children_BS)
+        if fits.any():
+            plans_PS = np.concatenate([plans_PS, children_BS[fits]])
+            values_P = np.concatenate([values_P, acquire(children_BS[fits])])
+            origin_P = np.concatenate([origin_P, origin_P[parents[fits]]])
+    keep = unique_best(plans_PS, values_P, 24)
+    return plans_PS[keep], origin_P[keep]
+
+
+def unique_best(plans_PS: np.ndarray, values_P: np.ndarray, most: int) -> np.ndarray:
+    """Positions of the `most` least values, each plan once, in order of value."""
+    kept: dict[bytes, int] = {}
+    for i in values_P.argsort(kind="stable"):
+        kept.setdefault(plans_PS[i].tobytes(), int(i))
+        if len(kept) == most:
+            break
+    return np.array(list(kept.values()))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two arrays, -1 to 1; 0 where one is constant."""
+    ranks = [x.argsort().argsort().astype(float) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0

@@ -1,0 +1,176 @@
+"""The critic: log KL of a whole plan, learned from the few plans that were really scored. Knows nothing of actors.
+
+    x_s   = sensitivity[s, a_s] * exp(sum of the corrections theta that apply to (s, a_s))
+    t     = sum_s x_s + sum_s eta_k sqrt(x_s x_s+1)        k: kinds of the two neighbours
+    log KL = b + (1 + beta) z + gamma z^2,                 z = log t - log t(prior's best plan)
+
+theta, eta, b, beta, gamma have independent normal priors around 0 (b around the prior's own prediction), so with nothing
+told the critic is the additive surrogate. There are more corrections (some 1,300 for 61 sites) than scores (20 to 150):
+the prior's groups, from whole families of actions down to one action of one site, decide how far a score speaks.
+Fitted by Gauss-Newton in the space of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble, each
+member fitted to scores with noise added from a prior mean drawn from the prior (randomized maximum a posteriori, Oliver
+et al. 1996), which for a linear model is an exact posterior sample. Departure: the noise of a score grows with its distance
+to the best one, because the form above is meant for good plans and destroyed students say little about them.
+
+Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K corrections that apply to one action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import numpy as np
+
+from compressor.plan import Action, Format, Site
+from policies.problem import Problem
+
+GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, float]]]] = {
+    # name: (standard deviation of the correction in log units, (site, action, depth -1..1) -> (key, weight))
+    "kind and bits": (0.5, lambda s, a, depth: ((s.kind, _bits(a)), 1.0)),
+    "kind and keep": (0.5, lambda s, a, depth: ((s.kind, round(8 * a.keep / s.units)), 1.0)),
+    "depth of kind and bits": (0.4, lambda s, a, depth: ((s.kind, _bits(a)), depth)),
+    "depth of pruning": (0.3, lambda s, a, depth: (s.kind, depth * (1 - a.keep / s.units))),
+    "part of the depth": (0.3, lambda s, a, depth: ((s.kind, round(3 * depth)), 1.0)),
+    "site": (0.4, lambda s, a, depth: (s.name, 1.0)),
+    "site and bits": (0.3, lambda s, a, depth: ((s.name, _bits(a)), 1.0)),
+    "site, pruned or not": (0.3, lambda s, a, depth: ((s.name, a.keep < s.units), 1.0)),
+    "site and action": (0.4, lambda s, a, depth: ((s.name, a), 1.0)),
+}
+
+OUTER_STD = (1.5, 0.3, 0.1)
+"""Standard deviations of b, beta, gamma."""
+
+SCALES = (0.35, 0.7, 1.0, 1.4)
+"""Common scales of the corrections' deviations, among which the scores choose."""
+
+NOISE = (0.03, 0.15)
+"""Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it."""
+
+NEIGHBOUR_STD = 0.4
+"""Standard deviation of eta."""
+
+
+class Critic:
+    """An ensemble; member 0 is the most probable fit, the others are posterior samples.
+
+    terms_ESA: the corrected sensitivities x of every member, in units of the prediction.
+    """
+
+    def __init__(self, problem: Problem, reference: np.ndarray, members: int = 9):
+        """reference: the prior's best plan [S]."""
+        sens_SA = problem.sensitivity_SA
+        positive = sens_SA[sens_SA > 0]
+        self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
+        self.log_sens_SA = np.log(sens_SA + self.floor)
+        self.sites = np.arange(len(problem.sites))
+        self._lay_out(problem)
+        self.members = members
+        self.scale = 1.0
+        self.log_reference = 0.0
+        self.theta_EF = np.zeros((members, len(self.std_F)))
+        self.log_reference = float(self._forward(self.theta_EF[0], reference[None])[1][0])
+        self.terms_ESA = self._terms()
+
+    def _lay_out(self, problem: Problem) -> None:
+        """Numbers the parameters: index and weight of each of the K corrections of (s, a), and the prior's deviations."""
+        shape = (len(GROUPS), *problem.valid_SA.shape)
+        self.index_KSA, self.weight_KSA = np.zeros(shape, int), np.zeros(shape)
+        numbers: dict[object, int] = {}
+        counter, std = count(), []
+        for k, (name, (deviation, describe)) in enumerate(GROUPS.items()):
+            for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
+                depth = 2 * s / max(len(problem.sites) - 1, 1) - 1
+                for a, action in enumerate(menu):
+                    key, self.weight_KSA[k, s, a] = describe(site, action, depth)
+                    if (name, key) not in numbers:
+                        numbers[name, key] = next(counter)
+                        std.append(deviation)
+                    self.index_KSA[k, s, a] = numbers[name, key]
+        kinds = [(a.kind, b.kind) for a, b in zip(problem.sites, problem.sites[1:])]
+        order = {pair: i for i, pair in enumerate(dict.fromkeys(kinds))}
+        self.pair_S = np.array([order[pair] for pair in kinds], int)
+        self.eta = len(std)
+        self.outer = self.eta + len(order)
+        self.std_F = np.array([*std, *[NEIGHBOUR_STD] * len(order), *OUTER_STD])
+
+    def _forward(self, theta_F: np.ndarray, plans_BS: np.ndarray, slopes: bool = False) -> tuple[np.ndarray, ...]:
+        """Plans -> (log KL [B], log t [B]), and the derivative of log KL by all parameters [B, F] if asked for."""
+        index_KBS = self.index_KSA[:, self.sites, plans_BS]
+        weight_KBS = self.weight_KSA[:, self.sites, plans_BS]
+        x_BS = np.exp(self.log_sens_SA[self.sites, plans_BS] + (theta_F[index_KBS] * weight_KBS).sum(0))
+        root_BS = np.sqrt(x_BS[:, 1:] * x_BS[:, :-1])
+        eta_S = theta_F[self.eta : self.outer][self.pair_S]
+        total_B = np.maximum(x_BS.sum(1) + root_BS @ eta_S, 0.05 * x_BS.sum(1))
+        z_B = np.log(total_B) - self.log_reference
+        b, beta, gamma = theta_F[self.outer :]
+        y_B = self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2
+        if not slopes:
+            return y_B, np.log(total_B)
+        share_BS = x_BS.copy()
+        share_BS[:, 1:] += 0.5 * eta_S * root_BS
+        share_BS[:, :-1] += 0.5 * eta_S * root_BS
+        by_z_B = 1 + beta + 2 * gamma * z_B
+        share_BS *= (by_z_B / total_B)[:, None]
+        rows, width = len(plans_BS), len(theta_F)
+        flat = (index_KBS + width * np.arange(rows)[:, None]).ravel()
+        slope_BF = np.bincount(flat, (weight_KBS * share_BS).ravel(), rows * width).reshape(rows, width)
+        for pair in range(self.outer - self.eta):
+            slope_BF[:, self.eta + pair] = root_BS[:, self.pair_S == pair].sum(1) * by_z_B / total_B
+        slope_BF[:, self.outer :] = np.stack([np.ones(rows), z_B, z_B**2], 1)
+        return y_B, np.log(total_B), slope_BF
+
+    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, rng: np.random.Generator) -> None:
+        """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
+        noise_N = NOISE[0] + NOISE[1] * (log_kl_N - log_kl_N.min())
+        start_F = np.zeros(len(self.std_F))
+        fits = {c: self._fit_one(plans_NS, log_kl_N, noise_N, start_F, c * self.std_F) for c in SCALES}
+        self.scale = max(fits, key=lambda c: fits[c][1])
+        std_F = self.scale * self.std_F
+        std_F[self.outer :] = self.std_F[self.outer :]
+        self.theta_EF[0] = fits[self.scale][0]
+        for e in range(1, self.members):
+            start_F = std_F * rng.standard_normal(len(std_F))
+            noisy_N = log_kl_N + noise_N * rng.standard_normal(len(log_kl_N))
+            self.theta_EF[e] = self._fit_one(plans_NS, noisy_N, noise_N, start_F, std_F)[0]
+        self.terms_ESA = self._terms()
+
+    def _fit_one(
+        self, plans_NS: np.ndarray, y_N: np.ndarray, noise_N: np.ndarray, prior_F: np.ndarray, std_F: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """The most probable parameters [F] around a prior mean, and their log evidence (Laplace)."""
+        theta_F, best, best_loss, evidence = prior_F, prior_F, np.inf, -np.inf
+        for _ in range(8):
+            predicted_N, _, slope_NF = self._forward(theta_F, plans_NS, slopes=True)
+            residual_N = y_N - predicted_N
+            loss = ((residual_N / noise_N) ** 2).sum() + (((theta_F - prior_F) / std_F) ** 2).sum()
+            scaled_NF = slope_NF * std_F
+            covariance_NN = scaled_NF @ scaled_NF.T + np.diag(noise_N**2)
+            linear_N = residual_N + slope_NF @ (theta_F - prior_F)
+            weights_N = np.linalg.solve(covariance_NN, linear_N)
+            if loss < best_loss:
+                best, best_loss = theta_F, loss
+                evidence = -0.5 * linear_N @ weights_N - 0.5 * np.linalg.slogdet(covariance_NN)[1]
+            theta_F = theta_F + 0.8 * (prior_F + std_F * (scaled_NF.T @ weights_N) - theta_F)
+        return best, evidence
+
+    def _terms(self) -> np.ndarray:
+        corrections = [(theta_F[self.index_KSA] * self.weight_KSA).sum(0) for theta_F in self.theta_EF]
+        return np.exp(self.log_sens_SA + np.stack(corrections))
+
+    def predict(self, plans_BS: np.ndarray, member: int | None = None) -> np.ndarray:
+        """log KL of plans by every member [E, B], or by one [B]."""
+        if member is None:
+            return np.stack([self.predict(plans_BS, e) for e in range(self.members)])
+        x_BS = self.terms_ESA[member][self.sites, plans_BS]
+        theta_F = self.theta_EF[member]
+        root_BS = np.sqrt(x_BS[:, 1:] * x_BS[:, :-1])
+        sum_B = x_BS.sum(1)
+        total_B = np.maximum(sum_B + root_BS @ theta_F[self.eta : self.outer][self.pair_S], 0.05 * sum_B)
+        z_B = np.log(total_B) - self.log_reference
+        b, beta, gamma = theta_F[self.outer :]
+        return self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2
+
+
+def _bits(action: Action) -> int:
+    return Format.parse(action.format).bits

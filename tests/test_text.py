@@ -1,0 +1,78 @@
+"""Windows of tokens: exact, in order, in turns."""
+
+import json
+
+import pytest
+import torch
+
+from compressor import text
+from compressor.errors import DataError
+from compressor.recipe import TextSource
+from compressor.text import load_tokens, tokens_digest
+
+
+def words(chunk, add_special_tokens, verbose):
+    """A tokenizer: every word is a number."""
+    assert not add_special_tokens
+    return {"input_ids": [int(word) for word in chunk.split()]}
+
+
+def source(tmp_path, first, count, name="a.txt"):
+    (tmp_path / name).write_text("\n".join(str(i) for i in range(first, first + count)))
+    return TextSource(file=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+def test_windows_follow_one_another(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    tokens = load_tokens([source(tmp_path, 0, 100)], words, 33, 10)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, torch.arange(30).view(3, 10))
+
+
+def test_sources_take_turns_and_drop_out(tmp_path):
+    sources = [source(tmp_path, 0, 45, "a"), source(tmp_path, 100, 19, "b"), source(tmp_path, 200, 9, "c")]
+    assert load_tokens(sources, words, 50, 10)[:, 0].tolist() == [0, 100, 10, 20, 30]
+
+
+def test_too_short_says_how_many(tmp_path):
+    with pytest.raises(DataError, match="expected 4 windows of 10 tokens, found 3.*to 30"):
+        load_tokens([source(tmp_path, 0, 39)], words, 40, 10)
+    with pytest.raises(DataError, match="at least one window of 10"):
+        load_tokens([source(tmp_path, 0, 39)], words, 9, 10)
+
+
+def test_no_more_is_read_than_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("1 2 3 4 5\n" * 3 + "not a number\n")
+    assert load_tokens([TextSource(file=str(path))], words, 10, 5).shape == (2, 5)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        load_tokens([TextSource(file=str(tmp_path / "none"))], words, 10, 10)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="expected UTF-8, found byte 0xe9"):
+        load_tokens([TextSource(file=str(tmp_path / "latin"))], words, 10, 10)
+
+
+def test_datasets(tmp_path):
+    pytest.importorskip("datasets")
+    rows = "".join(json.dumps({"words": f"{i} {i + 1}"}) + "\n" for i in range(0, 20, 2))
+    (tmp_path / "train.jsonl").write_text(rows)
+    found = TextSource(dataset=str(tmp_path), split="train", column="words")
+    assert load_tokens([found], words, 20, 5).flatten().tolist() == list(range(20))
+    with pytest.raises(DataError, match="expected the column text; choose among words"):
+        load_tokens([TextSource(dataset=str(tmp_path), split="train")], words, 20, 5)
+    with pytest.raises(DataError, match="check its name, config and split"):
+        load_tokens([TextSource(dataset=str(tmp_path), split="dev")], words, 20, 5)
+
+
+def test_digest_names_shape_and_ids():
+    tokens = torch.arange(12).view(3, 4)
+    assert tokens_digest(tokens) == tokens_digest(tokens.clone().to(torch.int32)) == tokens_digest(tokens.t().t())
+    changed = tokens.clone()
+    changed[2, 3] += 1
+    assert len({tokens_digest(t) for t in (tokens, changed, tokens.view(4, 3), tokens[:2])}) == 4
+    assert len(tokens_digest(tokens)) == 16
