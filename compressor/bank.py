@@ -146,7 +146,9 @@ class Bank:
         matrices: dict[str, Weight] = {}
         for name, action in plan.items():
             matrices |= self.variant(self.teacher.sites[name], action)
-        vectors = {name: gain.detach().cpu().clone() for name, gain in self.teacher.vectors().items()}
+        dropped = {f"{name}.norm" for name, action in plan.items() if action.keep == 0}
+        gains = self.teacher.vectors()
+        vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if name not in dropped}
         return Student(self.teacher.decoder, plan, matrices, vectors)
 
     # -- making --

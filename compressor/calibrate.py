@@ -82,6 +82,7 @@ def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int
     return tensors
 
 
+@torch.enable_grad()
 def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[int], None]) -> dict[str, Tensor]:
     generator = torch.Generator(network.device).manual_seed(seed)
     sums: dict[str, Tensor] = {}

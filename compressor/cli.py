@@ -59,12 +59,14 @@ def run(
         loaded = Recipe.load(recipe, settings or ())
         loaded.check_files()
 
+        if dry_run:
+            from compressor.estimate import dry_run as estimate
+
+            show_dry_run(estimate(loaded))
+            return
         from compressor import pipeline
         from compressor.progress import renderer, silent
 
-        if dry_run:
-            show_dry_run(pipeline.dry_run(loaded))
-            return
         folder = out or Path("runs", recipe.stem)
         if quiet:
             report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=silent)

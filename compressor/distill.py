@@ -87,12 +87,12 @@ class OnGrid(nn.Module):
         return latent_OI + step
 
 
-def load_student(student: Student, network: Network) -> None:
-    """Put a student's weights into a network."""
+def load_student(student: Student, network: Network, *, round_inputs: bool = False) -> None:
+    """Put a student's weights into a network; `round_inputs` as for `Network.install`."""
     for name, action in student.plan.items():
         site = network.sites[name]
         dense = {m.name: student.matrices[m.name].dequantize() for m in site.matrices} if action.keep else {}
-        network.install(site, action, dense)
+        network.install(site, action, dense, round_inputs=round_inputs)
     with torch.no_grad():
         for name, gain in student.vectors.items():
             network.module(name).weight.copy_(gain)
@@ -170,7 +170,7 @@ class _Trainer:
                 grid = Grid(weight.format, weight.grid.scales.to(network.device), weight.grid.zeros.to(network.device))
                 parametrize.register_parametrization(module, "weight", OnGrid(grid), unsafe=True)
                 self.parameters[name] = module.parametrizations.weight.original
-        self.parameters |= network.vectors()
+        self.parameters |= {name: network.module(name).weight for name in student.vectors}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
@@ -193,7 +193,7 @@ class _Trainer:
                 gaps = [(a - b).square().mean() / b.square().mean() for a, b in pairs]
                 loss = loss + s.hidden_weight * torch.stack(gaps).mean()
             (loss / len(batch_BL)).backward()
-            loss_value += float(loss) / len(batch_BL)
+            loss_value += float(loss.detach()) / len(batch_BL)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.plan import Action, Format, Site
-from compressor.quantize import fake_dynamic_int8
+from compressor.quantize import fake_block_int8, fake_dynamic_int8
 from compressor.student import Decoder
 
 DECODERS = ("llama",)
@@ -162,11 +162,20 @@ def _named_modules(model, decoder: Decoder) -> dict[str, nn.Module]:
     return modules
 
 
-def _quantize_input(_module: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-    """A forward pre-hook: the activation that a sub-layer reads goes through dynamic int8."""
-    if arguments:
-        return (fake_dynamic_int8(arguments[0]), *arguments[1:]), named
-    return arguments, {**named, "hidden_states": fake_dynamic_int8(named["hidden_states"])}
+def _rounding_hook(fmt: Format) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict]]:
+    """A forward pre-hook that rounds the activation a sub-layer or a linear layer reads, as the format's kernel does."""
+
+    def rounded(x: Tensor) -> Tensor:
+        if fmt.kind == "blockwise":
+            return fake_block_int8(x, fmt.block)
+        return fake_dynamic_int8(x)
+
+    def hook(_module: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        if arguments:
+            return (rounded(arguments[0]), *arguments[1:]), named
+        return arguments, {**named, "hidden_states": rounded(named["hidden_states"])}
+
+    return hook
 
 
 class Dropped(nn.Module):
@@ -243,7 +252,7 @@ class Network:
         @torch.no_grad()
         def step() -> Tensor:
             logits = self.model(token_BL, past_key_values=cache, use_cache=True).logits
-            cache.crop(context_BL.shape[1])
+            cache.crop(-1)
             return logits
 
         return step
@@ -288,34 +297,41 @@ class Network:
             for handle in handles:
                 handle.remove()
 
-    def install(self, site: Site, action: Action, matrices: Mapping[str, Tensor]) -> None:
-        """Replace a site: `matrices` are its dense float32 weights under `action`; none where it is dropped."""
+    def install(
+        self, site: Site, action: Action, matrices: Mapping[str, Tensor], *, round_inputs: bool = False
+    ) -> None:
+        """Replace a site.
+
+        Args:
+            matrices: its dense float32 weights under `action`; none where it is dropped.
+            round_inputs: also round what weight-only kernels read, as they do (see `quantize.fake_block_int8`). It moves
+                a model by far less than the weights' own rounding and costs time, so scoring leaves it out. What
+                dynamic int8 does to its inputs is always there.
+        """
         for handle in self._hooks.pop(site.name, []):
             handle.remove()
+        fmt = Format.parse(action.format)
         if site.layer is None:
-            self._install_table(site, matrices[site.name])
-            return
-        block, attribute = self.model.model.layers[site.layer], _ATTRIBUTES[site.kind]
-        if action.keep == 0:
+            weight = nn.Parameter(matrices[site.name].to(self.device), requires_grad=False)
+            self._modules[site.name].weight = weight
+            if site.name == "embedding" and self.decoder.tied:
+                self.model.lm_head.weight = weight
+            readers = [] if site.name == "embedding" and not self.decoder.tied else [self.model.lm_head]
+        elif action.keep == 0:
+            block, attribute = self.model.model.layers[site.layer], _ATTRIBUTES[site.kind]
             setattr(block, attribute, Dropped(returns_tuple=site.kind == "attention"))
             return
-        for name, dense in matrices.items():
-            linear = self._modules[name]
-            linear.weight = nn.Parameter(dense.to(self.device), requires_grad=False)
-            linear.out_features, linear.in_features = dense.shape
-        owner = self._owners[site.name]
-        setattr(block, attribute, owner)
-        if Format.parse(action.format).kind == "dynamic":
-            self._hooks[site.name] = [
-                owner.register_forward_pre_hook(_quantize_input, with_kwargs=True),
-                self._modules[site.matrices[-1].name].register_forward_pre_hook(_quantize_input, with_kwargs=True),
-            ]
-
-    def _install_table(self, site: Site, dense: Tensor) -> None:
-        weight = nn.Parameter(dense.to(self.device), requires_grad=False)
-        self._modules[site.name].weight = weight
-        if site.name == "embedding" and self.decoder.tied:
-            self.model.lm_head.weight = weight
+        else:
+            for name, dense in matrices.items():
+                linear = self._modules[name]
+                linear.weight = nn.Parameter(dense.to(self.device), requires_grad=False)
+                linear.out_features, linear.in_features = dense.shape
+            owner = self._owners[site.name]
+            setattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind], owner)
+            readers = [owner, self._modules[site.matrices[-1].name]]
+        if fmt.kind == "dynamic" or (round_inputs and fmt.kind == "blockwise"):
+            hook = _rounding_hook(fmt)
+            self._hooks[site.name] = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in readers]
 
     def weight_bytes(self) -> int:
         """Bytes of all weights as they lie in memory; a tied table counts once."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.plan import Format
 
@@ -164,7 +164,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    padded = nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
     packed = torch.zeros(padded.shape[:2], dtype=torch.uint8)
     for index in range(per_byte):
         packed |= padded[:, :, index] << (bits * index)
@@ -181,7 +181,7 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
 
 def pack_codes(codes_OI: Tensor, format: Format) -> Tensor:
     """uint8 codes [O, I] -> MatMulNBits bytes [O, G, block * bits / 8]."""
-    padded = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % format.block))
+    padded = nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % format.block))
     return pack_rows(padded, format.bits).unflatten(1, (-1, format.block * format.bits // 8))
 
 
@@ -202,9 +202,9 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
     assert format.kind == "blockwise", format
     columns = w_OI.shape[1]
     pad = -columns % format.block
-    w_OGB = torch.nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
+    w_OGB = nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
     importance = torch.ones(columns) if importance_I is None else importance_I
-    importance_GB = torch.nn.functional.pad(importance, (0, pad)).view(-1, format.block).to(w_OI)
+    importance_GB = nn.functional.pad(importance, (0, pad)).view(-1, format.block).to(w_OI)
     top_code = 2**format.bits - 1
     low, high = w_OGB.amin(2).clamp_max(0), w_OGB.amax(2).clamp_min(0)
     if not format.has_zeros:
@@ -309,3 +309,11 @@ def _fake_uint8(x: Tensor) -> Tensor:
     scale = ((high - low) / 255).clamp_min(1e-12)
     zero = torch.round(-low / scale).clamp_(0, 255).to(torch.int32)
     return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+
+
+def fake_block_int8(x_BLI: Tensor, block: int) -> Tensor:
+    """What MatMulNBits at accuracy level 4 leaves of its input: int8, symmetric, one scale for `block` columns of a row."""
+    columns = x_BLI.shape[-1]
+    x = nn.functional.pad(x_BLI, (0, -columns % block)).unflatten(-1, (-1, block))
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (torch.round(x / scale) * scale).flatten(-2)[..., :columns]

@@ -129,7 +129,7 @@ def _parity(
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
         network = run.teacher.network.copy()
-        load_student(student, network)
+        load_student(student, network, round_inputs=True)
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
         samples, equal = [], True
         with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:

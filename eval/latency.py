@@ -22,12 +22,18 @@ from typing import Protocol
 import numpy as np
 
 from compressor.plan import Action, Site
-from eval.timing import CacheFlusher, interleave
+from eval.timing import CacheFlusher, Timing, interleave
 
 COPIES = {"attention": (2, 6), "ffn": (2, 6), "embedding": (1, 2), "head": (1, 2)}
 """Short and long stack by kind of site; tables are so large that two of them dwarf the cost of a run."""
 
 PHASES = ("prefill", "decode")
+
+STEADY = 0.15
+"""Quartile range, as a fraction of the median, above which a measurement is repeated."""
+
+ATTEMPTS = 3
+"""Measurements of one entry at most; the steadiest counts."""
 
 
 class Stack(Protocol):
@@ -52,7 +58,7 @@ class Milliseconds:
 
 @dataclass(frozen=True)
 class Entry:
-    """Milliseconds of one site under one action, and the quartile range of each as a fraction of it."""
+    """Milliseconds of one site under one action, and the spread (see `Timing`) of its measurements."""
 
     prefill_ms: float
     decode_ms: float
@@ -170,22 +176,35 @@ def entry_key(site: Site, action: Action) -> str:
     return " ".join((site.kind, *shapes, action.format))
 
 
-def measure_entry(site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object], repeats: int) -> Entry:
+def measure_entry(
+    site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object], repeats: int
+) -> Entry:
     """Time a short and a long stack in alternation. `before` runs ahead of every decode, to empty the caches."""
     short_copies, long_copies = COPIES[site.kind]
     stacks = [make_stack(site, action, copies) for copies in (short_copies, long_copies)]
     try:
         slopes, spreads = [], []
         for phase, flush in zip(PHASES, (None, before), strict=True):
-            short, long = interleave([getattr(s, phase) for s in stacks], repeats=repeats, before=flush)
+            short, long = steadiest([getattr(stack, phase) for stack in stacks], repeats, flush)
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
-            slope = max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies))
-            slopes.append(slope)
-            spreads.append((long.high_ms - long.low_ms) / long.median_ms)
+            slopes.append(max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies)))
+            spreads.append(max(short.spread, long.spread))
         return Entry(*slopes, *spreads)
     finally:
         for stack in stacks:
             stack.close()
+
+
+def steadiest(calls: Sequence[Callable[[], object]], repeats: int, before: Callable[[], object] | None) -> list[Timing]:
+    """Time `calls` in alternation, again while other work on the machine makes them vary; the steadiest round."""
+    best: list[Timing] = []
+    for _ in range(ATTEMPTS):
+        timings = interleave(calls, repeats=repeats, before=before)
+        if not best or max(t.spread for t in timings) < max(t.spread for t in best):
+            best = timings
+        if max(t.spread for t in best) <= STEADY:
+            break
+    return best
 
 
 def fit_line(sums_ms: Sequence[float], measured_ms: Sequence[float]) -> tuple[float, float]:

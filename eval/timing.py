@@ -22,6 +22,11 @@ class Timing:
     high_ms: float
     repeats: int
 
+    @property
+    def spread(self) -> float:
+        """Quartile range as a fraction of the median."""
+        return (self.high_ms - self.low_ms) / self.median_ms
+
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> Timing:
         low, median, high = np.percentile(samples_ms, (25, 50, 75)).tolist()

@@ -1,0 +1,31 @@
+"""Policies propose plans. They see numbers about sites, never a model.
+
+problem.py              what they are given: menus, sensitivities, costs, budgets; masks that keep walks within
+base.py                 ask/tell, the history, the rule that makes a search resumable
+uniform.py              one action for all sites, as done by hand
+random.py               random plans that use the budget
+dynamic_programming.py  the best plans of an additive surrogate; `solve`
+critic.py               log KL of whole plans, learned from the scores
+actor_critic.py         the agent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from policies.actor_critic import ActorCritic
+from policies.base import Policy
+from policies.dynamic_programming import DynamicProgramming
+from policies.problem import Problem
+from policies.random import Random
+from policies.uniform import Uniform
+
+POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
+    "uniform": Uniform,
+    "random": Random,
+    "dynamic_programming": DynamicProgramming,
+    "actor_critic": ActorCritic,
+}
+"""Name -> (problem, seed) -> policy."""
+
+__all__ = ["POLICIES", "Policy", "Problem"]

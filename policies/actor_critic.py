@@ -1,20 +1,21 @@
 """An off-policy actor-critic over plans: it starts from dynamic programming and learns what isn't additive.
 
-The decision process: state = a site, what was decided before it, what is left of each budget; action = the site's action,
-masked such that the budget stays reachable (AMC's action wall, He et al. 2018); deterministic; reward -log KL at the end.
+The decision process: state = a site, what was decided before it, what is left of each budget; action = the site's
+action, masked such that the budget stays reachable (AMC's action wall, He et al. 2018); transitions are deterministic;
+reward -log KL at the end.
 
     actor    p(a | state) ~ exp(prior[s, a] + f(state, action))     prior = -(x + price * cost) / tau, x from the critic
     critic   log KL of the whole plan, an ensemble (`policies.critic`): fitted to every plan that was ever scored
     value    V(state), a second output of the actor's network: the baseline of the policy gradient
 
 A generation: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
-entropy bonus); let actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al. 2024)
-propose in imagination; ask for the plans of least predicted log KL: the first by the mean, the others by one posterior
-sample each (Thompson 1933), none of them run before.
+entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
+2024) propose in imagination; ask for the plans of least predicted log KL: the first by the mean, the others by one
+posterior sample each (Thompson 1933), none of them run before.
 
 Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
-every generation from the ledger alone, so that an interrupted search resumes exactly; the features are relative (shares,
-fractions, slacks), so that weights of another budget or model may start them.
+every generation from the ledger alone, so that an interrupted search resumes exactly; the features are relative
+(shares, fractions, slacks), so that weights of another budget or model may start them.
 
 Letters: B walks, S sites, A actions, P features of a state, Q of an action, H hidden units.
 """
@@ -57,12 +58,14 @@ METRICS = {
 @dataclass(frozen=True)
 class Settings:
     """warm_up: plans scored before learning begins (dynamic programming, one uniform, tempered ones).
-    generation: plans proposed at once. hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
+    generation: plans proposed at once. boldness: weight of a posterior sample against the mean in a proposal.
+    hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
     rounds, children: of the search in imagination. members: of the critic's ensemble.
     """
 
     warm_up: int = 8
-    generation: int = 4
+    generation: int = 2
+    boldness: float = 1.0
     hidden: int = 32
     steps: int = 12
     walks: int = 48
@@ -140,7 +143,7 @@ class ActorCritic:
         elite_PS = plans_NS[log_kl_N.argsort()[:6]]
         for slot in range(settings.generation):
             member = 0 if slot == 0 else 1 + (number * settings.generation + slot) % (settings.members - 1)
-            acquire = (lambda p: critic.predict(p).mean(0)) if slot == 0 else (lambda p, e=member: critic.predict(p, e))
+            acquire = acquisition(critic, member, settings.boldness)
             programmed_S = solve(problem, critic.terms_ESA[member], width=300)
             pool_PS = np.concatenate([elite_PS, programmed_S[None], walks_BS])
             origin_P = np.arange(len(pool_PS)) > len(elite_PS)
@@ -242,7 +245,9 @@ class Actor:
             plans_BS, state_BSP, mask_BSA = self.walk(settings.walks)
             predicted_B = critic.predict(plans_BS).mean(0)
             means.append(predicted_B.mean())
-            returns_B = torch.tensor(-(predicted_B - predicted_B.mean()) / (predicted_B.std() + 1e-6), dtype=torch.float32)
+            returns_B = torch.tensor(
+                -(predicted_B - predicted_B.mean()) / (predicted_B.std() + 1e-6), dtype=torch.float32
+            )
             logits_BSA, value_BS = self(state_BSP, self.action_SAQ)
             logits_BSA = (logits_BSA + self.prior_SA).masked_fill(~mask_BSA, -torch.inf)
             log_p_BSA = torch.log_softmax(logits_BSA, -1)
@@ -275,7 +280,7 @@ def fresh_weights(state: int, action: int, hidden: int, random: torch.Generator)
 
 
 def features(problem: Problem, x_SA: np.ndarray) -> tuple[Tensor, Tensor]:
-    """What the network sees of sites [S, P] and actions [S, A, Q]; all relative, three cost columns whatever is budgeted."""
+    """What the network sees of sites [S, P] and actions [S, A, Q]; relative, and always three cost columns."""
     valid_SA, count = problem.valid_SA, len(problem.sites)
     log_x_SA = np.log(x_SA)
     log_x_SA = np.where(valid_SA, (log_x_SA - log_x_SA[valid_SA].mean()) / (log_x_SA[valid_SA].std() + 1e-6), 0.0)
@@ -315,6 +320,16 @@ def prior_logits(problem: Problem, x_SA: np.ndarray, entropy: float = 0.3) -> np
         mean = -(p_SA * np.log(np.maximum(p_SA, 1e-30))).sum(1).mean()
         low, high = (low, middle) if mean > entropy else (middle, high)
     return np.where(problem.valid_SA, -priced_SA / np.exp(low), -1e9)
+
+
+def acquisition(critic: Critic, member: int, boldness: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Plans [B, S] -> mean + boldness * (posterior sample - mean) of log KL [B]; the mean alone for member 0."""
+
+    def acquire(plans_BS: np.ndarray) -> np.ndarray:
+        mean_B = critic.predict(plans_BS).mean(0)
+        return mean_B + boldness * (critic.predict(plans_BS, member) - mean_B) if member else mean_B
+
+    return acquire
 
 
 def exchange(
@@ -365,4 +380,4 @@ def unique_best(plans_PS: np.ndarray, values_P: np.ndarray, most: int) -> np.nda
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two arrays, -1 to 1; 0 where one is constant."""
     ranks = [x.argsort().argsort().astype(float) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0

@@ -53,7 +53,7 @@ class History:
 
 
 def log_kl(score: Score) -> float:
-    """log(KL in nats/token), held within what a working and a destroyed student give; not-a-number counts as destroyed."""
+    """log(KL in nats/token), held within 1e-6 and 100 nats; not-a-number, as an unbounded KL, counts as 100."""
     kl = score.kl if score.kl == score.kl else inf
     return log(min(max(kl, 1e-6), 100.0))
 

@@ -4,13 +4,15 @@
     t     = sum_s x_s + sum_s eta_k sqrt(x_s x_s+1)        k: kinds of the two neighbours
     log KL = b + (1 + beta) z + gamma z^2,                 z = log t - log t(prior's best plan)
 
-theta, eta, b, beta, gamma have independent normal priors around 0 (b around the prior's own prediction), so with nothing
-told the critic is the additive surrogate. There are more corrections (some 1,300 for 61 sites) than scores (20 to 150):
-the prior's groups, from whole families of actions down to one action of one site, decide how far a score speaks.
-Fitted by Gauss-Newton in the space of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble, each
-member fitted to scores with noise added from a prior mean drawn from the prior (randomized maximum a posteriori, Oliver
-et al. 1996), which for a linear model is an exact posterior sample. Departure: the noise of a score grows with its distance
-to the best one, because the form above is meant for good plans and destroyed students say little about them.
+theta, eta, b, beta, gamma have independent normal priors around 0, so with nothing told the critic is the additive
+surrogate. There are more corrections (some 1,300 for 61 sites) than scores (20 to 150): the prior's groups, from whole
+families of actions down to one action of one site, decide how far a score speaks. Fitted by Gauss-Newton in the space
+of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble, each member fitted to noisy scores
+from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which for a linear
+model is an exact posterior sample.
+
+Departure: the noise of a score grows with its distance to the best one, because the form above is meant for good plans
+and destroyed students say little about them.
 
 Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K corrections that apply to one action.
 """
@@ -44,7 +46,7 @@ OUTER_STD = (1.5, 0.3, 0.1)
 SCALES = (0.35, 0.7, 1.0, 1.4)
 """Common scales of the corrections' deviations, among which the scores choose."""
 
-NOISE = (0.03, 0.15)
+NOISE = (0.01, 0.1)
 """Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it."""
 
 NEIGHBOUR_STD = 0.4
@@ -73,7 +75,7 @@ class Critic:
         self.terms_ESA = self._terms()
 
     def _lay_out(self, problem: Problem) -> None:
-        """Numbers the parameters: index and weight of each of the K corrections of (s, a), and the prior's deviations."""
+        """Numbers the parameters: index and weight of the K corrections of every (s, a), deviations of the prior."""
         shape = (len(GROUPS), *problem.valid_SA.shape)
         self.index_KSA, self.weight_KSA = np.zeros(shape, int), np.zeros(shape)
         numbers: dict[object, int] = {}

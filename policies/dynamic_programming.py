@@ -1,8 +1,8 @@
 """Dynamic programming over the additive surrogate: minimise sum_s sensitivity[s, a_s] within the budgets.
 
-Departures from the knapsack table: a state is what is really left of every budget, not a rounded cost, so a plan is never
-over and several budgets are one algorithm; states that a Lagrangian bound rules out are dropped (exact); what is left
-beyond `width` states is thinned to the best one in each cell of a grid over what is left (not exact, small).
+Departures from the knapsack table: a state is what is really left of every budget, not a rounded cost, so a plan is
+never over and several budgets are one algorithm; states that a Lagrangian bound rules out are dropped (exact); what is
+left beyond `width` states is thinned to the best one in each cell of a grid over what is left (not exact, small).
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def solve(
 
 
 def prices(problem: Problem, sens_SA: np.ndarray) -> np.ndarray:
-    """Lagrange multipliers [D] in nats per unit: the maximum of the concave sum_s min_a (sens + price * cost) - price * room.
+    """Lagrange multipliers [D] in nats per unit: where sum_s min_a (sens + price * cost) - price * room is greatest.
 
-    Found on a grid in log price (with 0) that closes in on its best point.
+    The function is concave. Found on a grid in log price (with 0) that closes in on its best point.
     """
     count = len(problem.budgets)
     points = {1: 17, 2: 9, 3: 5}[count]

@@ -1,8 +1,8 @@
 """What a policy is given: menus, predicted sensitivities, costs and budgets, as arrays. Knows nothing of models.
 
-Letters: S sites, A actions of the longest menu (shorter ones are padded), B plans at once, D budgets, V vectors of a suffix.
-A plan is an int array [S] of positions in the menus. Costs are held as whole units (a byte, a nanosecond), rounded up,
-and limits rounded down, so that sums are exact and a plan that fits in units fits in truth.
+Letters: S sites, A actions of the longest menu (shorter ones are padded), B plans at once, D budgets, V vectors of a
+suffix. A plan is an int array [S] of positions in the menus. Costs are held as whole units (a byte, a nanosecond),
+rounded up, and limits rounded down, so that sums are exact and a plan that fits in units fits in truth.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Problem:
 
     def fits(self, indices_BS: np.ndarray) -> np.ndarray:
         """Whether plans are within every budget: [..., S] -> bool [...]."""
-        return (self.used(indices_BS) <= self.room_D).all(-1)
+        return np.all(self.used(indices_BS) <= self.room_D, axis=-1)
 
     # Walks over the sites in depth order.
 
@@ -128,17 +128,17 @@ class Problem:
         left_BD: what is left for this site and those after it, in whole units; `room_D` at the first site, then less
         `units_SAD[site, choice]` after every choice.
 
-        An action a is allowed iff cost(a) + v <= left, in all D at once, for some vector v of the next suffix. Every v is
-        the cost of a real completion. So if any action of the menu is allowed its witness v = cost(b) + w, with w of the
-        suffix after, fits what is left there: b is allowed at the next site, and no walk that starts with an allowed
-        action meets an empty mask. Thinning only removes witnesses, never makes false ones. With one budget V = 1, the
-        minimum, and the mask is exact; with several it may refuse what would have fitted, never the reverse.
+        An action a is allowed iff cost(a) + v <= left, in all D at once, for some vector v of the next suffix. Every v
+        is the cost of a real completion: v = cost(b) + w for an action b of the next site and a vector w of the suffix
+        after it. So once a is taken, w witnesses that b is allowed at the next site, and no walk that starts with an
+        allowed action meets an empty mask. Thinning only removes witnesses, never makes false ones. With one budget
+        V = 1, the minimum, and the mask is exact; with several it may refuse what would have fitted, never the reverse.
         """
         reach_BAD = left_BD[:, None] - self.units_SAD[site]
         fits_BAV = np.ones((*reach_BAD.shape[:2], len(self._suffixes[site + 1])), bool)
         for d, v_V in enumerate(self._suffixes[site + 1].T):
             fits_BAV &= v_V <= reach_BAD[:, :, d, None]
-        return fits_BAV.any(-1)
+        return np.any(fits_BAV, axis=-1)
 
     def slack(self, site: int, left_BD: np.ndarray) -> np.ndarray:
         """What is left, from 0 (only the cheapest rest fits) to 1 (any rest fits): [B, D]."""
@@ -163,12 +163,12 @@ class Problem:
 
     @cached_property
     def _suffixes(self) -> list[np.ndarray]:
-        """Per site s a thinned set of Pareto-minimal costs of the sites from s on, [V, D]; one more, zero, for the end."""
+        """Per site s a thinned set of Pareto-minimal costs of the sites from s on, [V, D]; last, a zero for the end."""
         slack_D = np.maximum(self.room_D - self._extremes[0][0], 1)
         suffixes = [np.zeros((1, len(self.budgets)), np.int64)]
         for units_AD, valid_A in zip(self.units_SAD[::-1], self.valid_SA[::-1]):
             sums_VD = (units_AD[valid_A, None] + suffixes[-1]).reshape(-1, len(self.budgets))
-            suffixes.append(_thinned(_minimal(sums_VD), slack_D))
+            suffixes.append(_minimal(_thinned(sums_VD, slack_D)))
         return suffixes[::-1]
 
     def _check_reachable(self) -> None:
@@ -185,8 +185,8 @@ class Problem:
             alone &= smallest <= self.limits[name]
         why = "; each can be met alone, together no plan was found" if alone else ""
         raise BudgetError(
-            f"no plan fits the budget: {'; '.join(lines)}{why}. Raise the limit, or offer smaller actions in the recipe's "
-            "search section: fewer bits, lower keep fractions, 0 to drop sub-layers"
+            f"no plan fits the budget: {'; '.join(lines)}{why}. Raise the limit, or offer smaller actions in the "
+            "recipe's search section: fewer bits, lower keep fractions, 0 to drop sub-layers"
         )
 
 
@@ -199,18 +199,21 @@ def _minimal(costs_VD: np.ndarray) -> np.ndarray:
     return costs_VD[below_VV.sum(0) == 1]
 
 
-def _thinned(front_VD: np.ndarray, slack_D: np.ndarray, most: int = 32) -> np.ndarray:
-    """At most some `most` vectors of a front: for a fan of weights w, the least max_d w_d * height_d (Chebyshev).
+def _thinned(costs_VD: np.ndarray, slack_D: np.ndarray, most: int = 64) -> np.ndarray:
+    """Some 100 vectors at most: for a fan of weights w those of least sum_d w_d h_d and of least max_d w_d h_d.
 
-    Heights are measured over the front's own range, and in the slack of the whole budget, half the fan each.
+    The heights h above the minima are measured in the slack of the whole budget; for the maxima in the range between
+    the minima too. The sums compose: the best whole plan of each weight is never lost.
     """
-    if len(front_VD) <= most:
-        return front_VD
-    low, count = front_VD.min(0), front_VD.shape[1]
-    steps = {2: 15, 3: 5}[count]
+    count = costs_VD.shape[1]
+    if len(costs_VD) <= most or count == 1:
+        return costs_VD
+    steps = {2: 31, 3: 7}[count]
     fan_WD = np.array([w for w in product(range(steps + 1), repeat=count) if sum(w) == steps]) / steps + 1e-6
-    kept = set()
-    for scale_D in (np.maximum(front_VD.max(0) - low, 1), slack_D):
-        heights_VD = (front_VD - low) / scale_D
-        kept |= set(np.max(fan_WD[:, None] * heights_VD, axis=-1).argmin(1).tolist())
-    return front_VD[sorted(kept)]
+    above_VD = costs_VD - costs_VD.min(0)
+    range_D = np.maximum(above_VD[above_VD.argmin(0)].max(0), 1)
+    kept = set((above_VD / slack_D @ fan_WD.T).argmin(0).tolist())
+    for heights_VD in (above_VD / range_D, above_VD / slack_D):
+        highest_VW = np.max([np.outer(h_V, w_W) for h_V, w_W in zip(heights_VD.T, fan_WD.T)], axis=0)
+        kept |= set((highest_VW + 1e-6 * heights_VD.sum(1, keepdims=True)).argmin(0).tolist())
+    return costs_VD[sorted(kept)]

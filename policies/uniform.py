@@ -22,8 +22,8 @@ class Uniform:
         self.plans = uniform_plans(problem)
 
     def ask(self) -> Plan:
-        untold = (indices for indices in self.plans if indices not in self.history)
-        return self.problem.plan(next(untold, None) if len(self.history) < 1 else next(untold, self.history.best()))
+        untold = [indices for indices in self.plans if indices not in self.history]
+        return self.problem.plan(untold[0] if untold else self.history.best())
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
@@ -42,8 +42,8 @@ def uniform_plans(problem: Problem) -> list[np.ndarray]:
         if not is_table(site)
     }
     plans: dict[tuple[int, ...], None] = {}
-    for table in sorted(tables) or [None]:
-        for block in sorted(blocks) or [None]:
+    for table in sorted(tables) or [Action(1, "fp32")]:
+        for block in sorted(blocks) or [(1.0, "fp32")]:
             plans[tuple(_nearest(s, m, table, block) for s, m in zip(problem.sites, problem.actions))] = None
     fitting = [plan for plan in map(np.array, plans) if problem.fits(plan)]
     size = "bytes" if "bytes" in problem.costs else problem.budgets[0]
@@ -56,17 +56,20 @@ def is_table(site: Site) -> bool:
     return site.kind in ("embedding", "head")
 
 
-def _nearest(site: Site, menu: tuple[Action, ...], table: Action | None, block: tuple[float, str] | None) -> int:
+def _nearest(site: Site, menu: tuple[Action, ...], table: Action, block: tuple[float, str]) -> int:
     """Position in a menu of the action that is nearest to the uniform one."""
-    if is_table(site):
-        fraction, name = 1.0, (table or menu[0]).format
-    else:
-        fraction, name = block or (1.0, menu[0].format)
+    fraction, name = (1.0, table.format) if is_table(site) else block
 
     def distance(action: Action) -> tuple[float, ...]:
         ours, theirs = Format.parse(action.format), Format.parse(name)
         fewer = max(0, theirs.bits - ours.bits)
         dropped = (action.keep == 0) != (fraction == 0.0)
-        return dropped, action.format != name, fewer, abs(ours.bits - theirs.bits), abs(action.keep / site.units - fraction)
+        return (
+            dropped,
+            action.format != name,
+            fewer,
+            abs(ours.bits - theirs.bits),
+            abs(action.keep / site.units - fraction),
+        )
 
     return min(range(len(menu)), key=lambda i: distance(menu[i]))

@@ -1,4 +1,4 @@
-"""Synthetic searches with known answers: small ones that brute force solves, and a landscape in the style of the real one."""
+"""Synthetic searches with known answers: small ones for brute force, and a landscape in the style of the real one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from policies.problem import Problem
 Scorer = Callable[[Plan], Score]
 
 
-def tiny(seed: int, sites: int = 5, actions: int = 4, budgets: int = 1, interaction: float = 1.0) -> tuple[Problem, Scorer]:
-    """A few sites, whole-number costs; the truth is the prediction times exp(0.7 * normal), plus products of neighbours."""
+def tiny(
+    seed: int, sites: int = 5, actions: int = 4, budgets: int = 1, interaction: float = 1.0, room: float = 1.0
+) -> tuple[Problem, Scorer]:
+    """A few sites, whole-number costs; truth: prediction * exp(0.7 * normal), plus products of neighbours.
+
+    Without `interaction` the prediction is the truth. room: limits as multiples of the mean plan's cost.
+    """
     rng = np.random.default_rng(seed)
     formats = ["w8", "w4", "w2"]
     menus = tuple(
@@ -26,8 +31,8 @@ def tiny(seed: int, sites: int = 5, actions: int = 4, budgets: int = 1, interact
     costs = {name: tuple(rng.integers(1, 30, actions).astype(float) for _ in menus) for name in names}
     sensitivity = tuple(rng.lognormal(-2, 1.0, actions) for _ in menus)
     truth = [s * rng.lognormal(0, 0.7, actions) if interaction else s for s in sensitivity]
-    limits = {name: float(sum(row.mean() for row in rows)) for name, rows in costs.items()}
-    problem = Problem(places, menus, sensitivity, costs, {name: 0.0 for name in names}, limits)
+    limits = {name: room * float(sum(row.mean() for row in rows)) for name, rows in costs.items()}
+    problem = Problem(places, menus, sensitivity, costs, dict.fromkeys(names, 0.0), limits)
 
     def score(plan: Plan) -> Score:
         x = np.array([row[i] for row, i in zip(truth, problem.indices(plan))])
@@ -64,7 +69,10 @@ def landscape(
         q, kv, f = Matrix(f"{i}.q", 576, 576, "rows"), Matrix(f"{i}.k", 384, 576, "rows"), 1536
         attention = (q, kv, Matrix(f"{i}.o", 576, 576, "columns"))
         ffn = (Matrix(f"{i}.up", 2 * f, 576, "rows"), Matrix(f"{i}.down", 576, f, "columns"))
-        places += [Site(f"layers.{i}.attention", "attention", i, 4, attention), Site(f"layers.{i}.ffn", "ffn", i, f, ffn)]
+        places += [
+            Site(f"layers.{i}.attention", "attention", i, 4, attention),
+            Site(f"layers.{i}.ffn", "ffn", i, f, ffn),
+        ]
     keeps, formats = (1.0, 0.75, 0.5, 0.25), ("w8", "w4", "w2")
     menus, sensitivity, truth = [], [], []
     family: dict[object, float] = {}

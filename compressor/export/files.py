@@ -137,12 +137,10 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
             vectors[f"{site.name}.norm"] = _vector(tensors, f"{site.name}.norm")
         if site.kind == "attention":
             fused = [f"{site.name}.{part}" for part in "qkv"]
-            rows = [shapes.pop(name)[0] for name in fused]
-            columns = decoder.hidden
-            whole = _stored(tensors, f"{site.name}.qkv", format, sum(rows), columns).weight()
-            ends = np.cumsum(rows).tolist()
-            for name, count, end in zip(fused, rows, ends, strict=True):
-                matrices[name] = whole.rows(end - count, end)
+            heights = [shapes.pop(name)[0] for name in fused]
+            whole = _stored(tensors, f"{site.name}.qkv", format, sum(heights), decoder.hidden).weight()
+            for name, height, end in zip(fused, heights, np.cumsum(heights).tolist(), strict=True):
+                matrices[name] = whole.rows(end - height, end)
         for name, (rows, columns) in shapes.items():
             matrices[name] = _stored(tensors, name, format, rows, columns).weight()
     return Student(decoder, plan, matrices, vectors)
@@ -153,23 +151,24 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
         if not (folder / name).is_file():
             raise BankError(f"{folder / name} is missing; export the model again")
     graph = ir.load(folder / GRAPH_FILE).graph
-    tensors = {name: value.const_value for name, value in graph.initializers.items()}
-    end = max(t.offset + t.length for t in tensors.values() if isinstance(t, ir.ExternalTensor))
+    tensors = {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
+    external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
+    end = max((tensor.offset or 0) + (tensor.length or 0) for tensor in external)
     size = (folder / DATA_FILE).stat().st_size
     if size != end:
         raise BankError(f"{folder / DATA_FILE} has {size} bytes, its graph says {end}; export the model again")
     return tensors
 
 
-def _stored(
-    tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int
-) -> Stored:
-    """The arrays of one matrix; types may differ by signedness only (int8 codes are kept as uint8 on some processors)."""
+def _stored(tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int) -> Stored:
+    """The arrays of one matrix, checked; int8 codes may be unsigned, from processors that need it."""
     arrays = {}
     for part in ("values", "codes", "scales", "zeros"):
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
-    expected = {part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns).items()}
+    expected = {
+        part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns).items()
+    }
     found = {part: (array.dtype.itemsize, *array.shape) for part, array in arrays.items()}
     if format.kind == "dynamic":
         expected.pop("zeros", None)

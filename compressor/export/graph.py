@@ -10,13 +10,13 @@ function, which the whole model and the latency table's stacks share, so that wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from compressor.export.layout import Stored
-from compressor.plan import Action, Plan
+from compressor.plan import Action
 from compressor.student import Decoder
 
 OPSETS = {"": 21, "com.microsoft": 1}
@@ -38,18 +38,18 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._store = store
-        self._quantized: dict[str, tuple[ir.Value, ...]] = {}
+        self._quantized: dict[ir.Value, tuple[ir.Value, ...]] = {}
 
-    def op(self, kind: str, inputs: list[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
         """One node of the standard operators with one output, called `name`."""
         return self.node("", kind, inputs, [name], attributes)[0]
 
-    def ms(self, kind: str, inputs: list[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+    def ms(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
         """One node of ONNX Runtime's own operators with one output, called `name`."""
         return self.node("com.microsoft", kind, inputs, [name], attributes)[0]
 
     def node(
-        self, domain: str, kind: str, inputs: list[ir.Value | None], names: list[str], attributes: Mapping
+        self, domain: str, kind: str, inputs: Sequence[ir.Value | None], names: list[str], attributes: Mapping
     ) -> list[ir.Value]:
         outputs = [ir.Value(name=name) for name in names]
         self.nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=outputs))
@@ -76,14 +76,14 @@ class GraphBuilder:
         return self.initializers[name]
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> None:
-        self.initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+        self.initializers[name] = ir.val(name, tensor.dtype, list(tensor.shape.numpy()), const_value=tensor)
 
     def quantized(self, x: ir.Value) -> tuple[ir.Value, ...]:
         """`x` as uint8 with one scale and zero point for the whole tensor: (codes, scale, zero point)."""
-        if x.name not in self._quantized:
+        if x not in self._quantized:
             names = [f"{x.name}.{part}" for part in ("q", "s", "z")]
-            self._quantized[x.name] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
-        return self._quantized[x.name]
+            self._quantized[x] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
+        return self._quantized[x]
 
     def model(self) -> ir.Model:
         graph = ir.Graph(
@@ -163,7 +163,9 @@ class Stream:
         """Add what waits to the stream and return its root-mean-square norm."""
         b, weight = self._b, self._b.tensor(name, gain)
         if self._waiting is None:
-            return b.op("SimplifiedLayerNormalization", [self._x, weight], f"{name}.out", epsilon=self._epsilon, axis=-1)
+            return b.op(
+                "SimplifiedLayerNormalization", [self._x, weight], f"{name}.out", epsilon=self._epsilon, axis=-1
+            )
         normed, _, _, self._x = b.node(
             "com.microsoft",
             "SkipSimplifiedLayerNormalization",
@@ -305,7 +307,7 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
             y = Stream(b, x, decoder.norm_epsilon).norm(f"{name}.norm", gain)
             if kind == "head" or decoder.tied:
                 y = linear(b, y, name, weight, f"{name}.logits")
-            b.output(y, y.name, ["batch", "sequence", "width"])
+            b.output(y, f"{name}.end", ["batch", "sequence", "width"])
         return b.model()
     stream = Stream(b, source, decoder.norm_epsilon)
     if kind == "attention":

@@ -23,7 +23,7 @@ from compressor.quantize import Weight
 
 @dataclass(frozen=True)
 class Stored:
-    """A [rows, columns] = [output, input] matrix as arrays of the file, by part (`values`, or `codes`, `scales`, `zeros`)."""
+    """A [rows, columns] = [output, input] matrix as arrays of the file: `values`, or `codes`, `scales`, `zeros`."""
 
     format: Format
     rows: int
@@ -54,7 +54,7 @@ class Stored:
     @classmethod
     def random(cls, format: Format, rows: int, columns: int, rng: np.random.Generator) -> Stored:
         """Weights of a plausible size, for timing."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for part, (dtype, shape) in layout(format, rows, columns).items():
             if part == "scales":
                 arrays[part] = np.full(shape, 0.1 / 2**format.bits, dtype)
@@ -81,6 +81,7 @@ def layout(format: Format, rows: int, columns: int) -> dict[str, tuple[type, tup
     """(numpy type, shape) of every array of a [rows, columns] matrix."""
     if format.kind == "float":
         return {"values": (np.float16 if format.bits == 16 else np.float32, (rows, columns))}
+    shapes: dict[str, tuple[type, tuple[int, ...]]]
     if format.kind == "dynamic":
         shapes = {"codes": (np.int8, (columns, rows)), "scales": (np.float32, (rows,))}
         if not int8_products_are_exact():

@@ -33,7 +33,7 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
         RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one.
     """
     wanted = PROVIDERS[device]
-    remedy = "install onnxruntime-gpu in place of onnxruntime, on a machine with a GPU and CUDA, or set target.device: cpu"
+    remedy = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
     if wanted not in ort.get_available_providers():
         raise RuntimeTargetError(f"expected {wanted}; this onnxruntime has {ort.get_available_providers()}; {remedy}")
     options = ort.SessionOptions()
@@ -50,7 +50,7 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
 
 
 def check_provider(providers: list[str], wanted: str, remedy: str) -> None:
-    """Raise RuntimeTargetError unless `wanted` comes first: without a GPU, onnxruntime-gpu runs on CPU without a word."""
+    """Raise RuntimeTargetError unless `wanted` comes first: onnxruntime-gpu falls back to CPU without a word."""
     if providers[0] != wanted:
         raise RuntimeTargetError(f"expected {wanted}, the session runs on {providers[0]}; {remedy}")
 
@@ -90,8 +90,9 @@ class _Runner:
             binding.bind_output(output, self._device if output.startswith("present.") else "cpu")
         self._session.run_with_iobinding(binding)
         results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        present = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in results.items() if k.startswith("pre")}
-        return next(v for k, v in results.items() if not k.startswith("present.")), present
+        present = {k: v for k, v in results.items() if k.startswith("present.")}
+        first = next(v for k, v in results.items() if k not in present)
+        return first, {k.replace("present", "past_key_values", 1): v for k, v in present.items()}
 
     def close(self) -> None:
         """Free the weights and end the session's threads."""
@@ -210,13 +211,14 @@ def site_stack(
 
     model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
     runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
+    many: np.ndarray
     if site.kind == "embedding":
         name, ids = "input_ids", rng.integers(0, decoder.vocabulary, prefill_tokens)
-        many, one = ids[None], ids[None, :1]
+        many = ids[None]
     else:
         name = "x"
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32)
-        one = many[:, :1]
+    one = many[:, :1]
     empty, filled = runner.past(0), runner.past(context, rng)
     return BenchCalls(
         lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, context), runner.close

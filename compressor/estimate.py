@@ -1,0 +1,91 @@
+"""What a run would do and take, before it is started: a dry run. Reads the model's configuration, none of its weights."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from compressor import actions
+from compressor.export import fixed_bytes
+from compressor.model import read_decoder
+from compressor.plan import Format
+from compressor.recipe import Recipe
+from compressor.report import DryRun, SiteLine, StageEstimate
+from compressor.student import Decoder, full_plan
+
+EFFICIENCY = 0.6
+"""Share of a plain matrix product's speed that a whole forward pass reaches."""
+
+SECONDS_PER_ENTRY = 1.0
+"""A latency-table entry: two stacks, opened and timed."""
+
+QUANTIZE_FLOPS_PER_WEIGHT = 2e4
+"""Work of GPTQ on one weight, as products of the same speed."""
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Sites, actions, sizes, and roughly the time and memory of every stage on this machine."""
+    model = recipe.model
+    decoder = read_decoder(model.path, gguf=model.gguf, revision=model.revision)
+    sites = decoder.sites()
+    menu = actions.menu(recipe.search, sites)
+    lines = []
+    for site in sites:
+        sizes = [site.size_bytes(action) for action in menu[site.name]]
+        lines.append(
+            SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes))
+        )
+    fixed = fixed_bytes(decoder)
+    fp32 = full_plan(decoder, "fp32", "fp32")
+    fp32_bytes = fixed + sum(site.size_bytes(fp32[site.name]) for site in sites)
+    limit = recipe.budget.bytes
+    return DryRun(
+        model=model.path,
+        sites=tuple(lines),
+        bytes_largest=fixed + sum(line.largest_bytes for line in lines),
+        bytes_smallest=fixed + sum(line.smallest_bytes for line in lines),
+        bytes_budget=limit and limit.resolve(fp32_bytes),
+        stages=tuple(_estimates(recipe, decoder, menu, fp32_bytes)),
+    )
+
+
+def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[StageEstimate]:
+    sites, search, data = decoder.sites(), recipe.search, recipe.data
+    parameters = sum(site.parameters for site in sites)
+    table = decoder.vocabulary * decoder.hidden
+    speed = EFFICIENCY * measured_flops()
+
+    def forward(tokens: int) -> float:
+        return 2 * tokens * (parameters - (0 if decoder.tied else table)) / speed
+
+    weights = 4 * parameters
+    moments = 4 * decoder.layers * (3 * decoder.hidden**2 + decoder.channels**2)
+    shapes = {tuple(matrix.shape(a.keep, s.units) for matrix in s.matrices) + (a.format,) for s in sites for a in menu[s.name]}
+    quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
+    making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
+    probabilities = 4 * search.tokens * decoder.vocabulary
+    steps = recipe.distill.steps
+    return [
+        StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
+        StageEstimate("sensitivity", making, weights + moments),
+        StageEstimate("latency", SECONDS_PER_ENTRY * len(shapes) + 20, weights + 2 * fp32_bytes),
+        StageEstimate(
+            "search",
+            1.1 * len(search.policies) * search.evaluations * forward(search.tokens) + making,
+            2 * weights + moments + probabilities,
+        ),
+        StageEstimate("distill", 5 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),
+        StageEstimate("export and measure", 4 * forward(data.evaluation_tokens) + 60, weights + 2 * fp32_bytes),
+    ]
+
+
+def measured_flops(size: int = 768) -> float:
+    """Floating-point operations a second of a square matrix product, the best of five."""
+    a = torch.randn(size, size)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

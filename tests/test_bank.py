@@ -1,0 +1,159 @@
+"""Statistics, the bank on disk, sensitivities."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import compressor.bank
+from compressor.bank import Bank
+from compressor.errors import BankError
+from compressor.executor import Executor
+from compressor.plan import DROP, Action, Plan
+from compressor.sensitivity import sensitivities
+from compressor.student import full_plan
+
+
+@pytest.fixture
+def bank(tiny, windows, tmp_path) -> Bank:
+    return Bank(tmp_path, tiny, windows[:8], windows[:4])
+
+
+def test_second_moments_are_those_of_the_inputs(bank, tiny, windows):
+    seen = []
+    with torch.no_grad(), tiny.watch_inputs(lambda name, x: seen.append(x) if name == "layers.1.ffn.out" else None):
+        tiny.hidden(windows[:8])
+    x = seen[0].flatten(0, 1)
+    torch.testing.assert_close(bank.statistics().second_moment("layers.1.ffn.out"), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_fisher_weights_are_mean_squared_gradients(bank, tiny, windows):
+    """Against autograd with a perturbation added by hand, for one matrix and the same sampled labels."""
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(64)
+    down = tiny.module("layers.2.ffn.down")
+    for ids in windows[:4]:
+        nudge = torch.zeros(1, 64, 64, requires_grad=True)
+        handle = down.register_forward_hook(lambda _m, _a, output: output + nudge)  # noqa: B023
+        log_p = torch.log_softmax(tiny.logits(tiny.hidden(ids[None]))[0], -1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), nudge)
+        handle.remove()
+        total += gradient[0].square().sum(0)
+    torch.testing.assert_close(bank.statistics().fisher("layers.2.ffn.down"), total / (4 * 64), rtol=1e-3, atol=1e-6)
+
+
+def test_variants_have_the_shape_of_their_action(bank, tiny):
+    attention, ffn = tiny.sites["layers.0.attention"], tiny.sites["layers.0.ffn"]
+    assert {n[-1]: w.shape for n, w in bank.variant(attention, Action(1, "w4")).items()} == {
+        "q": (32, 64),
+        "k": (16, 64),
+        "v": (16, 64),
+        "o": (64, 32),
+    }
+    assert bank.variant(ffn, Action(96, "int8"))["layers.0.ffn.down"].shape == (64, 96)
+    assert bank.variant(ffn, DROP) == {}
+
+
+def test_a_second_bank_reads_what_the_first_made(bank, tiny, windows, tmp_path, monkeypatch):
+    site, actions = tiny.sites["layers.0.ffn"], [Action(k, f) for k in (128, 64) for f in ("fp32", "fp16", "int8", "w4", "w2")]
+    made = [bank.variant(site, action) for action in actions]
+    for name in ("collect", "gptq", "removal_order", "round_to_nearest"):
+        monkeypatch.setattr(compressor.bank, name, None)  # calling it would fail
+    again = Bank(tmp_path, tiny, windows[:8], windows[:4])
+    for action, weights in zip(actions, made):
+        for name, weight in again.variant(site, action).items():
+            assert torch.equal(weight.dequantize(), weights[name].dequantize()), (action, name)
+
+
+def test_other_text_is_another_bank(bank, tiny, windows, tmp_path):
+    assert Bank(tmp_path, tiny, windows[8:16], windows[:4]).folder != bank.folder
+    assert Bank(tmp_path, tiny, windows[:8], windows[:4], "nearest").folder != bank.folder
+
+
+def test_altered_files_are_refused(bank, tiny, windows, tmp_path):
+    site = tiny.sites["layers.0.ffn"]
+    bank.variant(site, Action(128, "w4"))
+    path = bank.folder / "layers.0.ffn" / "128-w4.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(BankError, match="delete the file"):
+        Bank(tmp_path, tiny, windows[:8], windows[:4]).variant(site, Action(128, "w4"))
+
+
+def test_what_the_manifest_does_not_list_is_made_again(bank, tiny, windows, tmp_path):
+    site = tiny.sites["layers.0.ffn"]
+    expected = bank.variant(site, Action(128, "w4"))
+    manifest = bank.folder / "manifest.jsonl"
+    manifest.write_text(manifest.read_text()[:-20])  # a kill while the last line was written
+    again = Bank(tmp_path, tiny, windows[:8], windows[:4])
+    for name, weight in again.variant(site, Action(128, "w4")).items():
+        assert torch.equal(weight.dequantize(), expected[name].dequantize())
+    third = Bank(tmp_path, tiny, windows[:8], windows[:4])
+    assert third._listed == again._listed
+
+
+def test_gptq_and_compensation_serve_the_student(tiny, windows, tmp_path):
+    """On the real score: GPTQ is closer to the teacher than rounding."""
+    kls = {}
+    for quantizer in ("gptq", "nearest"):
+        bank = Bank(tmp_path, tiny, windows[:8], windows[:4], quantizer)
+        kls[quantizer] = Executor(bank, windows[8:12]).score(full_plan(tiny.decoder, "w2", "fp32")).kl
+    assert kls["gptq"] < 0.9 * kls["nearest"]
+
+
+def naive_kl(teacher, student, tokens):
+    with torch.no_grad():
+        p, q = (torch.log_softmax(n.logits(n.hidden(tokens)).double(), -1) for n in (teacher, student))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_scores_are_kl_and_perplexity(bank, tiny, windows):
+    tokens = windows[8:12]
+    executor = Executor(bank, tokens)
+    assert executor.score(full_plan(tiny.decoder, "fp32", "fp32")).kl == pytest.approx(0, abs=1e-6)
+    score = executor.score(full_plan(tiny.decoder, "w4", "w8"))
+    assert score.kl == pytest.approx(naive_kl(tiny, executor.student, tokens), rel=1e-3)
+    nll = 0.0
+    for ids in tokens:
+        with torch.no_grad():
+            log_p = torch.log_softmax(executor.student.logits(executor.student.hidden(ids[None]))[0].double(), -1)
+        nll -= sum(float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1))
+    assert score.perplexity == pytest.approx(math.exp(nll / (4 * 63)), rel=1e-4)
+    assert score.tokens == 256
+
+
+def test_only_differences_are_installed_and_order_does_not_matter(bank, tiny, windows, monkeypatch):
+    executor = Executor(bank, windows[8:10])
+    first = full_plan(tiny.decoder, "w4", "w8")
+    changes = {"layers.1.ffn": DROP, "layers.2.attention": Action(1, "int8")}
+    second = Plan(tuple((name, changes.get(name, action)) for name, action in first.items()))
+    score = executor.score(first)
+    installed = []
+    install = executor.student.install
+    monkeypatch.setattr(executor.student, "install", lambda site, *rest: (installed.append(site.name), install(site, *rest)))
+    assert executor.score(second).kl != score.kl
+    assert installed == list(changes)
+    assert executor.score(first) == score
+    assert Executor(bank, windows[8:10]).score(second) == executor.score(second)
+
+
+def test_sensitivities_predict_single_changes(bank, tiny, windows):
+    """Each (site, action) alone, predicted against the real KL: the right order of magnitude, and the right order."""
+    sites = tiny.decoder.sites()
+    menu = {
+        site.name: (Action(1, "fp32"), Action(1, "w4"))
+        if site.layer is None
+        else (*(Action(k, f) for k in (site.units, site.units // 2) for f in ("fp32", "w4", "w2")), DROP)
+        for site in sites
+    }
+    predicted, executor = sensitivities(bank, menu), Executor(bank, windows[:8])
+    full = full_plan(tiny.decoder, "fp32", "fp32")
+    pairs = []
+    for site in sites:
+        assert predicted[site.name][0] == 0
+        for action, value in list(zip(menu[site.name], predicted[site.name]))[1:]:
+            plan = Plan(tuple((name, action if name == site.name else a) for name, a in full.items()))
+            pairs.append((value, executor.score(plan).kl))
+    expected, real = np.log(np.array(pairs)).T
+    assert np.corrcoef(expected.argsort().argsort(), real.argsort().argsort())[0, 1] > 0.9
+    assert abs(np.median(expected - real)) < math.log(3)

@@ -1,0 +1,85 @@
+"""Distillation on the tiny model: it helps, stays on the grid, resumes, and keeps nothing that got worse."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import compressor.distill
+from compressor.bank import Bank
+from compressor.distill import Settings, distill, load_student
+from compressor.executor import Reference
+from compressor.plan import DROP, Action, Plan
+from compressor.student import Student, full_plan
+
+SETTINGS = Settings(steps=12, sequences=2, learning_rate=3e-3, warmup=2, hidden_weight=0.1, check_every=4)
+
+
+@pytest.fixture
+def student(tiny, windows, tmp_path) -> Student:
+    """Quantized, pruned, with a sub-layer gone and one on dynamic int8."""
+    changes = {"layers.0.ffn": Action(64, "w4"), "layers.1.ffn": DROP, "layers.2.ffn": Action(96, "int8"), "layers.1.attention": Action(1, "fp16")}
+    plan = Plan(tuple((n, changes.get(n, a)) for n, a in full_plan(tiny.decoder, "w2", "w8").items()))
+    return Bank(tmp_path / "bank", tiny, windows[:8], windows[:4]).realize(plan)
+
+
+def kl(teacher, student, tokens):
+    network = teacher.copy()
+    load_student(student, network)
+    return Reference(teacher, tokens).compare(network)[0]
+
+
+def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, tmp_path):
+    better, curve = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part")
+    before, after = kl(tiny, student, windows[20:]), kl(tiny, better, windows[20:])
+    assert after < 0.8 * before
+    held_out = dict(curve.held_out)
+    assert held_out[0] == pytest.approx(before, rel=1e-4) and held_out[curve.kept_step] == pytest.approx(after, rel=1e-3)
+    assert len(curve.losses) == 12 and not (tmp_path / "part").exists()
+
+
+def test_the_result_lies_on_the_same_grid(tiny, windows, student, tmp_path):
+    better, _ = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part")
+    assert better.plan == student.plan and better.matrices.keys() == student.matrices.keys()
+    moved = 0
+    for name, weight in better.matrices.items():
+        given = student.matrices[name]
+        assert weight.format == given.format and weight.shape == given.shape
+        if given.scales is not None:
+            assert torch.equal(weight.scales, given.scales)
+            assert weight.codes.dtype == given.codes.dtype
+            moved += int((weight.codes != given.codes).sum())
+    assert moved > 0
+
+
+def test_a_student_that_got_worse_is_not_kept(tiny, windows, student, tmp_path):
+    settings = replace(SETTINGS, steps=4, learning_rate=10.0, warmup=0)
+    kept, curve = distill(tiny, student, windows[4:16], windows[20:], settings, tmp_path / "part")
+    assert kept is student and curve.kept_step == 0
+    assert dict(curve.held_out)[4] > dict(curve.held_out)[0]
+
+
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, student, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor.distill, "CHECKPOINT_SECONDS", 0)
+    whole, curve = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "whole")
+
+    def stop(done, total, message):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part", stop)
+    steps = []
+    resumed, again = distill(
+        tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part", lambda done, *_: steps.append(done)
+    )
+    assert steps == [9, 10, 11, 12]
+    assert again == curve
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_the_teacher_is_left_alone(tiny, windows, student, tmp_path):
+    digest = tiny.digest()
+    distill(tiny, student, windows[4:16], windows[20:], replace(SETTINGS, steps=2), tmp_path / "part")
+    assert tiny.digest() == digest and not any(p.requires_grad for p in tiny.model.parameters())

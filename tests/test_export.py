@@ -1,0 +1,299 @@
+"""The exported graph against a plain decoder in torch, written here; files against what they promise."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from compressor.errors import BankError, RuntimeTargetError
+from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes, layout, read_student, site_stack
+from compressor.export.runtime import check_provider
+from compressor.plan import ALIGNMENT, DROP, Action, Format, Plan
+from compressor.quantize import Weight, fake_dynamic_int8, round_to_nearest, store_float
+from compressor.student import Decoder, Student
+
+FORMATS = ("fp32", "fp16", "int8", "w8", "w4", "w4b64", "w4b128", "w2")
+
+
+def tiny(tied: bool = True, layers: int = 3, hidden: int = 96) -> Decoder:
+    frequencies = tuple(float(10000.0 ** (-i / 8)) for i in range(8))
+    return Decoder(layers, hidden, 6, 2, 16, 80, 130, 64, 1e-5, frequencies, 1.2, tied)
+
+
+def uniform(decoder: Decoder, name: str, table: str | None = None) -> Plan:
+    table = table or ("w8" if name == "int8" else name)
+    return Plan(tuple((s.name, Action(s.units, name if s.layer is not None else table)) for s in decoder.sites()))
+
+
+def drawn(decoder: Decoder, seed: int, formats: tuple[str, ...] = FORMATS) -> Plan:
+    rng, actions = random.Random(seed), []
+    for site in decoder.sites():
+        if site.layer is None:
+            actions.append((site.name, Action(1, rng.choice([name for name in formats if name != "int8"]))))
+        elif rng.random() < 0.2:
+            actions.append((site.name, DROP))
+        else:
+            actions.append((site.name, Action(rng.randint(1, site.units), rng.choice(formats))))
+    return Plan(tuple(actions))
+
+
+def student(decoder: Decoder, plan: Plan, seed: int = 0) -> Student:
+    generator = torch.Generator().manual_seed(seed)
+    matrices: dict[str, Weight] = {}
+    vectors = {"norm": 1 + 0.1 * torch.randn(decoder.hidden, generator=generator)}
+    for site in decoder.sites():
+        action = plan[site.name]
+        if action.keep == 0:
+            continue
+        format = Format.parse(action.format)
+        if site.layer is not None:
+            vectors[f"{site.name}.norm"] = 1 + 0.1 * torch.randn(decoder.hidden, generator=generator)
+        for matrix in site.matrices:
+            rows, columns = matrix.shape(action.keep, site.units)
+            w_OI = torch.randn(rows, columns, generator=generator) / columns**0.5
+            store = store_float if format.kind == "float" else round_to_nearest
+            matrices[matrix.name] = store(w_OI, format)
+    return Student(decoder, plan, matrices, vectors)
+
+
+def reference(student: Student, ids: list[int]) -> np.ndarray:
+    """Logits [S, V] of the dequantized weights, head by head; int8 sites see quantized activations."""
+    d, weights = student.decoder, {name: weight.dequantize() for name, weight in student.matrices.items()}
+
+    def norm(x_SD, gain_D):
+        return x_SD / (x_SD.square().mean(1, keepdim=True) + d.norm_epsilon).sqrt() * gain_D
+
+    def turn(x_SD):
+        """Every pair (x_i, x_i+D/2) as a complex number, turned by position times frequency."""
+        real, imaginary = x_SD.double().chunk(2, 1)
+        angles = torch.outer(torch.arange(len(x_SD)).double(), torch.tensor(d.rope_frequencies).double())
+        turned = torch.complex(real, imaginary) * torch.polar(torch.full_like(angles, d.rope_scale), angles)
+        return torch.cat([turned.real, turned.imag], 1).float()
+
+    def attend(x_SD, name, action, see):
+        q, k, v = ((x_SD @ weights[f"{name}.{part}"].T).split(d.head_dim, 1) for part in "qkv")
+        heads = []
+        for h in range(len(q)):
+            group = h // (d.heads // d.kv_heads)
+            scores = turn(q[h]) @ turn(k[group]).T / d.head_dim**0.5
+            future = torch.ones_like(scores).triu(1).bool()
+            heads.append(scores.masked_fill(future, -torch.inf).softmax(1) @ v[group])
+        return see(torch.cat(heads, 1)) @ weights[f"{name}.o"].T
+
+    x = weights["embedding"][ids]
+    for site in d.sites():
+        action = student.plan[site.name]
+        if site.layer is None or action.keep == 0:
+            continue
+        see = (lambda x: fake_dynamic_int8(x[None])[0]) if action.format == "int8" else (lambda x: x)
+        y = see(norm(x, student.vectors[f"{site.name}.norm"]))
+        if site.kind == "attention":
+            x = x + attend(y, site.name, action, see)
+        else:
+            gate = y @ weights[f"{site.name}.gate"].T
+            up = y @ weights[f"{site.name}.up"].T
+            x = x + see(gate * torch.sigmoid(gate) * up) @ weights[f"{site.name}.down"].T
+    return (norm(x, student.vectors["norm"]) @ weights["embedding" if d.tied else "head"].T).numpy()
+
+
+def distance(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+IDS = [3, 129, 0, 77, 5, 5, 18, 64, 2, 101, 40]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_matches_the_reference(name, tied, tmp_path):
+    made = student(tiny(tied), uniform(tiny(tied), name))
+    export_onnx(made, tmp_path)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        error = distance(model.logits(IDS), reference(made, IDS))
+    # blockwise kernels quantize activations to int8 blocks; int8 activations round on either side of a tie
+    assert error < (1e-5 if name.startswith("fp") else 3e-2), error
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixed_plans_match_the_reference(seed, tmp_path):
+    decoder = tiny(tied=seed % 2 == 0)
+    exact, rough = drawn(decoder, seed, ("fp32", "fp16")), drawn(decoder, seed + 100)
+    for plan, tolerance in ((exact, 1e-5), (rough, 5e-2)):
+        made = student(decoder, plan, seed)
+        export_onnx(made, tmp_path)
+        with OnnxDecoder(tmp_path, threads=1) as model:
+            assert distance(model.logits(IDS), reference(made, IDS)) < tolerance, plan
+
+
+def test_without_attention_or_without_any_layer(tmp_path):
+    decoder = tiny()
+    for kinds in (("attention",), ("attention", "ffn")):
+        plan = Plan(tuple((s.name, DROP if s.kind in kinds else Action(s.units, "fp32")) for s in decoder.sites()))
+        made = student(decoder, plan)
+        export_onnx(made, tmp_path)
+        with OnnxDecoder(tmp_path, threads=1) as model:
+            assert distance(model.logits(IDS), reference(made, IDS)) < 1e-5
+
+
+# blockwise kernels take another path for a single row, which rounds its activations otherwise
+@pytest.mark.parametrize(("formats", "tolerance"), [(("fp32", "fp16"), 1e-5), (("w4", "w8", "fp32"), 3e-2)])
+@pytest.mark.parametrize("seed", range(2))
+def test_prefill_and_steps_give_the_logits_of_the_whole(seed, formats, tolerance, tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, drawn(decoder, seed, formats), seed), tmp_path)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        whole = model.logits(IDS)
+        logits, cache = model.prefill(IDS[:4])
+        parts = [*logits]
+        for token in IDS[4:]:
+            before = cache
+            logits_V, cache = model.step(token, cache)
+            parts.append(logits_V)
+        assert cache.length == len(IDS)
+        assert distance(np.stack(parts), whole) < tolerance
+        assert np.array_equal(model.step(IDS[-1], before)[0], parts[-1]), "a step changed the cache it was given"
+
+
+def test_generate_is_greedy_and_ends_at_eos(tmp_path):
+    decoder = tiny()
+    made = student(decoder, uniform(decoder, "fp32"))
+    export_onnx(made, tmp_path)
+    expected, ids = [], list(IDS)
+    for _ in range(5):
+        expected.append(int(reference(made, ids)[-1].argmax()))
+        ids.append(expected[-1])
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        assert model.generate(IDS, 5) == expected
+        assert model.generate(IDS, 5, eos=expected[0]) == expected[:1]
+        assert model.generate(IDS, 0) == []
+
+
+def assert_same(ours: Student, theirs: Student) -> None:
+    assert ours.matrices.keys() == theirs.matrices.keys() and ours.vectors.keys() == theirs.vectors.keys()
+    for name, weight in ours.matrices.items():
+        other = theirs.matrices[name]
+        assert weight.format == other.format
+        for part in ("values", "codes", "scales", "zeros"):
+            a, b = getattr(weight, part), getattr(other, part)
+            assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), (name, part)
+    for name, vector in ours.vectors.items():
+        assert torch.equal(vector, theirs.vectors[name])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_round_trip_is_exact_and_size_is_as_promised(seed, tmp_path):
+    decoder = tiny(tied=seed % 2 == 0, layers=2 + seed % 3)
+    plan = uniform(decoder, FORMATS[seed]) if seed % 4 == 3 else drawn(decoder, seed)
+    made = student(decoder, plan, seed)
+    export_onnx(made, tmp_path)
+    assert_same(made, read_student(tmp_path, decoder, plan))
+    promised = fixed_bytes(decoder) + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
+    assert exported_bytes(tmp_path) <= promised
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_size_bound_is_tight_in_the_data_file(name, tmp_path):
+    decoder = tiny(layers=2)
+    plan = uniform(decoder, name)
+    export_onnx(student(decoder, plan), tmp_path)
+    sites = sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
+    norms = 5 * 4 * decoder.hidden
+    data = (tmp_path / "model.onnx.data").stat().st_size
+    # fused matrices share their padding, exact int8 needs no zero points
+    zeros = sum(m.rows for s in decoder.sites() if s.layer is not None for m in s.matrices) if name == "int8" else 0
+    assert sites + norms - 12 * 5 * ALIGNMENT - 2 * zeros <= data <= sites + norms + 5 * ALIGNMENT
+
+
+def test_a_tied_table_is_stored_once(tmp_path):
+    for name in ("fp32", "fp16", "w4"):
+        sizes = []
+        for tied in (True, False):
+            decoder = tiny(tied, layers=1)
+            export_onnx(student(decoder, uniform(decoder, name)), tmp_path)
+            sizes.append(exported_bytes(tmp_path))
+        table = sum(Format.parse(name).tensor_bytes(decoder.vocabulary, decoder.hidden))
+        assert sizes[1] - sizes[0] >= table
+
+
+def test_unsigned_int8_is_the_same_grid(tmp_path, monkeypatch):
+    """As on processors whose int8 products saturate."""
+    decoder = tiny()
+    plan = uniform(decoder, "int8")
+    made = student(decoder, plan)
+    export_onnx(made, tmp_path / "signed")
+    monkeypatch.setattr(layout, "int8_products_are_exact", lambda: False)
+    export_onnx(made, tmp_path / "unsigned")
+    assert_same(made, read_student(tmp_path / "unsigned", decoder, plan))
+    with OnnxDecoder(tmp_path / "unsigned", threads=1) as model:
+        unsigned = model.logits(IDS)
+    assert distance(unsigned, reference(made, IDS)) < 3e-2
+    monkeypatch.undo()
+    if layout.int8_products_are_exact():
+        with OnnxDecoder(tmp_path / "signed", threads=1) as model:
+            assert distance(unsigned, model.logits(IDS)) < 1e-5
+
+
+def test_an_export_replaces_the_earlier_one_and_leaves_no_drafts(tmp_path):
+    decoder = tiny()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("fp32", "w4"):
+        export_onnx(student(decoder, uniform(decoder, name)), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path):
+    decoder = tiny()
+    plan = uniform(decoder, "w4")
+    with pytest.raises(BankError, match="missing"):
+        read_student(tmp_path, decoder, plan)
+    export_onnx(student(decoder, plan), tmp_path)
+    with pytest.raises(BankError, match="the plan says w8"):
+        read_student(tmp_path, decoder, uniform(decoder, "w8"))
+    with pytest.raises(BankError, match="the plan says fp16"):
+        export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+        read_student(tmp_path, decoder, uniform(decoder, "fp16"))
+    data = tmp_path / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(BankError, match="bytes, its graph says"):
+        read_student(tmp_path, decoder, plan)
+
+
+def test_the_wrong_provider_is_an_error(tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    with pytest.raises(RuntimeTargetError, match="runs on CPUExecutionProvider; do this"):
+        check_provider(["CPUExecutionProvider"], "CUDAExecutionProvider", "do this")
+    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "CUDAExecutionProvider", "do this")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        with pytest.raises(RuntimeTargetError, match=r"expected CUDAExecutionProvider.*set target.device: cpu"):
+            OnnxDecoder(tmp_path, device="cuda")
+    with pytest.raises(RuntimeTargetError, match="expected an exported model at"):
+        OnnxDecoder(tmp_path / "nowhere")
+
+
+def test_a_closed_decoder_says_so(tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        calls = model.bench_callables(prefill_tokens=8, context=5)
+        assert calls.prefill()[0].shape == (8, decoder.vocabulary)
+        assert calls.decode()[1].length == calls.decode()[1].length == 6
+    with pytest.raises(RuntimeTargetError, match="closed"):
+        model.logits(IDS)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_stacks_run_for_every_kind_of_site(name, tied):
+    decoder = tiny(tied)
+    for site in decoder.sites():
+        if site.layer in (None, 0) and not (site.layer is None and name == "int8"):
+            calls = site_stack(decoder, site, Action(site.units, name), 2, prefill_tokens=8, context=5, threads=1)
+            for call, length in ((calls.prefill, 8), (calls.decode, 1)):
+                output = call()[0].numpy()
+                assert output.shape[:2] == (1, length) and np.isfinite(output).all()
+            calls.close()

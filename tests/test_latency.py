@@ -1,0 +1,167 @@
+"""The timing arithmetic and the latency table, on clocks and stacks that the tests make themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from compressor.plan import DROP, Action, Matrix, Plan, Site
+from eval import timing
+from eval.latency import LatencyTable, Milliseconds, entry_key, fit_line
+from eval.timing import Timing, interleave, time_call
+
+
+class Clock:
+    """Stands for `time.perf_counter`; calls made by `takes` move it."""
+
+    def __init__(self, monkeypatch):
+        self.now_ms = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now_ms / 1e3)
+
+    def takes(self, *durations_ms: float):
+        queue = list(durations_ms)
+
+        def call() -> None:
+            self.now_ms += queue.pop(0) if len(queue) > 1 else queue[0]
+
+        return call
+
+
+def ffn(layer: int, channels: int = 64) -> Site:
+    name = f"layers.{layer}.ffn"
+    matrices = (Matrix(f"{name}.up", channels, 32, "rows"), Matrix(f"{name}.down", 32, channels, "columns"))
+    return Site(name, "ffn", layer, channels, matrices)
+
+
+@dataclass
+class FakeStacks:
+    """Makes stacks that take 5 ms, and for every copy `keep` ms in prefill and `keep / 10` in decode."""
+
+    clock: Clock
+    made: list[tuple[str, Action, int]]
+    closed: int = 0
+    fail_at: int | None = None
+
+    def __call__(self, site: Site, action: Action, copies: int):
+        if self.fail_at is not None and len(self.made) >= self.fail_at:
+            raise KeyboardInterrupt
+        self.made.append((site.name, action, copies))
+        outer = self
+
+        class Stack:
+            prefill = staticmethod(outer.clock.takes(5 + copies * action.keep))
+            decode = staticmethod(outer.clock.takes(5 + copies * action.keep / 10))
+
+            def close(self) -> None:
+                outer.closed += 1
+
+        return Stack()
+
+
+@pytest.fixture
+def stacks(monkeypatch) -> FakeStacks:
+    return FakeStacks(Clock(monkeypatch), [])
+
+
+def test_warmup_and_before_are_not_timed(monkeypatch):
+    clock = Clock(monkeypatch)
+    flush = clock.takes(1000.0)
+    measured = time_call(clock.takes(500, 500, 1, 2, 3, 4, 5), warmup=2, repeats=5, before=flush)
+    assert measured == Timing(pytest.approx(3), pytest.approx(2), pytest.approx(4), 5)
+    assert measured.spread == pytest.approx(2 / 3)
+
+
+def test_interleave_alternates():
+    order: list[str] = []
+    interleave([lambda: order.append("a"), lambda: order.append("b")], warmup=1, repeats=2)
+    assert order == ["a", "b"] * 3
+
+
+def test_no_repeats_is_refused():
+    with pytest.raises(ValueError, match="repeats = 0"):
+        time_call(lambda: None, repeats=0)
+
+
+def test_last_level_cache_is_found():
+    assert timing.last_level_cache_bytes() >= 256 << 10
+
+
+def test_entry_is_the_slope_without_the_run_itself(tmp_path, stacks):
+    table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
+    table.measure([(ffn(0), Action(64, "w4"))], stacks)
+    entry = table.entry(ffn(0), Action(64, "w4"))
+    assert (entry.prefill_ms, entry.decode_ms) == (pytest.approx(64), pytest.approx(6.4))
+    assert stacks.closed == len(stacks.made) == 2
+
+
+def test_same_shapes_are_measured_once_and_dropped_sites_never(tmp_path, stacks):
+    table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
+    table.measure([(ffn(layer), action) for layer in range(3) for action in (Action(64, "w4"), DROP)], stacks)
+    assert len(table) == 1 and len(stacks.made) == 2
+    assert table.entry(ffn(7), DROP).prefill_ms == 0
+    with pytest.raises(KeyError):
+        table.entry(ffn(0), Action(32, "w4"))
+
+
+def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path, stacks):
+    wanted = [(ffn(0), Action(keep, "w4")) for keep in (16, 32, 48, 64)]
+    stacks.fail_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        LatencyTable(tmp_path / "table.json", {"cpu": "x"}).measure(wanted, stacks)
+    stacks.made.clear()
+    stacks.fail_at = None
+    again = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
+    assert len(again) == 2
+    again.measure(wanted, stacks)
+    assert {action.keep for _, action, _ in stacks.made} == {48, 64}
+    assert again.entry(*wanted[0]).prefill_ms == pytest.approx(16)
+
+
+def test_environments_do_not_share_entries(tmp_path, stacks):
+    path, wanted = tmp_path / "table.json", [(ffn(0), Action(64, "w4"))]
+    LatencyTable(path, {"threads": 1}).measure(wanted, stacks)
+    other = LatencyTable(path, {"threads": 2})
+    assert len(other) == 0
+    other.measure(wanted, stacks)
+    assert len(json.loads(path.read_text())) == 2
+    assert len(LatencyTable(path, {"threads": 1})) == 1
+
+
+def test_keys_tell_shapes_and_formats_apart():
+    keys = {entry_key(ffn(0), Action(keep, name)) for keep in (32, 64) for name in ("w4", "w8")}
+    assert len(keys) == 4
+    assert entry_key(ffn(0), Action(32, "w4")) == "ffn 32x32 32x32 w4"
+
+
+def test_prediction_is_rest_plus_scaled_sum(tmp_path, stacks):
+    sites = [ffn(0), ffn(1)]
+    plans = {
+        name: Plan(((sites[0].name, first), (sites[1].name, second)))
+        for name, first, second in (
+            ("whole", Action(64, "w4"), Action(64, "w4")),
+            ("half", Action(32, "w4"), Action(32, "w4")),
+            ("mixed", Action(32, "w4"), DROP),
+        )
+    }
+    table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
+    table.measure([(site, plan[site.name]) for plan in plans.values() for site in sites], stacks)
+    truth = {
+        name: Milliseconds(10 + 1.5 * s.prefill, 2 + 3 * s.decode)
+        for name, s in ((name, table.sum_ms(plan, sites)) for name, plan in plans.items())
+    }
+    model = table.fit([(plans[name], truth[name]) for name in ("whole", "half")], sites)
+    predicted = model.predict(plans["mixed"])
+    assert predicted.prefill == pytest.approx(10 + 1.5 * 32)
+    assert predicted.decode == pytest.approx(2 + 3 * 3.2)
+    assert model.site_ms(sites[0], Action(32, "w4")).prefill == pytest.approx(1.5 * 32)
+
+
+def test_line_without_rest_where_anchors_tell_none():
+    assert fit_line([10.0], [25.0]) == (0.0, pytest.approx(2.5))
+    assert fit_line([10.0, 10.1], [25.0, 25.0])[0] == 0.0
+    # a negative rest would make small plans free
+    assert fit_line([10.0, 20.0], [10.0, 30.0])[0] == 0.0
+    with pytest.raises(ValueError):
+        fit_line([], [])

@@ -1,0 +1,197 @@
+"""The whole job on the tiny model: every stage real, resumed, killed, deployed, loaded back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compressor
+from compressor import Recipe, pipeline
+from compressor.errors import BudgetError, GateError, RecipeError
+from compressor.estimate import dry_run
+from compressor.export import OnnxDecoder, exported_bytes
+from compressor.plan import Plan
+from tests.conftest import TEXT
+
+
+def recipe(tiny_folder: Path, **changes) -> Recipe:
+    data = {
+        "model": {"path": str(tiny_folder)},
+        "data": {
+            "calibration": [str(TEXT / "wiki-calibration.txt")],
+            "evaluation": [str(TEXT / "wiki-evaluation.txt")],
+            "calibration_tokens": 512,
+            "evaluation_tokens": 128,
+            "sequence_length": 64,
+        },
+        "target": {"device": "cpu", "threads": 1, "workload": {"prefill": 16, "context": 16}},
+        "budget": {"bytes": "45%"},
+        "search": {
+            "evaluations": 6,
+            "tokens": 128,
+            "formats": ["fp32", "w8", "w4"],
+            "ffn_keep": [1.0, 0.5, 0.0],
+            "ffn_multiple": 32,
+        },
+        "distill": {"steps": 4, "batch_tokens": 128, "learning_rate": 1e-3, "warmup": 1},
+    }
+    for key, value in changes.items():
+        data[key] = {**data.get(key, {}), **value}
+    return Recipe.from_dict(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """One run of the recipe: (folder, report, progress that was shown)."""
+    out, shown = tmp_path_factory.mktemp("run"), []
+    return out, pipeline.compress(recipe(tiny_folder), out, progress=shown.append), shown
+
+
+def test_the_result_fits_the_budget_as_predicted(finished):
+    out, report, _ = finished
+    (line,) = report.budget
+    assert line.name == "bytes" and line.fits
+    assert line.measured == exported_bytes(out / "onnx") <= line.predicted <= line.limit
+    assert line.measured > 0.7 * line.limit  # and uses it
+
+
+def test_rows_are_measured(finished):
+    out, report, _ = finished
+    assert [row.role for row in report.rows] == ["teacher", "reference", "rival", "student"]
+    for row in report.rows:
+        assert row.perplexity > 1 and row.prefill_ms.median > 0 and row.decode_ms.median > 0
+    teacher, fp32, uniform, student = report.rows
+    assert fp32.perplexity == pytest.approx(teacher.perplexity, rel=1e-3) and fp32.kl < 1e-4
+    assert student.size_bytes < 0.45 * fp32.size_bytes and uniform.size_bytes < 0.45 * fp32.size_bytes
+    assert student.peak_memory_bytes > student.size_bytes
+    assert json.loads((out / "report.json").read_text())["rows"][3]["kl"] == student.kl
+
+
+def test_policies_had_the_same_budget_and_evaluations(finished):
+    _, report, _ = finished
+    by_policy: dict[str, list] = {}
+    for trial in report.trials:
+        by_policy.setdefault(trial.policy, []).append(trial)
+    assert {name: len(trials) for name, trials in by_policy.items()} == dict.fromkeys(("uniform", "random", "actor_critic"), 6)
+    assert all(trial.size_bytes <= report.budget[0].limit for trial in report.trials)
+    ours, uniform = (min(t.kl for t in by_policy[name]) for name in ("actor_critic", "uniform"))
+    assert ours <= uniform
+
+
+def test_torch_and_onnx_runtime_agree(finished, tiny_folder):
+    out, report, _ = finished
+    assert report.parity.passed and report.parity.greedy_equal
+    model = compressor.load(out / "onnx")
+    ids = np.frombuffer((TEXT / "wiki-evaluation.txt").read_bytes()[:48], np.uint8).astype(np.int64)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    with OnnxDecoder(out / "onnx") as decoder:
+        found = decoder.logits(ids)
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.05
+    teacher = pipeline.load_teacher(tiny_folder).network
+    with torch.no_grad():
+        plain = teacher.logits(teacher.hidden(torch.from_numpy(ids)[None]))[0].numpy()
+    assert np.linalg.norm(plain - expected) / np.linalg.norm(expected) > 0.01  # it is the student, not the teacher
+
+
+def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):
+    out, report, _ = finished
+    for name in ("sensitivities", "site_stack", "Executor", "time_models"):
+        monkeypatch.setattr(pipeline, name, None)  # calling it would fail
+    monkeypatch.setattr(pipeline.distill, "distill", None)
+    again = pipeline.compress(recipe(tiny_folder), out)
+    assert again.to_dict() | {"stage_seconds": 0} == report.to_dict() | {"stage_seconds": 0}
+
+
+def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path):
+    out, report, _ = finished
+    longer = recipe(tiny_folder, search={**recipe(tiny_folder).to_dict()["search"], "evaluations": 8})
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    again = pipeline.compress(longer, copy)
+    digests = lambda r, n: [t.digest for t in r.trials if t.policy == "actor_critic"][:n]  # noqa: E731
+    assert digests(again, 6) == digests(report, 6) and len(digests(again, 9)) == 8
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_path):
+    """SIGKILL in the middle of the search and again later; everything that does not depend on times is the same."""
+    out, report, _ = finished
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe(tiny_folder).to_dict()))
+    script = (
+        "import json, sys\nfrom pathlib import Path\nfrom compressor import Recipe, compress\n"
+        "compress(Recipe.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]),"
+        " progress=lambda p: print(p.stage, flush=True))"
+    )
+    killed = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for stage in ("search: random", "distill"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(path), str(killed)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for line in process.stdout:
+            if line.strip() == stage:
+                time.sleep(0.02)
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait() == -signal.SIGKILL
+    # the undisturbed run's latency table: a budget in bytes does not depend on it, the problem's numbers do
+    again = pipeline.compress(recipe(tiny_folder), killed)
+    assert [t.digest for t in again.trials if t.policy != "x"] == [t.digest for t in report.trials]
+    assert [t.kl for t in again.trials] == [t.kl for t in report.trials]
+    assert again.plan == report.plan and again.distillation == report.distillation
+    assert (killed / "onnx" / "model.onnx.data").read_bytes() == (out / "onnx" / "model.onnx.data").read_bytes()
+
+
+def test_the_gate_raises_after_everything_is_written(finished, tiny_folder):
+    out, _, _ = finished
+    with pytest.raises(GateError, match=r"gate.perplexity_ratio: expected at most 0.5"):
+        pipeline.compress(recipe(tiny_folder, gate={"perplexity_ratio": 0.5}), out)
+    assert json.loads((out / "report.json").read_text())["gate"][0]["passed"] is False
+
+
+def test_an_impossible_budget_is_refused_before_the_search(finished, tiny_folder):
+    out, _, _ = finished
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        pipeline.compress(recipe(tiny_folder, budget={"bytes": "1%"}), out)
+
+
+def test_a_menu_without_the_whole_site_is_refused(tiny_folder, tmp_path):
+    search = {**recipe(tiny_folder).to_dict()["search"], "ffn_keep": [0.5]}
+    with pytest.raises(RecipeError, match="add 1.0"):
+        pipeline.compress(recipe(tiny_folder, search=search), tmp_path)
+
+
+def test_progress_is_shown_for_every_stage(finished):
+    _, report, shown = finished
+    stages = list(dict.fromkeys(progress.stage for progress in shown))
+    for name in ("statistics", "sensitivity", "latency", "search: actor_critic", "distill", "export", "quality", "timing"):
+        assert name in stages
+    assert set(report.stage_seconds) <= {*stages, "search"}
+
+
+def test_a_dry_run_reads_no_weights_and_tells_the_sizes(tiny_folder, finished, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    told = dry_run(recipe(bare))
+    assert len(told.sites) == 7 and told.bytes_smallest < told.bytes_budget < told.bytes_largest
+    _, report, _ = finished
+    assert told.bytes_budget == pytest.approx(report.budget[0].limit, rel=0.02)
+    assert all(stage.seconds >= 0 for stage in told.stages)
+
+
+def test_the_plan_beside_the_weights_is_the_reports(finished):
+    out, report, _ = finished
+    plan = Plan.from_json((out / "onnx" / "plan.json").read_text())
+    assert [(e.site, e.keep, e.format) for e in report.plan] == [(n, a.keep, a.format) for n, a in plan.items()]

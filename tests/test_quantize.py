@@ -1,0 +1,138 @@
+"""Formats: packing, grids, GPTQ against the plain algorithm, dynamic int8 against a loop."""
+
+import pytest
+import torch
+
+from compressor.errors import RecipeError
+from compressor.plan import Format
+from compressor.quantize import (
+    Weight,
+    damped,
+    fake_dynamic_int8,
+    find_grid,
+    gptq,
+    pack_rows,
+    round_to_nearest,
+    store_float,
+    unpack_rows,
+)
+
+BLOCKWISE = ["w8", "w4", "w2", "w4b64"]
+
+
+def problem(rows=24, columns=96, seed=0):
+    """Weights and the second moment of correlated inputs."""
+    torch.manual_seed(seed)
+    x = torch.randn(512, columns) @ torch.randn(columns, columns)
+    return torch.randn(rows, columns) * 0.1, damped(x.T @ x / 512, 0.01)
+
+
+def output_loss(weight, w, hessian):
+    delta = weight.dequantize() - w
+    return float(((delta @ hessian) * delta).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 3, 32])
+def test_packing_round_trips(bits, columns):
+    codes = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8)
+    packed = pack_rows(codes, bits)
+    assert packed.shape == (5, -(-columns * bits // 8))
+    assert torch.equal(unpack_rows(packed, bits)[:, :columns], codes)
+
+
+def test_packing_puts_low_bits_first():
+    assert pack_rows(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[1 | 2 << 2 | 3 << 4]]
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", *BLOCKWISE])
+@pytest.mark.parametrize("columns", [64, 80])
+def test_stored_form_round_trips_and_has_the_promised_bytes(name, columns):
+    fmt, w = Format.parse(name), torch.randn(6, columns)
+    weight = store_float(w, fmt) if fmt.kind == "float" else round_to_nearest(w, fmt)
+    stored = weight.tensors()
+    again = Weight.from_tensors(fmt, columns, stored)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    promised = sum(fmt.tensor_bytes(6, columns)) - (6 if fmt.kind == "dynamic" else 0)  # zero points: some processors only
+    assert sum(t.nbytes for t in stored.values()) == promised
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_grid_values_stay_on_the_grid(name):
+    w = torch.randn(8, 128)
+    grid = find_grid(w, Format.parse(name))
+    once = grid.nearest(w)
+    assert torch.equal(grid.nearest(once), once)
+
+
+@pytest.mark.parametrize("name", ["w4", "w2"])
+def test_clipping_search_is_never_worse_than_the_full_range(name):
+    fmt, w = Format.parse(name), torch.randn(16, 64)
+    blocks = w.view(16, -1, fmt.block)
+    low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
+    top = 2**fmt.bits - 1
+    scales = (high - low) / top
+    zeros = torch.round(-low / scales)
+    plain = ((torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp(0, top) - zeros[..., None]) * scales[..., None]
+    assert (find_grid(w, fmt).nearest(w) - w).square().sum() <= (plain.view_as(w) - w).square().sum()
+
+
+def naive_gptq(w, hessian, grid):
+    """Optimal brain quantization, column by column, with the inverse downdated after each (Frantar et al. 2022, eq. 2, 3)."""
+    w, inverse = w.double().clone(), torch.linalg.inv(hessian.double())
+    result = torch.empty_like(w)
+    for i in range(w.shape[1]):
+        result[:, i] = grid.nearest(w.float())[:, i].double()
+        error = (w[:, i] - result[:, i]) / inverse[i, i]
+        w -= error[:, None] * inverse[i][None]
+        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return result.float()
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_gptq_is_the_plain_algorithm(name):
+    w, hessian = problem(columns=128)
+    fmt = Format.parse(name)
+    grid = find_grid(w, fmt, hessian.diagonal())
+    ours, naive = gptq(w, hessian, fmt, damping=0).dequantize(), naive_gptq(w, hessian, grid)
+    # a weight that lies between two codes may fall to either side in float32: compare what they achieve, and most codes
+    assert (ours == naive).float().mean() > 0.97
+    loss = lambda q: float((((q - w) @ hessian) * (q - w)).sum())  # noqa: E731
+    assert loss(ours) == pytest.approx(loss(naive), rel=0.02)
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_gptq_beats_rounding(name):
+    w, hessian = problem()
+    fmt = Format.parse(name)
+    assert output_loss(gptq(w, hessian, fmt), w, hessian) < 0.8 * output_loss(round_to_nearest(w, fmt), w, hessian)
+
+
+def test_gptq_meets_inputs_that_are_always_zero():
+    w, hessian = problem(columns=64)
+    hessian[5], hessian[:, 5] = 0, 0
+    assert torch.isfinite(gptq(w, hessian, Format.parse("w4")).dequantize()).all()
+
+
+def test_dynamic_int8_quantizes_every_sequence_by_itself():
+    x = torch.randn(3, 7, 16) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    result = fake_dynamic_int8(x)
+    for sequence, found in zip(x, result):
+        low, high = min(float(sequence.min()), 0.0), max(float(sequence.max()), 0.0)
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        codes = [min(max(round(float(v) / scale) + zero, 0), 255) for v in sequence.flatten()]
+        naive = torch.tensor([(code - zero) * scale for code in codes]).view_as(sequence)
+        torch.testing.assert_close(found, naive, atol=scale * 1e-3, rtol=0)
+
+
+def test_dynamic_int8_lets_gradients_through():
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    fake_dynamic_int8(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name, says", [("w3", "3-bit"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")])
+def test_formats_without_a_kernel_are_refused(name, says):
+    with pytest.raises(RecipeError, match=says):
+        Format.parse(name)
