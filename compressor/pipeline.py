@@ -124,7 +124,7 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
         teacher.network.to("cuda" if torch.cuda.is_available() and recipe.target.device != "cpu" else "cpu")
     fisher_NL = texts.calibration_NL[: len(texts.score_NL)]
     bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
-    with stages.timed("statistics") as report_progress:
+    with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
     return Run(recipe, out, stages, target_of(recipe), teacher, texts, bank, menu)
@@ -230,7 +230,7 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
         return known[plan]
 
     trials: dict[str, Trials] = {}
-    with run.stages.timed("search"):
+    with run.stages.timed("search", key):
         for name in settings.policies:
             ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu)
             report_progress = run.stages.reporter(f"search: {name}")

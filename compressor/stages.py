@@ -46,12 +46,16 @@ class Stages:
         return lambda done, total, message="": self._progress(Progress(stage, done, total, str(message)))
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[Callable[..., None]]:
-        """A stage that keeps its own results: timed only. Gives the stage's reporter."""
+    def timed(self, name: str, key: str = "") -> Iterator[Callable[..., None]]:
+        """A stage that keeps its own results. Gives its reporter; the time is added to that of earlier, interrupted calls
+        under the same key."""
         report, start = self.reporter(name), time.monotonic()
         report(0, 1)
+        stored = self._stored(f"{name}-time", key) if key else None
         yield report
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        self.seconds[name] = time.monotonic() - start + (stored["seconds"] if stored else 0.0)
+        if key:
+            write_json_atomic(self.folder / f"{name}-time.json", {"key": key, "seconds": self.seconds[name]})
         report(1, 1)
 
     def value(self, name: str, key: str, make: Callable[[Callable[..., None]], T]) -> T:

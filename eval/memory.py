@@ -38,18 +38,17 @@ def peak_growth_bytes(call: Callable[..., object], *arguments: object) -> int:
 
 
 def _measure(answer: Connection, call: Callable[..., object], arguments: tuple) -> None:
-    before = _resident_bytes()
+    before, _ = resident_bytes()
     call(*arguments)
-    answer.send(max(0, _peak_bytes() - before))
+    answer.send(max(0, resident_bytes()[1] - before))
 
 
-def _resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of this process now, and at its highest."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return highest, highest
+    # not ru_maxrss: on Linux a process inherits that of the one that started it
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]

@@ -10,8 +10,8 @@ reward -log KL at the end.
 
 A generation: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
 entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
-2024) propose in imagination; ask for the plans of least predicted log KL: the first by the mean, the others by one
-posterior sample each (Thompson 1933), none of them run before.
+2024) propose in imagination; ask for the plans of least predicted log KL, none of them run before: the first by the
+mean, the others half by the mean and half by one posterior sample each (Thompson 1933, tempered).
 
 Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
 every generation from the ledger alone, so that an interrupted search resumes exactly; the features are relative
@@ -65,7 +65,7 @@ class Settings:
 
     warm_up: int = 8
     generation: int = 2
-    boldness: float = 1.0
+    boldness: float = 0.5
     hidden: int = 32
     steps: int = 12
     walks: int = 48

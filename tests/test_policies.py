@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import brute_force, landscape, tiny
 
 from compressor.errors import BudgetError
 from compressor.plan import Score
@@ -18,6 +17,7 @@ from policies.critic import Critic
 from policies.dynamic_programming import solve
 from policies.problem import Problem
 from policies.uniform import uniform_plans
+from tests.toys import brute_force, landscape, tiny
 
 ROOT = Path(__file__).parent.parent
 LEARNING = ("random", "dynamic_programming", "actor_critic")

@@ -38,6 +38,8 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
         raise RuntimeTargetError(f"expected {wanted}; this onnxruntime has {ort.get_available_providers()}; {remedy}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # a session that waits must not spin on the cores that another one is timed on
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
