@@ -6,6 +6,7 @@ Heavy modules are imported where they are used, so that `compress --help` is qui
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def run(
 
             show_dry_run(estimate(loaded))
             return
+        # read when torch is imported: threads that wait must not keep a core from other processes
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from compressor import pipeline
         from compressor.progress import renderer, silent
 

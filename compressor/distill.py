@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from compressor.executor import Reference
 from compressor.files import write_bytes_atomic
-from compressor.model import Network
+from compressor.model import Network, Rounding
 from compressor.quantize import Grid, Weight, store_float
 from compressor.student import Student
 
@@ -87,12 +87,12 @@ class OnGrid(nn.Module):
         return latent_OI + step
 
 
-def load_student(student: Student, network: Network, *, round_inputs: bool = False) -> None:
-    """Put a student's weights into a network; `round_inputs` as for `Network.install`."""
+def load_student(student: Student, network: Network, rounding: Rounding = "dynamic") -> None:
+    """Put a student's weights into a network; `rounding` as for `Network.install`."""
     for name, action in student.plan.items():
         site = network.sites[name]
         dense = {m.name: student.matrices[m.name].dequantize() for m in site.matrices} if action.keep else {}
-        network.install(site, action, dense, round_inputs=round_inputs)
+        network.install(site, action, dense, rounding)
     with torch.no_grad():
         for name, gain in student.vectors.items():
             network.module(name).weight.copy_(gain)

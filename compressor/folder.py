@@ -32,8 +32,8 @@ def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The torch student of an exported folder: a transformers model that computes what ONNX Runtime computes, down to the
-    rounding of what quantized layers read.
+    """The torch student of an exported folder: a transformers model that computes what ONNX Runtime computes, the
+    rounding of what quantized layers read included.
 
     Sub-layers may be narrower than the configuration says, or gone; call it with `use_cache=False`.
 
@@ -49,5 +49,5 @@ def load(folder: str | Path) -> nn.Module:
         plan = Plan.from_json(plan_path.read_text())
     except (ValueError, KeyError, TypeError) as error:
         raise BankError(f"{plan_path} cannot be read ({error}); export the model again") from None
-    load_student(read_student(folder, network.decoder, plan), network, round_inputs=True)
+    load_student(read_student(folder, network.decoder, plan), network, "all")
     return network.model

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,8 @@ def decoder_of(config) -> Decoder:
         tied=config.tie_word_embeddings,
     )
 
+
+Rounding = Literal["none", "dynamic", "all"]
 
 _ATTRIBUTES = {"attention": "self_attn", "ffn": "mlp"}
 
@@ -298,15 +301,15 @@ class Network:
                 handle.remove()
 
     def install(
-        self, site: Site, action: Action, matrices: Mapping[str, Tensor], *, round_inputs: bool = False
+        self, site: Site, action: Action, matrices: Mapping[str, Tensor], rounding: Rounding = "dynamic"
     ) -> None:
         """Replace a site.
 
         Args:
             matrices: its dense float32 weights under `action`; none where it is dropped.
-            round_inputs: also round what weight-only kernels read, as they do (see `quantize.fake_block_int8`). It moves
-                a model by far less than the weights' own rounding and costs time, so scoring leaves it out. What
-                dynamic int8 does to its inputs is always there.
+            rounding: which kernels' rounding of activations is imitated. `dynamic`: that of dynamic int8, which moves
+                a model much; `all`: also the blocks of int8 inside weight-only kernels, which move it little and cost
+                some 8% of a forward pass, so that scoring leaves them out; `none`.
         """
         for handle in self._hooks.pop(site.name, []):
             handle.remove()
@@ -329,7 +332,7 @@ class Network:
             owner = self._owners[site.name]
             setattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind], owner)
             readers = [owner, self._modules[site.matrices[-1].name]]
-        if fmt.kind == "dynamic" or (round_inputs and fmt.kind == "blockwise"):
+        if fmt.kind in {"none": (), "dynamic": ("dynamic",), "all": ("dynamic", "blockwise")}[rounding]:
             hook = _rounding_hook(fmt)
             self._hooks[site.name] = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in readers]
 

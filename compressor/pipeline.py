@@ -56,10 +56,21 @@ def compress(
     folders = export(run, problem, trials, student)
     result = results.collect(run, problem, latency, trials, student, curve, folders)
     report.write(result, out)
-    if missed := [line for line in result.gate if not line.passed]:
-        lines = "; ".join(f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in missed)
-        raise GateError(f"{lines}. The student is in {out / recipe.export.folder}; raise the budget or loosen the gate")
+    _check(result, out / recipe.export.folder)
     return result
+
+
+def _check(result: report.Report, folder: Path) -> None:
+    """Raise GateError if a limit of the gate is missed, or if the export does not compute what torch does."""
+    missed = [f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in result.gate if not m.passed]
+    parity = result.parity
+    if parity and not parity.passed:
+        missed.append(
+            f"export parity: expected a relative error of at most {parity.tolerance:g} and the same greedy text as torch, "
+            f"got {parity.relative_error:.2g} and {'the same' if parity.greedy_equal else 'another'} text"
+        )
+    if missed:
+        raise GateError(f"{'; '.join(missed)}. The student is in {folder}; raise the budget or loosen the gate")
 
 
 # Before the search ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from compressor.pipeline import Latency, Run
 
 SAMPLE_TOKENS = 32
-"""Greedy tokens of a sample, and those on which torch and ONNX Runtime are compared."""
+"""Greedy tokens of a sample; torch and ONNX Runtime must agree on them."""
+
+PARITY_TOKENS = 128
+"""Tokens whose logits are compared; few, since kernels without rounding are slow."""
 
 PROMPT_TOKENS = 24
 """Tokens of the evaluation text that a sample goes on from."""
@@ -120,35 +123,37 @@ def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
 def _parity(
     run: Run, student: Student, folder: Path, weights: str
 ) -> tuple[report.Parity, tuple[report.Sample, ...]]:
-    """Logits and greedy text of ONNX Runtime against torch with the very same weights; the teacher's text beside."""
+    """Logits and greedy text of ONNX Runtime against torch, both without the rounding of activations (see
+    `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
-    window_L = run.texts.evaluation_NL[0]
-    prompts = [windows[:PROMPT_TOKENS] for windows in run.texts.evaluation_NL[:2]]
+    window_L = run.texts.evaluation_NL[0][:PARITY_TOKENS]
+    prompts = [windows_L[:PROMPT_TOKENS] for windows_L in run.texts.evaluation_NL[:2]]
     tokenizer = run.teacher.tokenizer
+    length = {"new_tokens": SAMPLE_TOKENS, "eos": tokenizer.eos_token_id}
+    device, threads = run.target.device, run.target.threads
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
         network = run.teacher.network.copy()
-        load_student(student, network, round_inputs=True)
+        load_student(student, network, "none")
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
-        samples, equal = [], True
-        with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:
-            found_LV = decoder.logits(window_L.numpy())
-            for done, prompt in enumerate(prompts):
-                texts = {
-                    "teacher": run.teacher.network.greedy(prompt, SAMPLE_TOKENS, tokenizer.eos_token_id),
-                    "torch": network.greedy(prompt, SAMPLE_TOKENS, tokenizer.eos_token_id),
-                    "onnx": decoder.generate(prompt.numpy(), SAMPLE_TOKENS, tokenizer.eos_token_id),
-                }
-                equal &= texts["torch"] == texts["onnx"]
-                samples.append([tokenizer.decode(ids) for ids in (prompt, texts["teacher"], texts["onnx"])])
-                progress(done + 1, len(prompts))
+        with OnnxDecoder(folder, device, threads, exact=True) as exact:
+            found_LV = exact.logits(window_L.numpy())
+            texts = [exact.generate(prompt.numpy(), **length) for prompt in prompts]
         error = float(np.linalg.norm(found_LV - expected_LV) / np.linalg.norm(expected_LV))
-        return {"error": error, "equal": equal, "samples": samples}
+        equal = texts == [network.greedy(prompt, **length) for prompt in prompts]
+        progress(1, 2)
+        with OnnxDecoder(folder, device, threads) as deployed:
+            rounded_LV = deployed.logits(window_L.numpy())
+            made = [deployed.generate(prompt.numpy(), **length) for prompt in prompts]
+        rounding = float(np.linalg.norm(rounded_LV - expected_LV) / np.linalg.norm(expected_LV))
+        teachers = [run.teacher.network.greedy(prompt, **length) for prompt in prompts]
+        samples = [[tokenizer.decode(ids) for ids in sample] for sample in zip(prompts, teachers, made)]
+        return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
     samples = tuple(report.Sample(*texts) for texts in found["samples"])
-    return report.Parity(found["error"], found["equal"], tolerance), samples
+    return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
 
 
 # Writing down ---------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def example() -> Report:
         tuple(trials),
         tuple(plan),
         Distillation((DistillPoint(0, 1.5, 1.4), DistillPoint(10, 0.7), DistillPoint(20, 0.6, 0.7)), 1.4, 0.7, True),
-        Parity(1e-3, True, 0.05),
+        Parity(1e-5, True, 0.001, 0.02),
         (Sample("Once upon", "a # time\nthere", "a time"),),
         {"bank": 10.0, "search": 20.5},
         (GateLine("perplexity_ratio", 1.5, 1.25, True),),
@@ -102,7 +102,7 @@ def test_what_failed_is_said_at_the_top():
         report,
         budget=(replace(report.budget[0], measured=62e6, fits=False),),
         gate=(replace(report.gate[0], measured=1.6, passed=False),),
-        parity=Parity(0.2, False, 0.05),
+        parity=Parity(0.2, False, 0.001, 0.02),
         distillation=replace(report.distillation, kl_after=2.0, kept=False),
     )
     page = markdown(bad)

@@ -6,6 +6,7 @@ Knows nothing of plans beyond what a stack of sites needs; times nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compressor.errors import RuntimeTargetError
+from compressor.export.exact import exact_graph
 from compressor.export.files import GRAPH_FILE
 from compressor.export.graph import stack_model
 from compressor.export.layout import Stored
@@ -130,16 +132,18 @@ class OnnxDecoder(_Runner):
     Args:
         folder: as `export_onnx` left it.
         threads: within an operator; None for one a core.
+        exact: without the rounding of activations, for comparisons with torch; slow (see `exact_graph`).
 
     Raises:
         RuntimeTargetError: the folder holds no graph, or the provider is not the one asked for.
     """
 
-    def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None):
+    def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False):
         graph = Path(folder) / GRAPH_FILE
         if not graph.is_file():
             raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
-        super().__init__(graph, device, threads)
+        with exact_graph(Path(folder)) if exact else nullcontext(graph) as path:
+            super().__init__(path, device, threads)
 
     @property
     def provider(self) -> str:
@@ -200,16 +204,12 @@ def site_stack(
     """
     format = Format.parse(action.format)
     shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
-    drawn: dict[str, Stored] = {}
     rng = np.random.default_rng(0)
 
     def matrices(names: tuple[str, ...]) -> Stored:
-        # every copy has its own initializers; that their values are equal does not change the time
+        # drawn anew for every copy: ONNX Runtime keeps prepacked weights of equal contents once, which fit in a cache
         parts = [f"{site.name}.{name.rsplit('.', 1)[-1]}" if site.layer is not None else name for name in names]
-        if parts[0] not in drawn:
-            rows = sum(shapes[part][0] for part in parts)
-            drawn[parts[0]] = Stored.random(format, rows, shapes[parts[0]][1], rng)
-        return drawn[parts[0]]
+        return Stored.random(format, sum(shapes[part][0] for part in parts), shapes[parts[0]][1], rng)
 
     model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
     runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
