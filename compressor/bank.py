@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from compressor.calibrate import Statistics, collect
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
 from compressor.model import Network
@@ -28,7 +29,6 @@ from compressor.plan import Action, Format, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Weight, damped, gptq, round_to_nearest, store_float
 from compressor.student import Student, matrices_from, matrix_tensors
-from compressor.calibrate import Statistics, collect
 
 VERSION = 1
 """Raise when the same request would give other numbers."""
@@ -233,4 +233,6 @@ class Bank:
 
 
 def _memory(weights: dict[str, Weight]) -> int:
-    return sum(tensor.nbytes for w in weights.values() for tensor in (w.values, w.codes, w.scales) if tensor is not None)
+    return sum(
+        tensor.nbytes for w in weights.values() for tensor in (w.values, w.codes, w.scales) if tensor is not None
+    )

@@ -30,7 +30,6 @@ from compressor.model import Network, Rounding
 from compressor.quantize import Grid, Weight, store_float
 from compressor.student import Student
 
-
 CHECKPOINT_SECONDS = 60
 """Least time between two checkpoints, which hold three times the trained weights."""
 
@@ -183,9 +182,9 @@ class _Trainer:
         loss_value = 0.0
         for ids_L in batch_BL:
             with torch.no_grad():
-                hidden_t = teacher.hidden(ids_L[None], every_block=True)
+                hidden_t = teacher.every_hidden(ids_L[None])
                 log_p_LV = torch.log_softmax(teacher.logits(hidden_t[-1])[0] / s.temperature, -1)
-            hidden_s = self.network.hidden(ids_L[None], every_block=True)
+            hidden_s = self.network.every_hidden(ids_L[None])
             log_q_LV = torch.log_softmax(self.network.logits(hidden_s[-1])[0] / s.temperature, -1)
             loss = s.kl_weight * s.temperature**2 * _kl(log_p_LV, log_q_LV)
             if s.hidden_weight:
@@ -207,7 +206,9 @@ class _Trainer:
             if name in self.parameters:
                 latent = self.parameters[name].detach().cpu()
                 matrices[name] = (
-                    store_float(latent.clone(), given.format) if given.grid is None else Weight.on_grid(given.grid, latent)
+                    store_float(latent.clone(), given.format)
+                    if given.grid is None
+                    else Weight.on_grid(given.grid, latent)
                 )
         vectors = {name: self.parameters[name].detach().cpu().clone() for name in self.given.vectors}
         return Student(self.given.decoder, self.given.plan, matrices, vectors)
@@ -223,7 +224,9 @@ class _Trainer:
             tensors |= {f"best/{name}": tensor for name, tensor in best.tensors().items()}
         data = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         # the state lies in a tensor of its own: `load` of bytes gives no metadata back
-        data["curve"] = torch.tensor(list(json.dumps({"step": step, "curve": curve.to_dict()}).encode()), dtype=torch.uint8)
+        data["curve"] = torch.tensor(
+            list(json.dumps({"step": step, "curve": curve.to_dict()}).encode()), dtype=torch.uint8
+        )
         return save(data)
 
     def restore(self, data: bytes, given: Student) -> tuple[int, Curve, Student]:

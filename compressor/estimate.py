@@ -33,9 +33,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     lines = []
     for site in sites:
         sizes = [site.size_bytes(action) for action in menu[site.name]]
-        lines.append(
-            SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes))
-        )
+        lines.append(SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes)))
     fixed = fixed_bytes(decoder)
     fp32 = full_plan(decoder, "fp32", "fp32")
     fp32_bytes = fixed + sum(site.size_bytes(fp32[site.name]) for site in sites)
@@ -45,7 +43,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         sites=tuple(lines),
         bytes_largest=fixed + sum(line.largest_bytes for line in lines),
         bytes_smallest=fixed + sum(line.smallest_bytes for line in lines),
-        bytes_budget=limit and limit.resolve(fp32_bytes),
+        bytes_budget=limit.resolve(fp32_bytes) if limit else None,
         stages=tuple(_estimates(recipe, decoder, menu, fp32_bytes)),
     )
 
@@ -61,7 +59,9 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
 
     weights = 4 * parameters
     moments = 4 * decoder.layers * (3 * decoder.hidden**2 + decoder.channels**2)
-    shapes = {tuple(matrix.shape(a.keep, s.units) for matrix in s.matrices) + (a.format,) for s in sites for a in menu[s.name]}
+    shapes = {
+        (*(matrix.shape(a.keep, s.units) for matrix in s.matrices), a.format) for s in sites for a in menu[s.name]
+    }
     quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     probabilities = 4 * search.tokens * decoder.vocabulary

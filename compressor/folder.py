@@ -1,8 +1,8 @@
 """The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
 
-    model.onnx, model.onnx.data    see `compressor.export`
-    plan.json                      an action for every site
-    config.json, tokenizer files   the teacher's
+model.onnx, model.onnx.data    see `compressor.export`
+plan.json                      an action for every site
+config.json, tokenizer files   the teacher's
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -36,7 +36,9 @@ class Ledger:
             storage = JournalStorage(JournalFileBackend(str(path)))
         self._study = optuna.create_study(study_name=study, storage=storage, direction="minimize", load_if_exists=True)
         self._actions = {name: {str(action): action for action in actions} for name, actions in menu.items()}
-        self._distributions = {name: CategoricalDistribution(list(labels)) for name, labels in self._actions.items()}
+        self._distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution(list(labels)) for name, labels in self._actions.items()
+        }
 
     def entries(self) -> list[tuple[Plan, Score]]:
         """Everything that was added, first to last."""

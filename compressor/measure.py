@@ -19,6 +19,7 @@ from compressor.model import Network
 from eval.memory import peak_growth_bytes
 from eval.timing import time_call
 
+
 @dataclass(frozen=True)
 class Target:
     """Where students run: device, threads (None for one a core), tokens of the prefill and of the decode's context."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Teacher:
     """
 
     network: Network
-    tokenizer: object
+    tokenizer: Any
     source: str
 
 
@@ -150,9 +150,9 @@ Rounding = Literal["none", "dynamic", "all"]
 _ATTRIBUTES = {"attention": "self_attn", "ffn": "mlp"}
 
 
-def _named_modules(model, decoder: Decoder) -> dict[str, nn.Module]:
+def _named_modules(model: Any, decoder: Decoder) -> dict[str, Any]:
     """Our names for the modules that hold matrices and norm gains."""
-    modules: dict[str, nn.Module] = {"embedding": model.model.embed_tokens, "norm": model.model.norm}
+    modules = {"embedding": model.model.embed_tokens, "norm": model.model.norm}
     for i, block in enumerate(model.model.layers):
         for name in "qkvo":
             modules[f"layers.{i}.attention.{name}"] = getattr(block.self_attn, f"{name}_proj")
@@ -201,13 +201,13 @@ class Network:
         decoder: its shape at full size.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder):
+    def __init__(self, model: Any, decoder: Decoder):
         self.model = model
         self.decoder = decoder
         self.sites = {site.name: site for site in decoder.sites()}
         self._modules = _named_modules(model, decoder)
         self._owners = {
-            site.name: getattr(model.model.layers[site.layer], _ATTRIBUTES[site.kind])
+            site.name: getattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind])
             for site in self.sites.values()
             if site.layer is not None
         }
@@ -228,10 +228,13 @@ class Network:
 
     # -- running --
 
-    def hidden(self, ids_BL: Tensor, every_block: bool = False) -> Tensor | list[Tensor]:
-        """Final hidden states [B, L, D] behind the last norm, or with `every_block` the list [embedding, blocks...]."""
-        output = self.model.model(ids_BL.to(self.device), use_cache=False, output_hidden_states=every_block)
-        return list(output.hidden_states) if every_block else output.last_hidden_state
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """Final hidden states [B, L, D], behind the last norm."""
+        return self.model.model(ids_BL.to(self.device), use_cache=False).last_hidden_state
+
+    def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
+        """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
+        return list(self.model.model(ids_BL.to(self.device), use_cache=False, output_hidden_states=True).hidden_states)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -266,7 +269,7 @@ class Network:
         """The weight [output, input] of one matrix; the embedding's is [vocabulary, hidden]."""
         return self._modules[name].weight
 
-    def module(self, name: str) -> nn.Module:
+    def module(self, name: str) -> Any:
         """The module that holds a matrix or a norm gain."""
         return self._modules[name]
 
@@ -291,9 +294,7 @@ class Network:
         def hook(name: str):
             return lambda _module, arguments: see(name, arguments[0].detach())
 
-        handles = [
-            self._modules[matrices[0]].register_forward_pre_hook(hook(name)) for name, matrices in self.inputs()
-        ]
+        handles = [self._modules[matrices[0]].register_forward_pre_hook(hook(name)) for name, matrices in self.inputs()]
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ from compressor.folder import save_folder
 from compressor.ledger import Ledger
 from compressor.measure import Target, opened, time_models
 from compressor.model import Teacher, load_teacher
-from compressor.plan import Action, ActionMenu, Plan, Score
+from compressor.plan import ActionMenu, Plan, Score
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.search import Trials, best, build_problem, run_policy
@@ -62,7 +62,9 @@ def compress(
 
 def _check(result: report.Report, folder: Path) -> None:
     """Raise GateError if a limit of the gate is missed, or if the export does not compute what torch does."""
-    missed = [f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in result.gate if not m.passed]
+    missed = [
+        f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in result.gate if not m.passed
+    ]
     parity = result.parity
     if parity and not parity.passed:
         missed.append(
@@ -245,7 +247,9 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
         for name in settings.policies:
             ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu)
             report_progress = run.stages.reporter(f"search: {name}")
-            trials[name] = run_policy(name, problem, settings.seed, settings.evaluations, score, ledger, report_progress)
+            trials[name] = run_policy(
+                name, problem, settings.seed, settings.evaluations, score, ledger, report_progress
+            )
             known |= dict(trials[name])
     return trials
 

@@ -16,7 +16,6 @@ from compressor import measure, report
 from compressor.distill import Curve, load_student
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
-from compressor.model import Network
 from compressor.plan import Plan
 from compressor.search import Trials
 from compressor.stages import key_of
@@ -120,9 +119,7 @@ def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
     return run.stages.value("memory", key_of(weights, run.target.environment), make)
 
 
-def _parity(
-    run: Run, student: Student, folder: Path, weights: str
-) -> tuple[report.Parity, tuple[report.Sample, ...]]:
+def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
     """Logits and greedy text of ONNX Runtime against torch, both without the rounding of activations (see
     `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance

@@ -1,7 +1,7 @@
 """What a finished stage left, on disk under a key of what it was made from; and how long every stage took.
 
-    stages/{name}.json           {"key": ..., "seconds": ..., "value": ...}
-    stages/{name}.safetensors    the weights of a student, beside the JSON that names their key
+stages/{name}.json           {"key": ..., "seconds": ..., "value": ...}
+stages/{name}.safetensors    the weights of a student, beside the JSON that names their key
 """
 
 from __future__ import annotations

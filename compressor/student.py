@@ -98,7 +98,7 @@ class Student:
     @classmethod
     def from_tensors(cls, decoder: Decoder, plan: Plan, stored: Mapping[str, Tensor]) -> Student:
         """The inverse of `tensors`."""
-        matrices = {}
+        matrices: dict[str, Weight] = {}
         for site in decoder.sites():
             matrices |= matrices_from(site, plan[site.name], stored)
         return cls(decoder, plan, matrices, {name: t for name, t in stored.items() if ":" not in name})
@@ -115,7 +115,11 @@ def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> d
         return {}
     matrices = {}
     for matrix in site.matrices:
-        parts = {part: stored[key] for part in ("values", "codes", "scales", "zeros") if (key := f"{matrix.name}:{part}") in stored}
+        parts = {
+            part: stored[key]
+            for part in ("values", "codes", "scales", "zeros")
+            if (key := f"{matrix.name}:{part}") in stored
+        }
         columns = matrix.shape(action.keep, site.units)[1]
         matrices[matrix.name] = Weight.from_tensors(Format.parse(action.format), columns, parts)
     return matrices
@@ -123,6 +127,4 @@ def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> d
 
 def full_plan(decoder: Decoder, format: str, table_format: str) -> Plan:
     """Nothing pruned: attention and feed-forward in one format, embedding and head in another."""
-    return Plan(
-        tuple((s.name, Action(s.units, table_format if s.layer is None else format)) for s in decoder.sites())
-    )
+    return Plan(tuple((s.name, Action(s.units, table_format if s.layer is None else format)) for s in decoder.sites()))

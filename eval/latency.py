@@ -39,9 +39,12 @@ ATTEMPTS = 3
 class Stack(Protocol):
     """Some copies of a site, ready to be timed."""
 
-    prefill: Callable[[], object]
-    decode: Callable[[], object]
-    close: Callable[[], None]
+    @property
+    def prefill(self) -> Callable[[], object]: ...
+    @property
+    def decode(self) -> Callable[[], object]: ...
+    @property
+    def close(self) -> Callable[[], None]: ...
 
 
 MakeStack = Callable[[Site, Action, int], Stack]

@@ -7,7 +7,7 @@ tokens before it; natural logarithm, mean over all predictions. KL(teacher || mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ class Quality:
 
 def compare(
     teacher: Logits,
-    models: dict[str, Logits],
+    models: Mapping[str, Logits],
     windows_NL: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Quality]:

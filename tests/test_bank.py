@@ -25,7 +25,9 @@ def test_second_moments_are_those_of_the_inputs(bank, tiny, windows):
     with torch.no_grad(), tiny.watch_inputs(lambda name, x: seen.append(x) if name == "layers.1.ffn.out" else None):
         tiny.hidden(windows[:8])
     x = seen[0].flatten(0, 1)
-    torch.testing.assert_close(bank.statistics().second_moment("layers.1.ffn.out"), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        bank.statistics().second_moment("layers.1.ffn.out"), x.T @ x / len(x), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_fisher_weights_are_mean_squared_gradients(bank, tiny, windows):
@@ -56,7 +58,10 @@ def test_variants_have_the_shape_of_their_action(bank, tiny):
 
 
 def test_a_second_bank_reads_what_the_first_made(bank, tiny, windows, tmp_path, monkeypatch):
-    site, actions = tiny.sites["layers.0.ffn"], [Action(k, f) for k in (128, 64) for f in ("fp32", "fp16", "int8", "w4", "w2")]
+    site, actions = (
+        tiny.sites["layers.0.ffn"],
+        [Action(k, f) for k in (128, 64) for f in ("fp32", "fp16", "int8", "w4", "w2")],
+    )
     made = [bank.variant(site, action) for action in actions]
     for name in ("collect", "gptq", "removal_order", "round_to_nearest"):
         monkeypatch.setattr(compressor.bank, name, None)  # calling it would fail
@@ -130,7 +135,9 @@ def test_only_differences_are_installed_and_order_does_not_matter(bank, tiny, wi
     score = executor.score(first)
     installed = []
     install = executor.student.install
-    monkeypatch.setattr(executor.student, "install", lambda site, *rest: (installed.append(site.name), install(site, *rest)))
+    monkeypatch.setattr(
+        executor.student, "install", lambda site, *rest: (installed.append(site.name), install(site, *rest))
+    )
     assert executor.score(second).kl != score.kl
     assert installed == list(changes)
     assert executor.score(first) == score

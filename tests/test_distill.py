@@ -18,7 +18,12 @@ SETTINGS = Settings(steps=12, sequences=2, learning_rate=3e-3, warmup=2, hidden_
 @pytest.fixture
 def student(tiny, windows, tmp_path) -> Student:
     """Quantized, pruned, with a sub-layer gone and one on dynamic int8."""
-    changes = {"layers.0.ffn": Action(64, "w4"), "layers.1.ffn": DROP, "layers.2.ffn": Action(96, "int8"), "layers.1.attention": Action(1, "fp16")}
+    changes = {
+        "layers.0.ffn": Action(64, "w4"),
+        "layers.1.ffn": DROP,
+        "layers.2.ffn": Action(96, "int8"),
+        "layers.1.attention": Action(1, "fp16"),
+    }
     plan = Plan(tuple((n, changes.get(n, a)) for n, a in full_plan(tiny.decoder, "w2", "w8").items()))
     return Bank(tmp_path / "bank", tiny, windows[:8], windows[:4]).realize(plan)
 
@@ -34,7 +39,9 @@ def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, t
     before, after = kl(tiny, student, windows[20:]), kl(tiny, better, windows[20:])
     assert after < 0.8 * before
     held_out = dict(curve.held_out)
-    assert held_out[0] == pytest.approx(before, rel=1e-4) and held_out[curve.kept_step] == pytest.approx(after, rel=1e-3)
+    assert held_out[0] == pytest.approx(before, rel=1e-4) and held_out[curve.kept_step] == pytest.approx(
+        after, rel=1e-3
+    )
     assert len(curve.losses) == 12 and not (tmp_path / "part").exists()
 
 

@@ -79,7 +79,9 @@ def test_int8_quantizes_what_the_linears_read(tiny, windows):
     with tiny.watch_inputs(lambda name, x: seen.setdefault(name, x)):
         logits(tiny, windows[:2])
     assert torch.equal(seen["layers.0.ffn.in"], fake_dynamic_int8(plain["layers.0.ffn.in"]))
-    gate, up = (torch.nn.functional.linear(seen["layers.0.ffn.in"], tiny.matrix(f"layers.0.ffn.{n}")) for n in ("gate", "up"))
+    gate, up = (
+        torch.nn.functional.linear(seen["layers.0.ffn.in"], tiny.matrix(f"layers.0.ffn.{n}")) for n in ("gate", "up")
+    )
     expected = fake_dynamic_int8(torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(seen["layers.0.ffn.out"], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(seen["layers.0.attention.in"], plain["layers.0.attention.in"])
@@ -111,7 +113,11 @@ def test_torch_pruning_finds_the_same_coupled_channels(tiny):
     mlp = tiny.model.model.layers[0].mlp.requires_grad_(True)
     graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 64))
     group = graph.get_pruning_group(mlp.gate_proj, tp.prune_linear_out_channels, idxs=[3, 5])
-    found = {(dep.target.module, dep.handler.__name__) for dep, idxs in group if isinstance(dep.target.module, torch.nn.Linear)}
+    found = {
+        (dep.target.module, dep.handler.__name__)
+        for dep, idxs in group
+        if isinstance(dep.target.module, torch.nn.Linear)
+    }
     assert found == {
         (mlp.gate_proj, "prune_out_channels"),
         (mlp.up_proj, "prune_out_channels"),
@@ -131,7 +137,9 @@ def test_other_architectures_are_refused_by_name(tmp_path):
 
 
 def test_biases_are_refused(tmp_path):
-    LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, attention_bias=True).save_pretrained(tmp_path)
+    LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, attention_bias=True).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ModelError, match="biases"):
         read_decoder(tmp_path)
 

@@ -79,7 +79,9 @@ def test_policies_had_the_same_budget_and_evaluations(finished):
     by_policy: dict[str, list] = {}
     for trial in report.trials:
         by_policy.setdefault(trial.policy, []).append(trial)
-    assert {name: len(trials) for name, trials in by_policy.items()} == dict.fromkeys(("uniform", "random", "actor_critic"), 6)
+    assert {name: len(trials) for name, trials in by_policy.items()} == dict.fromkeys(
+        ("uniform", "random", "actor_critic"), 6
+    )
     assert all(trial.size_bytes <= report.budget[0].limit for trial in report.trials)
     ours, uniform = (min(t.kl for t in by_policy[name]) for name in ("actor_critic", "uniform"))
     assert ours <= uniform
@@ -174,7 +176,16 @@ def test_a_menu_without_the_whole_site_is_refused(tiny_folder, tmp_path):
 def test_progress_is_shown_for_every_stage(finished):
     _, report, shown = finished
     stages = list(dict.fromkeys(progress.stage for progress in shown))
-    for name in ("statistics", "sensitivity", "latency", "search: actor_critic", "distill", "export", "quality", "timing"):
+    for name in (
+        "statistics",
+        "sensitivity",
+        "latency",
+        "search: actor_critic",
+        "distill",
+        "export",
+        "quality",
+        "timing",
+    ):
         assert name in stages
     assert set(report.stage_seconds) <= {*stages, "search"}
 

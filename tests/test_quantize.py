@@ -53,7 +53,9 @@ def test_stored_form_round_trips_and_has_the_promised_bytes(name, columns):
     stored = weight.tensors()
     again = Weight.from_tensors(fmt, columns, stored)
     assert torch.equal(again.dequantize(), weight.dequantize())
-    promised = sum(fmt.tensor_bytes(6, columns)) - (6 if fmt.kind == "dynamic" else 0)  # zero points: some processors only
+    promised = sum(fmt.tensor_bytes(6, columns)) - (
+        6 if fmt.kind == "dynamic" else 0
+    )  # zero points: some processors only
     assert sum(t.nbytes for t in stored.values()) == promised
 
 
@@ -73,7 +75,9 @@ def test_clipping_search_is_never_worse_than_the_full_range(name):
     top = 2**fmt.bits - 1
     scales = (high - low) / top
     zeros = torch.round(-low / scales)
-    plain = ((torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp(0, top) - zeros[..., None]) * scales[..., None]
+    plain = ((torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp(0, top) - zeros[..., None]) * scales[
+        ..., None
+    ]
     assert (find_grid(w, fmt).nearest(w) - w).square().sum() <= (plain.view_as(w) - w).square().sum()
 
 
@@ -132,7 +136,9 @@ def test_dynamic_int8_lets_gradients_through():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("name, says", [("w3", "3-bit"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")])
+@pytest.mark.parametrize(
+    "name, says", [("w3", "3-bit"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")]
+)
 def test_formats_without_a_kernel_are_refused(name, says):
     with pytest.raises(RecipeError, match=says):
         Format.parse(name)
