@@ -65,8 +65,9 @@ def run(
 
             show_dry_run(estimate(loaded))
             return
-        # read when torch is imported: threads that wait must not keep a core from other processes
+        # both are read by later imports: threads that wait must not keep a core from other processes, and progress is ours
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TQDM_DISABLE", "1")
         from compressor import pipeline
         from compressor.progress import renderer, silent
 

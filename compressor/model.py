@@ -64,8 +64,8 @@ def load_teacher(
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, gguf, error) from error
-    if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats now
-        del model.config.quantization_config
+    if gguf:  # the weights are plain floats now
+        del model.config.quantization_config, model.hf_quantizer
     model.eval().requires_grad_(False)
     return Teacher(Network(model, decoder_of(model.config)), tokenizer, str(path))
 
@@ -252,12 +252,12 @@ class Network:
 
     def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
         """A call that decodes one token behind `context_BL`, every time from the same cache. For the full network."""
-        cache = self.model.model(context_BL.to(self.device), use_cache=True).past_key_values
+        cache = self.model.model(context_BL.to(self.device), use_cache=True).cache
         token_BL = context_BL[:, -1:].to(self.device)
 
         @torch.no_grad()
         def step() -> Tensor:
-            logits = self.model(token_BL, past_key_values=cache, use_cache=True).logits
+            logits = self.model(token_BL, cache=cache, use_cache=True).logits
             cache.crop(-1)
             return logits
 

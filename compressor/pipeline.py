@@ -38,7 +38,7 @@ from policies import POLICIES, Problem
 
 
 def compress(
-    recipe: Recipe, out: Path, *, trust_remote_code: bool = False, progress: ProgressCallback = silent
+    recipe: Recipe, out: str | Path, *, trust_remote_code: bool = False, progress: ProgressCallback = silent
 ) -> report.Report:
     """Run a recipe into the folder `out`; the exported student lies in `out/onnx`, the report in `out/report.md`.
 
@@ -46,6 +46,7 @@ def compress(
         CompressorError: a stage could not go on; what was finished is kept.
         GateError: the result misses the recipe's gate; everything is written nevertheless.
     """
+    out = Path(out)
     run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress))
     sensitivity = find_sensitivities(run)
     latency = measure_latency(run)

@@ -33,7 +33,7 @@ from pydantic import (
 from compressor.errors import RecipeError
 from compressor.plan import Format
 
-PolicyName = Literal["uniform", "random", "dynamic_programming", "actor_critic"]
+PolicyName = Literal["uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "actor_critic"]
 
 
 @dataclass(frozen=True)
@@ -316,8 +316,6 @@ class DistillSection(Section):
     """Weight of the relative squared error of the hidden states."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of both distributions in the KL term."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    """Stop after so many minutes, whatever `steps` says; no limit when absent."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the windows."""
 

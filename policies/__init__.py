@@ -5,6 +5,9 @@ base.py                 ask/tell, the history, the rule that makes a search resu
 uniform.py              one action for all sites, as done by hand
 random.py               random plans that use the budget
 dynamic_programming.py  the best plans of an additive surrogate; `solve`
+greedy.py               what costs least quality per unit of budget goes first
+evolution.py            level switches from the best plan so far
+tpe.py                  Optuna's Parzen estimator
 critic.py               log KL of whole plans, learned from the scores
 actor_critic.py         the agent
 """
@@ -16,14 +19,20 @@ from collections.abc import Callable
 from policies.actor_critic import ActorCritic
 from policies.base import Policy
 from policies.dynamic_programming import DynamicProgramming
+from policies.evolution import Evolution
+from policies.greedy import Greedy
 from policies.problem import Problem
 from policies.random import Random
+from policies.tpe import Tpe
 from policies.uniform import Uniform
 
 POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
     "uniform": Uniform,
     "random": Random,
+    "greedy": Greedy,
     "dynamic_programming": DynamicProgramming,
+    "evolution": Evolution,
+    "tpe": Tpe,
     "actor_critic": ActorCritic,
 }
 """Name -> (problem, seed) -> policy."""

@@ -20,7 +20,7 @@ from policies.uniform import uniform_plans
 from tests.toys import brute_force, landscape, tiny
 
 ROOT = Path(__file__).parent.parent
-LEARNING = ("random", "dynamic_programming", "actor_critic")
+LEARNING = ("random", "greedy", "dynamic_programming", "evolution", "tpe", "actor_critic")
 BUDGETS = {
     "one": {"bytes": 0.4},
     "two": {"bytes": 0.4, "decode_ms": 0.55},

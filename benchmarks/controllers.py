@@ -1,0 +1,145 @@
+"""Policies against one another on the real model: the same budget, the same number of evaluations, several seeds.
+
+    python benchmarks/controllers.py recipes/benchmark-25.yaml runs/controllers --cells bits-3.0 bits-2.5 --evaluations 24
+
+A cell is a budget: `bits-3.0` (bytes of 3.0 bits for every weight of the teacher, a tied table once), `prefill-0.6` and
+`decode-0.5` (share of the fp32 export's time), or several joined by `+`. Model, texts, menu and the tokens that score come
+from the recipe, its budget, policies and seed do not. Everything is kept in OUT, so the same command goes on after a kill.
+Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
+
+The last two columns score the best plan of every search on text that no search saw. `to beat` is the evaluation after which
+the searches of a policy (median of the seeds) were better than the final mean of the best rival of the actor-critic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import matplotlib
+import numpy as np
+
+from compressor import pipeline
+from compressor.executor import Executor
+from compressor.export import fixed_bytes
+from compressor.files import write_json_atomic
+from compressor.ledger import Ledger
+from compressor.plan import Plan, Score
+from compressor.progress import LineProgress
+from compressor.recipe import Recipe
+from compressor.search import best, build_problem, run_policy
+from compressor.stages import Stages, key_of
+from policies import POLICIES
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+OURS = "actor_critic"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cells", nargs="+", default=["bits-4.0", "bits-3.0", "bits-2.5", "prefill-0.6", "decode-0.5"])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--evaluations", type=int, default=24)
+    options = parser.parse_args()
+    progress = LineProgress(sys.stderr)
+    run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
+    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    decoder = run.teacher.network.decoder
+    unseen = Executor(run.bank, run.texts.evaluation_NL[: len(run.texts.score_NL)])
+    known: dict[Plan, Score] = {}
+
+    def score(plan: Plan) -> Score:
+        if plan not in known:
+            known[plan] = run.executor.score(plan)
+        return known[plan]
+
+    results = {}
+    for cell in options.cells:
+        limits = limits_of(cell, decoder, latency)
+        problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+        curves: dict[str, list[list[float]]] = {}
+        final: dict[str, list[Score]] = {}
+        for name in options.policies:
+            curves[name], final[name] = [], []
+            for seed in range(options.seeds):
+                study = f"{cell}-{name}-{seed}-{key_of(run.bank.key, limits, pipeline.menu_json(run.menu))}"
+                ledger = Ledger(options.out / "ledger.log", study, run.menu)
+                report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
+                trials = run_policy(name, problem, seed, options.evaluations, score, ledger, report)
+                known |= dict(trials)
+                curves[name].append(np.minimum.accumulate([s.kl for _, s in trials]).tolist())
+                final[name].append(unseen.score(best(trials)[0]))
+        results[cell] = {
+            "limits": limits,
+            "curves": curves,
+            "unseen": {n: [[s.kl, s.perplexity] for s in found] for n, found in final.items()},
+        }
+        print(table(cell, limits, curves, final), flush=True)
+        draw(cell, curves, options.out / f"{cell}.png")
+        write_json_atomic(options.out / "controllers.json", results)
+
+
+def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]:
+    """`bits-3.0+decode-0.5` -> limits in bytes and ms."""
+    limits = {}
+    for part in cell.split("+"):
+        name, _, value = part.partition("-")
+        if name == "bits":
+            limits["bytes"] = float(value) / 8 * sum(site.parameters for site in decoder.sites())
+        elif name in ("prefill", "decode"):
+            limits[f"{name}_ms"] = float(value) * getattr(latency.fp32_ms, name)
+        else:
+            raise SystemExit(f"{cell}: expected bits-X, prefill-X or decode-X, joined by +; got {part!r}")
+    return limits
+
+
+def table(
+    cell: str, limits: dict[str, float], curves: dict[str, list[list[float]]], final: dict[str, list[Score]]
+) -> str:
+    """One cell as Markdown, best policy first."""
+    count, seeds = len(curves[OURS][0]), len(curves[OURS])
+    means = {name: float(np.mean([c[-1] for c in found])) for name, found in curves.items()}
+    rival = min((n for n in means if n != OURS), key=lambda n: means[n], default=OURS)
+    what = ", ".join(f"{name} {value:,.4g}" for name, value in limits.items())
+    lines = [
+        f"\n**{cell}** ({what}; {count} evaluations, {seeds} seeds, mean and range)\n",
+        f"| policy | KL | to beat {rival} | KL, unseen text | perplexity, unseen text |\n| --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(means, key=lambda n: means[n]):
+        reached = [next((i + 1 for i, kl in enumerate(c) if kl < means[rival]), None) for c in curves[name]]
+        when = str(int(np.median([r for r in reached if r]))) if sum(map(bool, reached)) * 2 > seeds else "–"
+        cells = [spread([c[-1] for c in curves[name]]), when]
+        cells += [spread([s.kl for s in final[name]]), spread([s.perplexity for s in final[name]])]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{np.mean(values):.4g}" + (f" ({low:.4g} to {high:.4g})" if high > low else "")
+
+
+def draw(cell: str, curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Best KL so far against evaluations: mean of the seeds, and their range as a band."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, found in curves.items():
+        x = np.arange(1, len(found[0]) + 1)
+        (line,) = axes.plot(x, np.mean(found, 0), label=name, linewidth=2.5 if name == OURS else 1.2)
+        axes.fill_between(x, np.min(found, 0), np.max(found, 0), color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set(title=cell, xlabel="evaluations", ylabel="best KL so far, nats per token", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A recipe under several seeds: mean and range of every row of the report, and of the best KL of every policy.
+
+The runs share one folder, so that what no seed changes (bank, sensitivities, latency table) is made once; the report of
+every seed is kept as `report-seed-N.json`.
+
+    python benchmarks/seeds.py recipes/benchmark-25.yaml runs/benchmark-25 --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from compressor.pipeline import compress
+from compressor.progress import LineProgress
+from compressor.recipe import Recipe
+
+FIGURES = {
+    "perplexity": lambda row: row["perplexity"],
+    "KL": lambda row: row["kl"],
+    "MB": lambda row: row["size_bytes"] / 1e6,
+    "prefill ms": lambda row: row["prefill_ms"]["median"],
+    "decode ms": lambda row: row["decode_ms"]["median"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    reports = []
+    for seed in range(options.seeds):
+        kept = options.out / f"report-seed-{seed}.json"
+        if not kept.exists():
+            compress(
+                Recipe.load(options.recipe, [f"search.seed={seed}"]), options.out, progress=LineProgress(sys.stderr)
+            )
+            shutil.copy(options.out / "report.json", kept)
+        reports.append(json.loads(kept.read_text()))
+    rows: dict[str, list[dict]] = defaultdict(list)
+    searches: dict[str, list[float]] = defaultdict(list)
+    for report in reports:
+        for row in report["rows"]:
+            rows[row["name"]].append(row)
+        for policy in {trial["policy"] for trial in report["trials"]}:
+            searches[policy].append(min(t["kl"] for t in report["trials"] if t["policy"] == policy))
+    print(f"| {options.seeds} seeds: mean (lowest to highest) |", " | ".join(FIGURES), "|")
+    print("| --- |" + " --- |" * len(FIGURES))
+    for name, found in rows.items():
+        print("|", name, "|", " | ".join(spread([figure(row) for row in found]) for figure in FIGURES.values()), "|")
+    print("\n| best KL of the search | calibration text |\n| --- | --- |")
+    for policy, kls in sorted(searches.items()):
+        print("|", policy, "|", spread(kls), "|")
+
+
+def spread(values: list[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
+    return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.4g} to {high:.4g})"
+
+
+if __name__ == "__main__":
+    main()

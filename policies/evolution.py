@@ -1,0 +1,67 @@
+"""Evolution by level switches: EvoPress (Sieberling et al. 2024, arXiv 2410.14649, algorithm 1).
+
+The best plan so far is the parent; a child lowers some sites and raises as many, so that the cost stays the same.
+
+Departures: costs of a step differ between our sites, so of `draws` children the fullest that fits is taken; one child a
+generation, since every score is a whole evaluation here and a child that is better is the next parent at once; their
+successive halving over tokens needs cheaper scores, which no policy of this protocol has. The start is the largest uniform
+plan (theirs) and the plan of dynamic programming (which they lack, and which every informed policy here is given).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compressor.plan import Plan, Score
+from policies.base import History, generator
+from policies.dynamic_programming import solve
+from policies.problem import Problem
+from policies.random import random_plan
+from policies.uniform import uniform_plans
+
+
+class Evolution:
+    name = "evolution"
+
+    def __init__(self, problem: Problem, seed: int = 0, draws: int = 8):
+        self.problem, self.seed, self.draws, self.history = problem, seed, draws, History(problem)
+        self.starts = [uniform_plans(problem)[0], solve(problem)]
+        share_SA = (problem.units_SAD / np.maximum(np.abs(problem.room_D), 1)).sum(-1)
+        self.share_SA = np.where(problem.valid_SA, share_SA, np.nan)
+
+    def ask(self) -> Plan:
+        for indices in self.starts:
+            if indices not in self.history:
+                return self.problem.plan(indices)
+        return self.problem.plan(self._child(self.history.best()))
+
+    def tell(self, plan: Plan, score: Score) -> None:
+        self.history.add(plan, score)
+
+    def _child(self, parent: np.ndarray) -> np.ndarray:
+        """The fullest of some children [S] that fit and were not told; a random plan if there is none."""
+        problem, rng = self.problem, generator(self.seed, len(self.history))
+        if not problem.fits(parent):
+            return random_plan(problem, rng)
+        children: list[np.ndarray] = []
+        for _ in range(64 * self.draws):
+            child = self._switched(parent, rng)
+            if problem.fits(child) and child not in self.history:
+                children.append(child)
+                if len(children) == self.draws:
+                    break
+        sites = np.arange(len(problem.sites))
+        return max(children, key=lambda c: self.share_SA[sites, c].sum(), default=random_plan(problem, rng))
+
+    def _switched(self, parent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One to three switches, one most often (their min of two draws)."""
+        child = parent.copy()
+        for _ in range(min(rng.integers(1, 4, size=2))):
+            for sign in (-1, 1):
+                site = int(rng.integers(len(child)))
+                change_A = sign * (self.share_SA[site] - self.share_SA[site, child[site]])
+                (choices,) = np.nonzero(change_A > 0)
+                if len(choices):
+                    nearest = choices[change_A[choices].argsort()[:3]]  # a level or a few, not the whole menu
+                    child[site] = int(rng.choice(nearest))
+        return child
