@@ -8,6 +8,7 @@ dynamic_programming.py  the best plans of an additive surrogate; `solve`
 greedy.py               what costs least quality per unit of budget goes first
 evolution.py            level switches from the best plan so far
 tpe.py                  Optuna's Parzen estimator
+environment.py          the search as a Gymnasium environment
 critic.py               log KL of whole plans, learned from the scores
 actor_critic.py         the agent
 """
