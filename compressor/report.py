@@ -94,7 +94,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One site of the chosen plan. sensitivity: KL that the surrogate expects from this action alone."""
+    """One site of the chosen plan. sensitivity: KL that the surrogate expects from this action alone; next_better: the
+    action of less expected KL that would have taken the least more of the budget."""
 
     site: str
     kind: Literal["attention", "ffn", "embedding", "head"]
@@ -104,6 +105,16 @@ class PlanEntry:
     format: str
     size_bytes: int
     sensitivity: float | None = None
+    next_better: Alternative | None = None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An action that was not chosen: its label, bytes more than the chosen one, and the KL expected from it alone."""
+
+    action: str
+    extra_bytes: int
+    sensitivity: float
 
 
 @dataclass(frozen=True)
@@ -470,14 +481,27 @@ def _plan_part(report: Report) -> str:
             "–" if entry.keep == 0 else entry.format,
             size(entry.size_bytes),
             number(entry.sensitivity),
+            _alternative(entry.next_better),
         )
         for entry in report.plan
     ]
     text = "## The plan\n\n![Kept fraction and format of every block](plan.png)\n\n"
     text += table(("format", "sites", "stored"), rows) + "\n\n"
     text += f"Dropped sub-layers: {', '.join(dropped)}." if dropped else "No sub-layer is dropped."
-    head = ("site", "kept", "format", "stored", "sensitivity")
+    text += (
+        "\n\nSensitivity: KL that this action alone was expected to cost before any plan was scored. Next better: the action "
+        "of less expected KL that takes the least more of the budget, and what it would have cost."
+    )
+    head = ("site", "kept", "format", "stored", "sensitivity", "next better")
     return text + f"\n\n<details><summary>Every site</summary>\n\n{table(head, detail)}\n\n</details>"
+
+
+def _alternative(found: Alternative | None) -> str:
+    """`384:w8: +1.3 MB, sensitivity 0.0004`."""
+    if found is None:
+        return "–"
+    sign = "+" if found.extra_bytes >= 0 else "−"
+    return f"{found.action}: {sign}{size(abs(found.extra_bytes))}, sensitivity {number(found.sensitivity)}"
 
 
 def _search_part(report: Report) -> str:

@@ -223,13 +223,27 @@ def _trials(problem: Problem, trials: dict[str, Trials]) -> tuple[report.Trial, 
 
 def _plan(problem: Problem, plan: Plan) -> tuple[report.PlanEntry, ...]:
     entries = []
-    for site, index, sensitivity in zip(problem.sites, problem.indices(plan), problem.sensitivity, strict=True):
-        action, expected = plan[site.name], float(sensitivity[index])
+    for place, (site, index) in enumerate(zip(problem.sites, problem.indices(plan), strict=True)):
+        action, expected = plan[site.name], float(problem.sensitivity[place][index])
         shape = (action.keep, site.units, action.format)
+        better = _next_better(problem, place, int(index))
         entries.append(
-            report.PlanEntry(site.name, site.kind, site.layer, *shape, site.size_bytes(action), sensitivity=expected)
+            report.PlanEntry(site.name, site.kind, site.layer, *shape, site.size_bytes(action), expected, better)
         )
     return tuple(entries)
+
+
+def _next_better(problem: Problem, place: int, index: int) -> report.Alternative | None:
+    """Of the actions from which less KL is expected, the one that takes the least more of the budgets."""
+    site, menu, sensitivity = problem.sites[place], problem.actions[place], problem.sensitivity[place]
+    (better,) = np.nonzero(sensitivity < sensitivity[index])
+    if not len(better):
+        return None
+    units_AD = problem.units_SAD[place]
+    more = ((units_AD[better] - units_AD[index]) / np.maximum(np.abs(problem.room_D), 1)).max(-1)
+    found = int(better[more.argmin()])
+    extra = site.size_bytes(menu[found]) - site.size_bytes(menu[index])
+    return report.Alternative(str(menu[found]), extra, float(sensitivity[found]))
 
 
 def _distillation(curve: Curve | None) -> report.Distillation | None:

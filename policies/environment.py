@@ -9,7 +9,6 @@ plan where it is (Ng et al. 1999).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -29,7 +28,7 @@ class CompressionEnv(gymnasium.Env):
         score: plan -> Score; called once an episode, at its end.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": []}
+    metadata = {"render_modes": []}  # noqa: RUF012 as in the base class
 
     def __init__(self, problem: Problem, score: Callable[[Plan], Score], shaped: bool = False):
         self.problem, self.score, self.shaped = problem, score, shaped

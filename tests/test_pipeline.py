@@ -202,6 +202,16 @@ def test_a_dry_run_reads_no_weights_and_tells_the_sizes(tiny_folder, finished, t
     assert all(stage.seconds >= 0 for stage in told.stages)
 
 
+def test_the_report_says_what_the_next_better_action_would_have_cost(finished):
+    _, report, _ = finished
+    best = [entry for entry in report.plan if entry.next_better is None]
+    others = [entry for entry in report.plan if entry.next_better]
+    assert others and len(best) < len(report.plan)
+    for entry in others:
+        assert entry.next_better.sensitivity < entry.sensitivity
+        assert entry.next_better.extra_bytes > -entry.size_bytes and entry.next_better.action
+
+
 def test_the_plan_beside_the_weights_is_the_reports(finished):
     out, report, _ = finished
     plan = Plan.from_json((out / "onnx" / "plan.json").read_text())
