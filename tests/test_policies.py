@@ -211,6 +211,23 @@ def test_actor_critic_solves_a_toy_that_is_not_additive(seed):
     assert any(best(play(policy, score, 4)) <= 1.05 * optimum for _ in range(10))
 
 
+@pytest.mark.parametrize(("name", "asks"), [("evolution", 150), ("tpe", 100)])
+@pytest.mark.parametrize("seed", range(3))
+def test_searching_rivals_solve_it_too(seed, name, asks):
+    problem, score = tiny(seed)
+    assert best(play(POLICIES[name](problem, 0), score, asks)) <= 1.1 * brute_force(problem, score)
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+def test_greedy_is_near_the_optimum_of_an_additive_toy(budgets):
+    found, optimum = [], []
+    for seed in range(20):
+        problem, score = tiny(seed, budgets=budgets, interaction=0.0)
+        found.append(score(POLICIES["greedy"](problem, 0).ask()).kl)
+        optimum.append(brute_force(problem, score))
+    assert sum(optimum) <= sum(found) < 1.25 * sum(optimum)
+
+
 # The critic and the agent's own parts.
 
 
