@@ -75,7 +75,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
             1.1 * len(search.policies) * search.evaluations * forward(search.tokens) + making,
             2 * weights + moments + probabilities,
         ),
-        StageEstimate("distill", 5 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),
+        StageEstimate("distill", 7 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),
         StageEstimate("export and measure", 4 * forward(data.evaluation_tokens) + 60, weights + 2 * fp32_bytes),
     ]
 
