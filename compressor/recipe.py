@@ -33,7 +33,7 @@ from pydantic import (
 from compressor.errors import RecipeError
 from compressor.plan import Format
 
-PolicyName = Literal["uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "actor_critic"]
+PolicyName = Literal["uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "actor_critic"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ random.py               random plans that use the budget
 dynamic_programming.py  the best plans of an additive surrogate; `solve`
 greedy.py               what costs least quality per unit of budget goes first
 evolution.py            level switches from the best plan so far
-tpe.py                  Optuna's Parzen estimator
+optuna_samplers.py      Optuna's TPE and NSGA-II
 environment.py          the search as a Gymnasium environment
 critic.py               log KL of whole plans, learned from the scores
 actor_critic.py         the agent
@@ -22,9 +22,9 @@ from policies.base import Policy
 from policies.dynamic_programming import DynamicProgramming
 from policies.evolution import Evolution
 from policies.greedy import Greedy
+from policies.optuna_samplers import Nsga2, Tpe
 from policies.problem import Problem
 from policies.random import Random
-from policies.tpe import Tpe
 from policies.uniform import Uniform
 
 POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
@@ -34,6 +34,7 @@ POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
     "dynamic_programming": DynamicProgramming,
     "evolution": Evolution,
     "tpe": Tpe,
+    "nsga2": Nsga2,
     "actor_critic": ActorCritic,
 }
 """Name -> (problem, seed) -> policy."""
