@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
+from seeds import spread  # the script beside this one
 
 from compressor import pipeline
 from compressor.executor import Executor
@@ -121,11 +122,6 @@ def table(
         cells += [spread([s.kl for s in final[name]]), spread([s.perplexity for s in final[name]])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{np.mean(values):.4g}" + (f" ({low:.4g} to {high:.4g})" if high > low else "")
 
 
 def draw(cell: str, curves: dict[str, list[list[float]]], path: Path) -> None:

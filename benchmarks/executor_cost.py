@@ -1,6 +1,6 @@
 """What evaluating a plan costs, in forward passes of the same tokens: seconds of `Executor.score` over seconds of the
-teacher's own pass to the logits. Plans are drawn at random, each is scored twice: `first` makes and installs the variants
-that differ from the last plan, `again` alternates between two plans whose variants the bank holds. The teacher's pass is
+teacher's own pass to the logits. Plans are drawn at random, each is scored thrice: `first` makes and installs the variants
+that differ from the last plan; then, `again`, all plans in turn, twice, the bank holding their variants. The pass is
 timed in between, so that what else the machine does meets both.
 
     python benchmarks/executor_cost.py models/benchmark-teacher runs/benchmark-25/bank --tokens 2048 --plans 6

@@ -137,13 +137,13 @@ def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[rep
         with OnnxDecoder(folder, device, threads, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
             texts = [exact.generate(prompt.numpy(), **length) for prompt in prompts]
-        error = float(np.linalg.norm(found_LV - expected_LV) / np.linalg.norm(expected_LV))
+        error = _relative_error(found_LV, expected_LV)
         equal = texts == [network.greedy(prompt, **length) for prompt in prompts]
         progress(1, 2)
         with OnnxDecoder(folder, device, threads) as deployed:
             rounded_LV = deployed.logits(window_L.numpy())
             made = [deployed.generate(prompt.numpy(), **length) for prompt in prompts]
-        rounding = float(np.linalg.norm(rounded_LV - expected_LV) / np.linalg.norm(expected_LV))
+        rounding = _relative_error(rounded_LV, expected_LV)
         teachers = [run.teacher.network.greedy(prompt, **length) for prompt in prompts]
         samples = [[tokenizer.decode(ids) for ids in sample] for sample in zip(prompts, teachers, made)]
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
@@ -151,6 +151,10 @@ def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[rep
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
     samples = tuple(report.Sample(*texts) for texts in found["samples"])
     return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 # Writing down ---------------------------------------------------------------------------------------------------------
@@ -239,8 +243,8 @@ def _next_better(problem: Problem, place: int, index: int) -> report.Alternative
     (better,) = np.nonzero(sensitivity < sensitivity[index])
     if not len(better):
         return None
-    units_AD = problem.units_SAD[place]
-    more = ((units_AD[better] - units_AD[index]) / np.maximum(np.abs(problem.room_D), 1)).max(-1)
+    share_AD = problem.share_SAD[place]
+    more = (share_AD[better] - share_AD[index]).max(-1)
     found = int(better[more.argmin()])
     extra = site.size_bytes(menu[found]) - site.size_bytes(menu[index])
     return report.Alternative(str(menu[found]), extra, float(sensitivity[found]))

@@ -7,7 +7,7 @@ left beyond `width` states is thinned to the best one in each cell of a grid ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,13 +36,19 @@ class DynamicProgramming:
         self.history.add(plan, score)
 
 
-def tempered(problem: Problem, seed: int, history: History) -> np.ndarray:
-    """The first plan [S] of ever more perturbed sensitivities that isn't in the history; the last one if all are."""
-    if len(history) and (plain := solve(problem)) not in history:
+def tempered(
+    problem: Problem, seed: int, history: History, solver: Callable[..., np.ndarray] | None = None
+) -> np.ndarray:
+    """The first plan [S] of ever more perturbed sensitivities that isn't in the history; the last one if all are.
+
+    solver: (problem[, sensitivities [S, A]]) -> plan; `solve` if none is given.
+    """
+    solver = solver or solve
+    if len(history) and (plain := solver(problem)) not in history:
         return plain
     rng = generator(seed, len(history))
     for attempt in range(12):
-        indices = solve(problem, perturbed(problem, rng, spread=0.5 + 0.25 * attempt))
+        indices = solver(problem, perturbed(problem, rng, spread=0.5 + 0.25 * attempt))
         if indices not in history:
             break
     return indices

@@ -26,8 +26,7 @@ class Evolution:
     def __init__(self, problem: Problem, seed: int = 0, draws: int = 8):
         self.problem, self.seed, self.draws, self.history = problem, seed, draws, History(problem)
         self.starts = [uniform_plans(problem)[0], solve(problem)]
-        share_SA = (problem.units_SAD / np.maximum(np.abs(problem.room_D), 1)).sum(-1)
-        self.share_SA = np.where(problem.valid_SA, share_SA, np.nan)
+        self.share_SA = np.where(problem.valid_SA, problem.share_SAD.sum(-1), np.nan)
 
     def ask(self) -> Plan:
         for indices in self.starts:
@@ -50,8 +49,10 @@ class Evolution:
                 children.append(child)
                 if len(children) == self.draws:
                     break
+        if not children:
+            return random_plan(problem, rng)
         sites = np.arange(len(problem.sites))
-        return max(children, key=lambda c: self.share_SA[sites, c].sum(), default=random_plan(problem, rng))
+        return max(children, key=lambda c: self.share_SA[sites, c].sum())
 
     def _switched(self, parent: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One to three switches, one most often (their min of two draws)."""

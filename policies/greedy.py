@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from compressor.plan import Plan, Score
-from policies.base import History, generator
-from policies.dynamic_programming import perturbed
+from policies.base import History
+from policies.dynamic_programming import tempered
 from policies.problem import Problem
 
 
@@ -19,17 +19,18 @@ class Greedy:
         self.problem, self.seed, self.history = problem, seed, History(problem)
 
     def ask(self) -> Plan:
-        indices = descend(self.problem, best_actions(self.problem), self.problem.sensitivity_SA)
-        rng = generator(self.seed, len(self.history))
-        for attempt in range(12):
-            if indices not in self.history:
-                break
-            sensitivity_SA = perturbed(self.problem, rng, spread=0.5 + 0.25 * attempt)
-            indices = descend(self.problem, best_actions(self.problem), sensitivity_SA)
+        first = not len(self.history)
+        indices = solve(self.problem) if first else tempered(self.problem, self.seed, self.history, solve)
         return self.problem.plan(indices)
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
+
+
+def solve(problem: Problem, sensitivity_SA: np.ndarray | None = None) -> np.ndarray:
+    """The plan [S] that `descend` reaches from the best actions as the problem predicts them."""
+    given = problem.sensitivity_SA if sensitivity_SA is None else sensitivity_SA
+    return descend(problem, best_actions(problem), given)
 
 
 def best_actions(problem: Problem) -> np.ndarray:
@@ -42,12 +43,11 @@ def descend(problem: Problem, indices: np.ndarray, sensitivity_SA: np.ndarray) -
     that are still exceeded. A plan that fits is returned as it is.
     """
     indices, sites = indices.copy(), np.arange(len(problem.sites))
-    scale_D = np.maximum(np.abs(problem.room_D), 1)
     for _ in range(problem.valid_SA.sum()):
         over_D = problem.used(indices) > problem.room_D
         if not over_D.any():
             return indices
-        share_SA = np.where(problem.valid_SA, problem.units_SAD @ (over_D / scale_D), np.inf)
+        share_SA = np.where(problem.valid_SA, problem.share_SAD @ over_D, np.inf)
         relief_SA = share_SA[sites, indices][:, None] - share_SA
         harm_SA = sensitivity_SA - sensitivity_SA[sites, indices][:, None]
         # a step that relieves at no harm is taken before all others

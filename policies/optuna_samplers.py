@@ -98,8 +98,8 @@ class Nsga2(_Sampled):
         return NSGAIISampler(population_size=self.first_plans, seed=seed)
 
     def values(self, number: int) -> list[float]:
-        share_D = self.problem.used(self.history.plans[number]) / np.maximum(np.abs(self.problem.room_D), 1)
-        return [self.history.log_kl[number], float(share_D.max())]
+        shares_SD = self.problem.share_SAD[np.arange(len(self.problem.sites)), self.history.plans[number]]
+        return [self.history.log_kl[number], float(shares_SD.sum(0).max())]
 
     def attributes(self, number: int) -> dict[str, int]:
         return {NSGAIISampler._get_generation_key(): number // self.first_plans}

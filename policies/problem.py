@@ -85,6 +85,11 @@ class Problem:
         room = [(self.limits[name] - self.fixed.get(name, 0.0)) / UNITS[name] for name in self.budgets]
         return np.floor(np.round(room, 3)).astype(np.int64)
 
+    @cached_property
+    def share_SAD(self) -> np.ndarray:
+        """Budgeted costs as shares of the room; enormous off the menu."""
+        return self.units_SAD / np.maximum(np.abs(self.room_D), 1)
+
     def pad(self, rows: Sequence[np.ndarray], fill: float = 0.0) -> np.ndarray:
         """One array a site, [A_s] -> [S, A]."""
         padded = np.full(self.valid_SA.shape, fill)

@@ -47,8 +47,7 @@ def uniform_plans(problem: Problem) -> list[np.ndarray]:
             plans[tuple(_nearest(s, m, table, block) for s, m in zip(problem.sites, problem.actions))] = None
     fitting = [plan for plan in map(np.array, plans) if problem.fits(plan)]
     size = "bytes" if "bytes" in problem.costs else problem.budgets[0]
-    share_SA = (problem.units_SAD / np.maximum(np.abs(problem.room_D), 1)).sum(-1)
-    return sorted(fitting, key=lambda plan: -problem.cost(plan)[size]) or [problem.walk(share_SA)]
+    return sorted(fitting, key=lambda plan: -problem.cost(plan)[size]) or [problem.walk(problem.share_SAD.sum(-1))]
 
 
 def is_table(site: Site) -> bool:
