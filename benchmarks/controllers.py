@@ -29,12 +29,12 @@ from compressor.executor import Executor
 from compressor.export import fixed_bytes
 from compressor.files import write_json_atomic
 from compressor.ledger import Ledger
-from compressor.plan import Plan, Score
+from compressor.plan import Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.search import best, build_problem, run_policy
+from compressor.search import Trials, best, build_problem, run_policy
 from compressor.stages import Stages, key_of
-from policies import POLICIES
+from policies import POLICIES, Question
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -56,12 +56,12 @@ def main() -> None:
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
     decoder = run.teacher.network.decoder
     unseen = Executor(run.bank, run.texts.evaluation_NL[: len(run.texts.score_NL)])
-    known: dict[Plan, Score] = {}
+    known: dict[Question, Score] = {}
 
-    def score(plan: Plan) -> Score:
-        if plan not in known:
-            known[plan] = run.executor.score(plan)
-        return known[plan]
+    def score(question: Question) -> Score:
+        if question not in known:
+            known[question] = run.executor.score(question.plan, question.share)
+        return known[question]
 
     results = {}
     for cell in options.cells:
@@ -76,8 +76,8 @@ def main() -> None:
                 ledger = Ledger(options.out / "ledger.log", study, run.menu)
                 report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
                 trials = run_policy(name, problem, seed, options.evaluations, score, ledger, report)
-                known |= dict(trials)
-                curves[name].append(np.minimum.accumulate([s.kl for _, s in trials]).tolist())
+                known |= {Question(plan, result.share): result for plan, result in trials}
+                curves[name].append(curve(trials, options.evaluations))
                 final[name].append(unseen.score(best(trials)[0]))
         results[cell] = {
             "limits": limits,
@@ -101,6 +101,13 @@ def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]
         else:
             raise SystemExit(f"{cell}: expected bits-X, prefill-X or decode-X, joined by +; got {part!r}")
     return limits
+
+
+def curve(trials: Trials, evaluations: int) -> list[float]:
+    """Best KL on all of the scoring text after 1, 2, ... evaluations; infinite before there is one."""
+    spent = np.cumsum([score.share for _, score in trials])
+    full = np.array([score.kl if score.share == 1.0 else np.inf for _, score in trials])
+    return [float(np.min(full[spent <= count + 1e-9], initial=np.inf)) for count in range(1, evaluations + 1)]
 
 
 def table(

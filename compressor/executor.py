@@ -1,7 +1,8 @@
 """Puts plans into the student and scores them against the teacher.
 
 A plan's score is KL(teacher || student) per token over the same tokens for every plan, so that scores compare without
-noise. The teacher's distribution is computed once; afterwards a plan costs one forward pass of the student:
+noise. A score on a share of the text takes the first tokens of every window, and costs that share of a pass. The teacher's
+distribution is computed once; afterwards a plan costs one forward pass of the student:
 
     KL = sum_v p_v log p_v  -  sum_v p_v z_v  +  logsumexp(z)          p: teacher's probabilities, z: student's logits
 
@@ -46,11 +47,13 @@ class Executor:
                 self.student.install(site, action, {key: w.dequantize() for key, w in weights.items()})
                 self.plan[name] = action
 
-    def score(self, plan: Plan) -> Score:
-        """Install a plan and compare the student with the teacher."""
+    def score(self, plan: Plan, share: float = 1.0) -> Score:
+        """Install a plan and compare the student with the teacher on the first `share` of every window."""
+        count, length = self.tokens_NL.shape
+        length = max(2, round(share * length))
         self.install(plan)
-        kl, nll = self._reference.compare(self.student)
-        return Score(kl=kl, perplexity=math.exp(min(nll, 700)), tokens=self.tokens_NL.numel())
+        kl, nll = self._reference.compare(self.student, length)
+        return Score(kl=kl, perplexity=math.exp(min(nll, 700)), tokens=count * length, share=share)
 
 
 class Reference:
@@ -59,25 +62,27 @@ class Reference:
     @torch.no_grad()
     def __init__(self, teacher: Network, tokens_NL: Tensor):
         self.tokens_NL = tokens_NL.to(teacher.device)
-        self.probabilities, self.negative_entropies = [], []
+        self.probabilities, self.negative_entropies_L = [], []
         for ids_L in self.tokens_NL:
             log_p_LV = torch.log_softmax(teacher.logits(teacher.hidden(ids_L[None]))[0], -1)
             p_LV = log_p_LV.exp()
             self.probabilities.append(p_LV)
-            self.negative_entropies.append(float((p_LV * log_p_LV).sum(dtype=torch.float64)))
+            self.negative_entropies_L.append((p_LV * log_p_LV).sum(-1, dtype=torch.float64))
 
     @torch.no_grad()
-    def compare(self, student: Network) -> tuple[float, float]:
-        """(KL from the teacher in nats per token, negative log-likelihood of the text in nats per prediction)."""
+    def compare(self, student: Network, length: int | None = None) -> tuple[float, float]:
+        """(KL from the teacher in nats per token, negative log-likelihood of the text in nats per prediction), over the
+        first `length` tokens of every window, or over all of them."""
         kl = nll = 0.0
-        hidden_NLD = student.hidden(self.tokens_NL)
-        for ids_L, hidden_LD, p_LV, negative_entropy in zip(
-            self.tokens_NL, hidden_NLD, self.probabilities, self.negative_entropies, strict=True
+        tokens_NL = self.tokens_NL[:, :length]
+        hidden_NLD = student.hidden(tokens_NL)
+        for ids_L, hidden_LD, p_LV, negative_entropy_L in zip(
+            tokens_NL, hidden_NLD, self.probabilities, self.negative_entropies_L, strict=True
         ):
             z_LV = student.logits(hidden_LD)
             normalizer_L = torch.logsumexp(z_LV, -1)
-            kl += negative_entropy + float((normalizer_L - torch.linalg.vecdot(p_LV, z_LV)).sum(dtype=torch.float64))
+            cross_L = normalizer_L - torch.linalg.vecdot(p_LV[:length], z_LV)
+            kl += float((negative_entropy_L[:length] + cross_L).sum(dtype=torch.float64))
             picked_L = z_LV[:-1].gather(1, ids_L[1:, None])[:, 0]
             nll += float((normalizer_L[:-1] - picked_L).sum(dtype=torch.float64))
-        count, length = self.tokens_NL.shape
-        return max(kl, 0.0) / (count * length), nll / (count * (length - 1))
+        return max(kl, 0.0) / tokens_NL.numel(), nll / (len(tokens_NL) * (tokens_NL.shape[1] - 1))

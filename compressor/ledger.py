@@ -1,11 +1,12 @@
 """The ledger: every plan that was ever scored, in an Optuna journal that optuna-dashboard opens.
 
-One study a policy and search; one trial a plan: its parameters are the sites' actions, its value the KL.
+One study a policy and search; one trial a score: its parameters are the sites' actions, its value the KL.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import optuna
@@ -54,6 +55,6 @@ class Ledger:
             params={name: str(action) for name, action in plan.items()},
             distributions=self._distributions,
             value=min(score.kl, WORST_KL),
-            user_attrs={"score": {"kl": score.kl, "perplexity": score.perplexity, "tokens": score.tokens}},
+            user_attrs={"score": asdict(score)},
         )
         self._study.add_trial(trial)

@@ -34,7 +34,7 @@ from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
 from compressor.text import load_tokens, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
-from policies import POLICIES, Problem
+from policies import POLICIES, Problem, Question
 
 
 def compress(
@@ -52,7 +52,7 @@ def compress(
     latency = measure_latency(run)
     problem = pose(run, sensitivity, latency)
     trials = search(run, problem)
-    plan, _ = best(trials[recipe.search.policy])
+    plan, _ = best([*trials[recipe.search.policy], *(trial for told in trials.values() for trial in told)])
     student, curve = recover(run, plan)
     folders = export(run, problem, trials, student)
     result = results.collect(run, problem, latency, trials, student, curve, folders)
@@ -236,12 +236,12 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
     key = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu), numbers, limits, settings.seed)
-    known: dict[Plan, Score] = {}
+    known: dict[Question, Score] = {}
 
-    def score(plan: Plan) -> Score:
-        if plan not in known:
-            known[plan] = run.executor.score(plan)
-        return known[plan]
+    def score(question: Question) -> Score:
+        if question not in known:
+            known[question] = run.executor.score(question.plan, question.share)
+        return known[question]
 
     trials: dict[str, Trials] = {}
     with run.stages.timed("search", key):
@@ -251,7 +251,7 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
             trials[name] = run_policy(
                 name, problem, settings.seed, settings.evaluations, score, ledger, report_progress
             )
-            known |= dict(trials[name])
+            known |= {Question(plan, result.share): result for plan, result in trials[name]}
     return trials
 
 
@@ -291,7 +291,7 @@ def export(run: Run, problem: Problem, trials: dict[str, Trials], student: Stude
     if "uniform" in trials:
         uniform, _ = best(trials["uniform"])
     else:
-        uniform = POLICIES["uniform"](problem, 0).ask()
+        uniform = POLICIES["uniform"](problem, 0).ask().plan
     folders = {
         "fp32": run.out / "stages" / "anchor-fp32",
         "uniform": run.out / "stages" / "uniform",

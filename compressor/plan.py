@@ -191,11 +191,13 @@ class Score:
 
     kl: KL(teacher || student) in nats per token on the calibration text, over `tokens` tokens; lower is better.
     perplexity: the student's perplexity on the same tokens.
+    share: which part of the scoring text that was. Only scores of the same share compare, and only 1.0 decides.
     """
 
     kl: float
     perplexity: float
     tokens: int
+    share: float = 1.0
 
 
 ActionMenu = Mapping[str, tuple[Action, ...]]

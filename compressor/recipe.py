@@ -263,9 +263,9 @@ class SearchSection(Section):
     """Which plans are considered, and who proposes them."""
 
     policy: PolicyName = "actor_critic"
-    """Policy whose best plan becomes the student."""
+    """Policy whose best plan becomes the student, unless a rival's is better."""
     evaluations: Count = 64
-    """Plans that each policy may have scored."""
+    """Plans that each policy may have scored; one that is tried on a share of the tokens counts as that share."""
     tokens: Count = 2048
     """Calibration tokens that score a plan, the same for every plan."""
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")

@@ -77,9 +77,9 @@ class BudgetLine:
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan that a policy had scored, in the order of its asking: `index` counts from 1 for each policy.
+    """One plan that a policy had scored. `index`: what the policy had spent by then in evaluations, rounded up.
 
-    kl and perplexity are those of the search's calibration tokens; cost is predicted.
+    kl and perplexity are those of the search's calibration tokens, or of the given share of them; cost is predicted.
     """
 
     policy: str
@@ -90,6 +90,7 @@ class Trial:
     prefill_ms: float | None
     decode_ms: float | None
     digest: str
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -295,13 +296,19 @@ _AXES: dict[str, tuple[str, Callable[[float | None], str], Callable[[Row], float
 
 
 def best_so_far(trials: Iterable[Trial]) -> dict[str, list[float]]:
-    """Per policy, in order of appearance: the lowest KL among its first 1, 2, ... trials."""
+    """Per policy, in order of appearance: the lowest KL on all of the text after 1, 2, ... evaluations."""
     best: dict[str, list[float]] = {}
     for trial in sorted(trials, key=lambda trial: trial.index):
         curve = best.setdefault(trial.policy, [])
-        kl = math.inf if math.isnan(trial.kl) else trial.kl
-        curve.append(min(kl, curve[-1]) if curve else kl)
+        curve += [curve[-1] if curve else math.inf] * (trial.index - len(curve))
+        if trial.share == 1.0 and not math.isnan(trial.kl):
+            curve[-1] = min(trial.kl, curve[-1])
     return best
+
+
+def _whole(report: Report, policy: str) -> list[Trial]:
+    """A policy's trials on all of the text, of finite KL."""
+    return [t for t in report.trials if t.policy == policy and t.share == 1.0 and math.isfinite(t.kl)]
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -525,7 +532,8 @@ def _search_part(report: Report) -> str:
     head = ("policy", "evaluations", *(f"best KL of {mark}" for mark in marks), "KL to the best", "found at")
     return (
         "## The search\n\nThe policies at the same budget and the same number of evaluations; KL on the calibration "
-        "tokens of the search.\n\n![Best KL so far against evaluations](search.png)\n\n"
+        "tokens of the search. A plan that was tried on a share of them cost that share of an evaluation and cannot win.\n\n"
+        "![Best KL so far against evaluations](search.png)\n\n"
         + table(head, rows)
         + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best.\n\n"
         + "![KL against size and latency](quality.png)"
@@ -675,7 +683,7 @@ def _search_figure(report: Report) -> Figure:
     most = max(len(curve) for curve in curves.values())
     for policy, best in curves.items():
         curve = [_shown(kl) for kl in best]
-        trials = [trial for trial in report.trials if trial.policy == policy and math.isfinite(trial.kl)]
+        trials = _whole(report, policy)
         axes.scatter(
             [t.index for t in trials], [_shown(t.kl) for t in trials], s=14, alpha=0.35, color=colours[policy], lw=0
         )
@@ -709,7 +717,7 @@ def _quality_figure(report: Report) -> Figure:
     limits = {line.name: line.limit / (1e6 if line.name == "bytes" else 1) for line in report.budget}
     for axes, (key, label, of_trial, of_row) in zip(panels, shown, strict=True):
         for policy, colour in colours.items():
-            points = [(of_trial(t), _shown(t.kl)) for t in report.trials if t.policy == policy and math.isfinite(t.kl)]
+            points = [(of_trial(t), _shown(t.kl)) for t in _whole(report, policy)]
             xs, ys = zip(*[point for point in points if point[0] is not None], strict=True) if points else ((), ())
             axes.scatter(xs, ys, s=16, alpha=0.5, color=colour, lw=0, label=policy)
         for row in report.rows:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,12 +217,12 @@ def _budget(
 def _trials(problem: Problem, trials: dict[str, Trials]) -> tuple[report.Trial, ...]:
     found = []
     for policy, told in trials.items():
-        for index, (plan, score) in enumerate(told, 1):
+        spent = 0.0
+        for plan, score in told:
+            spent += score.share
             cost = problem.cost(problem.indices(plan))
-            times = (cost["prefill_ms"], cost["decode_ms"])
-            found.append(
-                report.Trial(policy, index, score.kl, score.perplexity, round(cost["bytes"]), *times, plan.digest)
-            )
+            figures = (score.kl, score.perplexity, round(cost["bytes"]), cost["prefill_ms"], cost["decode_ms"])
+            found.append(report.Trial(policy, ceil(spent - 1e-9), *figures, plan.digest, score.share))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from compressor.ledger import Ledger
 from compressor.plan import ActionMenu, Plan, Score, Site
 from eval.latency import LatencyModel
-from policies import POLICIES, Problem
+from policies import POLICIES, Problem, Question
 
 Trials = list[tuple[Plan, Score]]
 """What a policy asked and was told, in order."""
@@ -56,26 +56,36 @@ def run_policy(
     problem: Problem,
     seed: int,
     evaluations: int,
-    score: Callable[[Plan], Score],
+    score: Callable[[Question], Score],
     ledger: Ledger,
     progress: Callable[[int, int, str], None],
 ) -> Trials:
-    """Let a policy ask `evaluations` times; what the ledger holds already is told, not scored again."""
+    """Let a policy ask until its questions have cost `evaluations` passes over the scoring text.
+
+    A question on a share of the text costs that share; the first one that no longer fits ends the search. What the ledger
+    holds already is told, not scored again.
+    """
     policy = POLICIES[name](problem, seed)
     trials: Trials = []
-    for plan, known in ledger.entries()[:evaluations]:
-        policy.tell(plan, known)
-        trials.append((plan, known))
-    while len(trials) < evaluations:
-        plan = policy.ask()
-        result = score(plan)
-        ledger.add(plan, result)
-        policy.tell(plan, result)
-        trials.append((plan, result))
-        progress(len(trials), evaluations, f"{name}: best KL {best(trials)[1].kl:.4f}")
-    return trials
+    spent = 0.0
+    entries = ledger.entries()
+    while True:
+        if len(trials) < len(entries):
+            plan, result = entries[len(trials)]
+            question = Question(plan, result.share)
+        else:
+            question, result = policy.ask(), None
+        if spent + question.share > evaluations + 1e-9:
+            return trials
+        if result is None:
+            result = score(question)
+            ledger.add(question.plan, result)
+        spent += question.share
+        policy.tell(question.plan, result)
+        trials.append((question.plan, result))
+        progress(int(spent), evaluations, f"{name}: best KL {best(trials)[1].kl:.4f}")
 
 
 def best(trials: Trials) -> tuple[Plan, Score]:
-    """The trial of least KL; the first of equals."""
-    return min(trials, key=lambda trial: trial[1].kl)
+    """The trial of least KL among those on the largest share of the text; the first of equals."""
+    return min(trials, key=lambda trial: (-trial[1].share, trial[1].kl))

@@ -8,13 +8,17 @@ reward -log KL at the end.
     critic   log KL of the whole plan, an ensemble (`policies.critic`): fitted to every plan that was ever scored
     value    V(state), a second output of the actor's network: the baseline of the policy gradient
 
-A generation: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
+A round: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
 entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
-2024) propose in imagination; ask for the plans of least predicted log KL, none of them run before: the first by the
-mean, the others half by the mean and half by one posterior sample each (Thompson 1933, tempered).
+2024) propose in imagination; ask for the plans of least predicted log KL, none of them run before. Rounds alternate: one
+asks for many plans on a small share of the text, half by the mean and half by one posterior sample each (Thompson 1933,
+tempered); the next one asks for the plan of least mean on all of it, and only such a score can win.
+
+Never worse: the first plan on all of the text is that of dynamic programming; the uniform plan of least sensitivity is
+compared with it on a small share, and scored on all of it if it is ahead.
 
 Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
-every generation from the ledger alone, so that an interrupted search resumes exactly; the features are relative
+every round from the ledger alone, so that an interrupted search resumes exactly; the features are relative
 (shares, fractions, slacks), so that weights of another budget or model may start them.
 
 Letters: B walks, S sites, A actions, P features of a state, Q of an action, H hidden units.
@@ -30,7 +34,7 @@ import torch
 from torch import Tensor
 
 from compressor.plan import Format, Plan, Score
-from policies.base import History, generator
+from policies.base import History, Question, generator
 from policies.critic import Critic
 from policies.dynamic_programming import prices, solve, tempered
 from policies.problem import UNITS, Problem
@@ -38,33 +42,32 @@ from policies.random import random_plan
 from policies.uniform import uniform_plans
 
 METRICS = {
-    "generation": "number of the generation, from 0",
-    "scored": "plans in the ledger when it began",
-    "critic_error": "root mean square error of the critic's fit on the ledger, in log KL",
+    "scored": "scores in the ledger when the round began",
+    "share": "share of the text on which the round's plans are scored",
+    "critic_error": "root mean square error of the critic's fit to the scores on all of the text, in log KL",
     "critic_scale": "the most probable common scale of the critic's corrections; 1 is the prior's own",
-    "rank_correlation": "Spearman's, of predictions against scores on the newest generation, before fitting it",
-    "surprise": "mean of score - prediction on the newest generation, in log KL; above 0 the critic was too hopeful",
     "spread": "mean standard deviation over the ensemble of the proposals' predictions, in log KL",
     "predicted": "least mean prediction among the proposals, in log KL",
-    "best": "least log KL told so far",
+    "best": "least log KL told so far on all of the text",
     "entropy": "mean entropy of the actor at a site after its training, in nats",
     "gain": "mean predicted log KL of the actor's walks after its training less before; below 0 it learned",
     "value_error": "variance of the returns that V leaves unexplained, as a share of their variance",
-    "from_actor": "proposals of the generation that the actor's walks led to; the others: exchanges and programming",
+    "from_actor": "proposals of the round that the actor's walks led to; the others: exchanges and programming",
 }
 """What the dicts in `ActorCritic.log` hold."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """warm_up: plans scored before learning begins (dynamic programming, one uniform, tempered ones).
-    generation: plans proposed at once. boldness: weight of a posterior sample against the mean in a proposal.
-    hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
+    """share: part of the text on which plans are tried. tempered: plans of dynamic programming on perturbed sensitivities
+    that the warm-up tries. tries: plans tried in a round. boldness: weight of a posterior sample against the mean in
+    such a try. hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
     rounds, children: of the search in imagination. members: of the critic's ensemble.
     """
 
-    warm_up: int = 8
-    generation: int = 2
+    share: float = 0.125
+    tempered: int = 8
+    tries: int = 4
     boldness: float = 0.5
     hidden: int = 32
     steps: int = 12
@@ -94,55 +97,69 @@ class ActorCritic:
         self.problem, self.seed, self.settings, self.start = problem, seed, settings, weights
         self.history = History(problem)
         self.reference = solve(problem)
+        sites = np.arange(len(problem.sites))
+        self.uniform = min(uniform_plans(problem), key=lambda plan_S: problem.sensitivity_SA[sites, plan_S].sum())
         self.weights = weights
         self.log: list[dict[str, float]] = []
         self._proposals: tuple[int, list[np.ndarray]] = (-1, [])
 
-    def ask(self) -> Plan:
-        told = len(self.history)
-        if told < self.settings.warm_up:
-            return self.problem.plan(self._warm_up(told))
-        number = (told - self.settings.warm_up) // self.settings.generation
-        if self._proposals[0] != number:
-            self._proposals = number, self._generation(number)
-        untold = (indices for indices in self._proposals[1] if indices not in self.history)
-        return self.problem.plan(next(untold, self.history.best()))
+    def ask(self) -> Question:
+        question = self._warm_up()
+        if question is not None:
+            return question
+        begin, share = self._round()
+        if self._proposals[0] != begin:
+            self._proposals = begin, self._propose(begin, share)
+        untold = (indices for indices in self._proposals[1] if self.history.share(indices) < share)
+        return Question(self.problem.plan(next(untold, self.history.best())), share)
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
 
-    def _warm_up(self, told: int) -> np.ndarray:
-        """What every search scores first: dynamic programming as predicted, the largest uniform plan, tempered ones."""
-        firsts = [self.reference, uniform_plans(self.problem)[0]]
-        for indices in firsts[: told + 1]:
-            if indices not in self.history:
-                return indices
-        return tempered(self.problem, self.seed, self.history)
+    def _warm_up(self) -> Question | None:
+        """What every search scores first: dynamic programming, the best uniform plan beside it, tempered plans; None
+        when that is done."""
+        problem, history, share = self.problem, self.history, self.settings.share
+        if history.share(self.reference) < 1.0:
+            return Question(problem.plan(self.reference))
+        programmed, uniform = history.partial(self.reference), history.partial(self.uniform)
+        if programmed is None:
+            return Question(problem.plan(self.reference), share)
+        if uniform is None:
+            return Question(problem.plan(self.uniform), share)
+        if uniform < programmed and history.share(self.uniform) < 1.0:
+            return Question(problem.plan(self.uniform))
+        if history.tried < 2 + self.settings.tempered:
+            return Question(problem.plan(tempered(problem, self.seed, history)), share)
+        return None
 
-    def _generation(self, number: int) -> list[np.ndarray]:
-        """The plans of a generation, in the order in which they are asked for, and some to spare."""
-        settings, problem = self.settings, self.problem
-        scored = settings.warm_up + number * settings.generation
-        plans_NS = np.stack(self.history.plans[:scored])
-        log_kl_N = np.array(self.history.log_kl[:scored])
-        seen = {plan.tobytes() for plan in plans_NS}
-        rng = generator(self.seed, scored)
+    def _round(self) -> tuple[int, float]:
+        """Number of scores told before the current round began, and the share of the text that it is scored on."""
+        told, begin = len(self.history), self.history.last_full() + 1
+        return (told, 1.0) if told - begin >= self.settings.tries else (begin, self.settings.share)
 
-        newest = slice(scored - settings.generation, scored)
-        earlier = Critic(problem, self.reference, members=1)
-        earlier.fit(plans_NS[: newest.start], log_kl_N[: newest.start], rng)
-        foretold = earlier.predict(plans_NS[newest], 0)
-        critic = Critic(problem, self.reference, settings.members)
-        critic.fit(plans_NS, log_kl_N, rng)
+    def _propose(self, begin: int, share: float) -> list[np.ndarray]:
+        """The plans of a round, in the order in which they are asked for, and some to spare."""
+        settings, problem, history = self.settings, self.problem, self.history
+        plans_NS = np.stack(history.plans[:begin])
+        log_kl_N, shares_N = np.array(history.log_kl[:begin]), np.array(history.shares[:begin])
+        seen = {plan_S.tobytes() for plan_S, told in zip(plans_NS, shares_N) if told >= share}
+        rng = generator(self.seed, begin)
+
+        critic = Critic(problem, self.reference, settings.members, sorted(set(shares_N[shares_N < 1.0])))
+        critic.fit(plans_NS, log_kl_N, shares_N, rng)
+        predicted_N = critic.predict(plans_NS).mean(0)
         actor = Actor(problem, critic.terms_ESA[0], settings, self.start, rng)
         metrics = actor.improve(critic)
         walks_BS = actor.walk(256)[0]
 
         proposals: list[np.ndarray] = []
         from_actor = 0
-        elite_PS = plans_NS[log_kl_N.argsort()[:6]]
-        for slot in range(settings.generation):
-            member = 0 if slot == 0 else 1 + (number * settings.generation + slot) % (settings.members - 1)
+        elite_PS = plans_NS[predicted_N.argsort()[:6]]
+        members = (
+            [0] if share == 1.0 else [1 + (begin + slot) % (settings.members - 1) for slot in range(settings.tries)]
+        )
+        for member in members:
             acquire = acquisition(critic, member, settings.boldness)
             programmed_S = solve(problem, critic.terms_ESA[member], width=300)
             pool_PS = np.concatenate([elite_PS, programmed_S[None], walks_BS])
@@ -153,19 +170,17 @@ class ActorCritic:
             seen |= {p.tobytes() for p, _ in fresh[:1]}
             from_actor += sum(int(o) for _, o in fresh[:1])
         spare = [p for p, _ in fresh[1:]] + [random_plan(problem, rng) for _ in range(50)]
-        predicted_EB = critic.predict(np.stack(proposals or [self.history.best()]))
+        predicted_EB = critic.predict(np.stack(proposals or [history.best()]))
         self.weights = actor.weights()
         self.log.append(
             {
-                "generation": number,
-                "scored": scored,
-                "critic_error": float(np.sqrt(np.mean((critic.predict(plans_NS, 0) - log_kl_N) ** 2))),
+                "scored": begin,
+                "share": share,
+                "critic_error": float(np.sqrt(np.mean((predicted_N - log_kl_N)[shares_N == 1.0] ** 2))),
                 "critic_scale": critic.scale,
-                "rank_correlation": spearman(foretold, log_kl_N[newest]),
-                "surprise": float(np.mean(log_kl_N[newest] - foretold)),
                 "spread": float(predicted_EB.std(0).mean()),
                 "predicted": float(predicted_EB.mean(0).min()),
-                "best": float(log_kl_N.min()),
+                "best": float(log_kl_N[shares_N == 1.0].min()),
                 **metrics,
                 "from_actor": from_actor,
             }
@@ -375,9 +390,3 @@ def unique_best(plans_PS: np.ndarray, values_P: np.ndarray, most: int) -> np.nda
         if len(kept) == most:
             break
     return np.array(list(kept.values()))
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two arrays, -1 to 1; 0 where one is constant."""
-    ranks = [x.argsort().argsort().astype(float) for x in (a, b)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0

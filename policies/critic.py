@@ -11,6 +11,8 @@ of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble
 from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which for a linear
 model is an exact posterior sample.
 
+A score on a share of the text is log KL + b' + beta' z, with b' and beta' of that share, and noise of its own.
+
 Departure: the noise of a score grows with its distance to the best one, because the form above is meant for good plans
 and destroyed students say little about them.
 
@@ -19,7 +21,7 @@ Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import numpy as np
@@ -43,11 +45,17 @@ GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, flo
 OUTER_STD = (1.5, 0.3, 0.1)
 """Standard deviations of b, beta, gamma."""
 
-SCALES = (0.35, 0.7, 1.0, 1.4)
+SHARE_STD = (0.3, 0.15)
+"""Standard deviations of b' and beta'."""
+
+SCALES = (0.2, 0.35, 0.7, 1.0, 1.4)
 """Common scales of the corrections' deviations, among which the scores choose."""
 
 NOISE = (0.01, 0.1)
 """Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it."""
+
+SHARE_NOISE = 0.011
+"""Standard deviation of log KL on the share r of the text, against all of it, is this times sqrt(1/r - 1)."""
 
 NEIGHBOUR_STD = 0.4
 """Standard deviation of eta."""
@@ -59,8 +67,9 @@ class Critic:
     terms_ESA: the corrected sensitivities x of every member, in units of the prediction.
     """
 
-    def __init__(self, problem: Problem, reference: np.ndarray, members: int = 9):
-        """reference: the prior's best plan [S]."""
+    def __init__(self, problem: Problem, reference: np.ndarray, members: int = 9, shares: Sequence[float] = ()):
+        """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored."""
+        self.shares = np.array(shares)
         sens_SA = problem.sensitivity_SA
         positive = sens_SA[sens_SA > 0]
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
@@ -94,10 +103,15 @@ class Critic:
         self.pair_S = np.array([order[pair] for pair in kinds], int)
         self.eta = len(std)
         self.outer = self.eta + len(order)
-        self.std_F = np.array([*std, *[NEIGHBOUR_STD] * len(order), *OUTER_STD])
+        self.partial = self.outer + len(OUTER_STD)
+        deviations = [*std, *[NEIGHBOUR_STD] * len(order), *OUTER_STD, *SHARE_STD * len(self.shares)]
+        self.std_F = np.array(deviations)
 
-    def _forward(self, theta_F: np.ndarray, plans_BS: np.ndarray, slopes: bool = False) -> tuple[np.ndarray, ...]:
-        """Plans -> (log KL [B], log t [B]), and the derivative of log KL by all parameters [B, F] if asked for."""
+    def _forward(
+        self, theta_F: np.ndarray, plans_BS: np.ndarray, shares_B: np.ndarray | None = None, slopes: bool = False
+    ) -> tuple[np.ndarray, ...]:
+        """Plans -> (log KL [B] on shares of the text, log t [B]), and the derivative of log KL by all parameters [B, F]
+        if asked for."""
         index_KBS = self.index_KSA[:, self.sites, plans_BS]
         weight_KBS = self.weight_KSA[:, self.sites, plans_BS]
         x_BS = np.exp(self.log_sens_SA[self.sites, plans_BS] + (theta_F[index_KBS] * weight_KBS).sum(0))
@@ -105,28 +119,38 @@ class Critic:
         eta_S = theta_F[self.eta : self.outer][self.pair_S]
         total_B = np.maximum(x_BS.sum(1) + root_BS @ eta_S, 0.05 * x_BS.sum(1))
         z_B = np.log(total_B) - self.log_reference
-        b, beta, gamma = theta_F[self.outer :]
-        y_B = self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2
+        b, beta, gamma = theta_F[self.outer : self.partial]
+        on_BR = np.zeros((len(plans_BS), 0)) if shares_B is None else shares_B[:, None] == self.shares
+        b_R, beta_R = theta_F[self.partial :: 2], theta_F[self.partial + 1 :: 2]
+        slope_B = 1 + beta
+        y_B = self.log_reference + b + slope_B * z_B + gamma * z_B**2
+        if on_BR.size:
+            slope_B = slope_B + on_BR @ beta_R
+            y_B += on_BR @ b_R + (on_BR @ beta_R) * z_B
         if not slopes:
             return y_B, np.log(total_B)
         share_BS = x_BS.copy()
         share_BS[:, 1:] += 0.5 * eta_S * root_BS
         share_BS[:, :-1] += 0.5 * eta_S * root_BS
-        by_z_B = 1 + beta + 2 * gamma * z_B
+        by_z_B = slope_B + 2 * gamma * z_B
         share_BS *= (by_z_B / total_B)[:, None]
         rows, width = len(plans_BS), len(theta_F)
         flat = (index_KBS + width * np.arange(rows)[:, None]).ravel()
         slope_BF = np.bincount(flat, (weight_KBS * share_BS).ravel(), rows * width).reshape(rows, width)
         for pair in range(self.outer - self.eta):
             slope_BF[:, self.eta + pair] = root_BS[:, self.pair_S == pair].sum(1) * by_z_B / total_B
-        slope_BF[:, self.outer :] = np.stack([np.ones(rows), z_B, z_B**2], 1)
+        slope_BF[:, self.outer : self.partial] = np.stack([np.ones(rows), z_B, z_B**2], 1)
+        if on_BR.size:
+            slope_BF[:, self.partial :: 2], slope_BF[:, self.partial + 1 :: 2] = on_BR, on_BR * z_B[:, None]
         return y_B, np.log(total_B), slope_BF
 
-    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, rng: np.random.Generator) -> None:
+    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, shares_N: np.ndarray, rng: np.random.Generator) -> None:
         """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
         noise_N = NOISE[0] + NOISE[1] * (log_kl_N - log_kl_N.min())
+        noise_N = np.hypot(noise_N, SHARE_NOISE * np.sqrt(1 / shares_N - 1))
         start_F = np.zeros(len(self.std_F))
-        fits = {c: self._fit_one(plans_NS, log_kl_N, noise_N, start_F, c * self.std_F) for c in SCALES}
+        told = (plans_NS, shares_N)
+        fits = {c: self._fit_one(told, log_kl_N, noise_N, start_F, c * self.std_F) for c in SCALES}
         self.scale = max(fits, key=lambda c: fits[c][1])
         std_F = self.scale * self.std_F
         std_F[self.outer :] = self.std_F[self.outer :]
@@ -134,16 +158,24 @@ class Critic:
         for e in range(1, self.members):
             start_F = std_F * rng.standard_normal(len(std_F))
             noisy_N = log_kl_N + noise_N * rng.standard_normal(len(log_kl_N))
-            self.theta_EF[e] = self._fit_one(plans_NS, noisy_N, noise_N, start_F, std_F)[0]
+            self.theta_EF[e] = self._fit_one(told, noisy_N, noise_N, start_F, std_F)[0]
         self.terms_ESA = self._terms()
 
     def _fit_one(
-        self, plans_NS: np.ndarray, y_N: np.ndarray, noise_N: np.ndarray, prior_F: np.ndarray, std_F: np.ndarray
+        self,
+        told: tuple[np.ndarray, np.ndarray],
+        y_N: np.ndarray,
+        noise_N: np.ndarray,
+        prior_F: np.ndarray,
+        std_F: np.ndarray,
     ) -> tuple[np.ndarray, float]:
-        """The most probable parameters [F] around a prior mean, and their log evidence (Laplace)."""
+        """The most probable parameters [F] around a prior mean, and their log evidence (Laplace).
+
+        told: plans [N, S], shares [N].
+        """
         theta_F, best, best_loss, evidence = prior_F, prior_F, np.inf, -np.inf
         for _ in range(8):
-            predicted_N, _, slope_NF = self._forward(theta_F, plans_NS, slopes=True)
+            predicted_N, _, slope_NF = self._forward(theta_F, *told, slopes=True)
             residual_N = y_N - predicted_N
             loss = ((residual_N / noise_N) ** 2).sum() + (((theta_F - prior_F) / std_F) ** 2).sum()
             scaled_NF = slope_NF * std_F
@@ -161,7 +193,7 @@ class Critic:
         return np.exp(self.log_sens_SA + np.stack(corrections))
 
     def predict(self, plans_BS: np.ndarray, member: int | None = None) -> np.ndarray:
-        """log KL of plans by every member [E, B], or by one [B]."""
+        """log KL of plans on all of the text, by every member [E, B], or by one [B]."""
         if member is None:
             return np.stack([self.predict(plans_BS, e) for e in range(self.members)])
         x_BS = self.terms_ESA[member][self.sites, plans_BS]
@@ -170,7 +202,7 @@ class Critic:
         sum_B = x_BS.sum(1)
         total_B = np.maximum(sum_B + root_BS @ theta_F[self.eta : self.outer][self.pair_S], 0.05 * sum_B)
         z_B = np.log(total_B) - self.log_reference
-        b, beta, gamma = theta_F[self.outer :]
+        b, beta, gamma = theta_F[self.outer : self.partial]
         return self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2
 
 

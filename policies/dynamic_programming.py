@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from compressor.plan import Format, Plan, Score
-from policies.base import History, generator
+from policies.base import History, Question, generator
 from policies.problem import Problem
 
 
@@ -28,9 +28,9 @@ class DynamicProgramming:
     def __init__(self, problem: Problem, seed: int = 0):
         self.problem, self.seed, self.history = problem, seed, History(problem)
 
-    def ask(self) -> Plan:
+    def ask(self) -> Question:
         indices = solve(self.problem) if not len(self.history) else tempered(self.problem, self.seed, self.history)
-        return self.problem.plan(indices)
+        return Question(self.problem.plan(indices))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressor.plan import Plan, Score
-from policies.base import History
+from policies.base import History, Question
 from policies.dynamic_programming import tempered
 from policies.problem import Problem
 
@@ -18,10 +18,10 @@ class Greedy:
     def __init__(self, problem: Problem, seed: int = 0):
         self.problem, self.seed, self.history = problem, seed, History(problem)
 
-    def ask(self) -> Plan:
+    def ask(self) -> Question:
         first = not len(self.history)
         indices = solve(self.problem) if first else tempered(self.problem, self.seed, self.history, solve)
-        return self.problem.plan(indices)
+        return Question(self.problem.plan(indices))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from compressor.plan import Plan, Score
-from policies.base import History, generator
+from policies.base import History, Question, generator
 from policies.dynamic_programming import solve
 from policies.greedy import descend
 from policies.problem import Problem
@@ -47,10 +47,10 @@ class _Sampled:
         """What the sampler would have noted of that trial."""
         return {}
 
-    def ask(self) -> Plan:
+    def ask(self) -> Question:
         for indices in self.starts:
             if indices not in self.history:
-                return self.problem.plan(indices)
+                return Question(self.problem.plan(indices))
         rng = generator(self.seed, len(self.history))
         if len(self.history) >= self.first_plans:
             study = self._study(int(rng.integers(2**31)))
@@ -59,8 +59,8 @@ class _Sampled:
                 indices = np.array([suggested[site.name] for site in self.problem.sites])
                 indices = descend(self.problem, indices, self.problem.sensitivity_SA)
                 if indices not in self.history:
-                    return self.problem.plan(indices)
-        return self.problem.plan(random_plan(self.problem, rng))
+                    return Question(self.problem.plan(indices))
+        return Question(self.problem.plan(random_plan(self.problem, rng)))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressor.plan import Plan, Score
-from policies.base import History, generator
+from policies.base import History, Question, generator
 from policies.problem import Problem
 
 
@@ -21,13 +21,13 @@ class Random:
     def __init__(self, problem: Problem, seed: int = 0):
         self.problem, self.seed, self.history = problem, seed, History(problem)
 
-    def ask(self) -> Plan:
+    def ask(self) -> Question:
         rng = generator(self.seed, len(self.history))
         for _ in range(20):
             indices = random_plan(self.problem, rng)
             if indices not in self.history:
                 break
-        return self.problem.plan(indices)
+        return Question(self.problem.plan(indices))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressor.plan import Action, Format, Plan, Score, Site
-from policies.base import History
+from policies.base import History, Question
 from policies.problem import Problem
 
 
@@ -21,9 +21,9 @@ class Uniform:
         self.problem, self.history = problem, History(problem)
         self.plans = uniform_plans(problem)
 
-    def ask(self) -> Plan:
+    def ask(self) -> Question:
         untold = [indices for indices in self.plans if indices not in self.history]
-        return self.problem.plan(untold[0] if untold else self.history.best())
+        return Question(self.problem.plan(untold[0] if untold else self.history.best()))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

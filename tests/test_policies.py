@@ -10,7 +10,7 @@ import torch
 
 from compressor.errors import BudgetError
 from compressor.plan import Score
-from policies import POLICIES
+from policies import POLICIES, Question
 from policies.actor_critic import METRICS, ActorCritic, Settings
 from policies.base import log_kl
 from policies.critic import Critic
@@ -36,18 +36,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def play(policy, score, asks):
-    """Plans and scores of a search."""
-    ledger = []
-    for _ in range(asks):
-        plan = policy.ask()
-        ledger.append((plan, score(plan)))
+def play(policy, score, evaluations):
+    """Plans and scores of a search; a score on a share of the text costs that share."""
+    ledger, spent = [], 0.0
+    while spent + (question := policy.ask()).share <= evaluations:
+        ledger.append((question.plan, score(question.plan, question.share)))
         policy.tell(*ledger[-1])
+        spent += question.share
     return ledger
 
 
 def best(ledger):
-    return min(score.kl for _, score in ledger)
+    return min(score.kl for _, score in ledger if score.share == 1.0)
 
 
 # The contract.
@@ -84,14 +84,15 @@ def test_resumes_from_any_point_of_the_ledger(name):
         policy = POLICIES[name](problem, 1)
         for plan, result in ledger[:told]:
             policy.tell(plan, result)
-        assert policy.ask() == policy.ask() == ledger[told][0]
+        plan, score_then = ledger[told]
+        assert policy.ask() == policy.ask() == Question(plan, score_then.share)
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_no_plan_is_asked_for_twice(name):
+def test_no_question_is_asked_twice(name):
     problem, score = landscape(6, blocks=6, tight=0.4)
-    plans = [plan for plan, _ in play(POLICIES[name](problem, 0), score, 30)]
-    assert len(set(plans)) == len(plans)
+    questions = [(plan, result.share) for plan, result in play(POLICIES[name](problem, 0), score, 30)]
+    assert len(set(questions)) == len(questions)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -223,7 +224,7 @@ def test_greedy_is_near_the_optimum_of_an_additive_toy(budgets):
     found, optimum = [], []
     for seed in range(20):
         problem, score = tiny(seed, budgets=budgets, interaction=0.0)
-        found.append(score(POLICIES["greedy"](problem, 0).ask()).kl)
+        found.append(score(POLICIES["greedy"](problem, 0).ask().plan).kl)
         optimum.append(brute_force(problem, score))
     assert sum(optimum) <= sum(found) < 1.25 * sum(optimum)
 
@@ -234,15 +235,16 @@ def test_greedy_is_near_the_optimum_of_an_additive_toy(budgets):
 def test_critic_starts_as_the_surrogate_and_its_slopes_are_right():
     problem, _ = landscape(0, blocks=3, tight=0.5)
     reference = solve(problem)
-    critic = Critic(problem, reference, members=2)
+    critic = Critic(problem, reference, members=2, shares=[0.25])
     surrogate = np.log(problem.sensitivity_SA[np.arange(len(reference)), reference].sum())
     assert critic.predict(reference[None], 0)[0] == pytest.approx(surrogate, abs=1e-2)
     rng = np.random.default_rng(0)
     theta_F = critic.std_F * rng.normal(size=len(critic.std_F))
     plans_BS = np.stack([problem.walk(rng.random(problem.valid_SA.shape)) for _ in range(4)])
-    slope_BF = critic._forward(theta_F, plans_BS, slopes=True)[2]
+    shares_B = np.array([1.0, 0.25, 0.25, 1.0])
+    slope_BF = critic._forward(theta_F, plans_BS, shares_B, slopes=True)[2]
     direction_F = critic.std_F * rng.normal(size=len(critic.std_F))
-    ahead, behind = (critic._forward(theta_F + h * direction_F, plans_BS)[0] for h in (1e-5, -1e-5))
+    ahead, behind = (critic._forward(theta_F + h * direction_F, plans_BS, shares_B)[0] for h in (1e-5, -1e-5))
     np.testing.assert_allclose(slope_BF @ direction_F, (ahead - behind) / 2e-5, rtol=1e-4)
 
 
@@ -255,18 +257,18 @@ def test_critic_ranks_plans_that_it_has_not_seen():
     truth = np.array([log_kl(score(problem.plan(p))) for p in plans])
     critic = Critic(problem, solve(problem))
     before = np.corrcoef(critic.predict(plans[60:], 0), truth[60:])[0, 1]
-    critic.fit(plans[:60], truth[:60], rng)
+    critic.fit(plans[:60], truth[:60], np.ones(60), rng)
     after = np.corrcoef(critic.predict(plans[60:]).mean(0), truth[60:])[0, 1]
     assert after > max(0.85, before)
 
 
 def test_log_explains_every_metric_and_weights_carry_over():
     problem, score = landscape(0, blocks=3, tight=0.5)
-    agent = ActorCritic(problem, 0, Settings(warm_up=4))
-    play(agent, score, 9)
+    agent = ActorCritic(problem, 0, Settings(tempered=3, tries=2))
+    play(agent, score, 5)
     assert agent.log and all(set(row) == set(METRICS) for row in agent.log)
     other, score = landscape(1, blocks=2, limits=BUDGETS["three"])
-    play(ActorCritic(other, 0, Settings(warm_up=4), weights=agent.weights), score, 6)
+    play(ActorCritic(other, 0, Settings(tempered=3, tries=2), weights=agent.weights), score, 6)
 
 
 # At the size of the real thing.

@@ -142,6 +142,7 @@ def test_zero_and_infinite_kl_are_drawn(tmp_path):
 
 def test_best_so_far_orders_by_index_and_skips_nan():
     trials = [Trial("p", i, kl, 1.0, 1, None, None, "d") for i, kl in ((3, 0.5), (1, math.nan), (2, 2.0), (4, 1.0))]
+    trials.append(Trial("p", 2, 0.1, 1.0, 1, None, None, "d", share=0.125))
     assert best_so_far(trials) == {"p": [math.inf, 2.0, 0.5, 0.5]}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import product
+from typing import Protocol
 
 import numpy as np
 
 from compressor.plan import DROP, Action, Format, Matrix, Plan, Score, Site
 from policies.problem import Problem
 
-Scorer = Callable[[Plan], Score]
+
+class Scorer(Protocol):
+    def __call__(self, plan: Plan, share: float = 1.0) -> Score: ...
 
 
 def tiny(
@@ -34,12 +37,20 @@ def tiny(
     limits = {name: room * float(sum(row.mean() for row in rows)) for name, rows in costs.items()}
     problem = Problem(places, menus, sensitivity, costs, dict.fromkeys(names, 0.0), limits)
 
-    def score(plan: Plan) -> Score:
+    def score(plan: Plan, share: float = 1.0) -> Score:
         x = np.array([row[i] for row, i in zip(truth, problem.indices(plan))])
         kl = float(x.sum() + interaction * np.sqrt(x[1:] * x[:-1]).sum())
-        return Score(kl, float(np.exp(kl)), 1)
+        return noisy(kl, plan, share)
 
     return problem, score
+
+
+def noisy(kl: float, plan: Plan, share: float) -> Score:
+    """Less text gives another level, and an error that is the same whenever the plan is scored on that share."""
+    if share < 1.0:
+        rng = np.random.default_rng(int(plan.digest, 16))
+        kl *= float(np.exp(0.1 + 0.011 * np.sqrt(1 / share - 1) * rng.normal()))
+    return Score(kl, float(np.exp(kl)), round(2048 * share), share)
 
 
 def site(kind: str, layer: int, units: int, hidden: int = 64) -> Site:
@@ -112,10 +123,10 @@ def landscape(
     limits = {name: fixed[name] + factor * full[name] for name, factor in (limits or {"bytes": tight}).items()}
     problem = Problem(tuple(places), tuple(menus), tuple(sensitivity), costs, fixed, limits)
 
-    def score(plan: Plan) -> Score:
+    def score(plan: Plan, share: float = 1.0) -> Score:
         x = np.array([row[i] for row, i in zip(truth, problem.indices(plan))])
         t = x.sum() + 0.5 * np.sqrt(x[1:] * x[:-1]).sum()
         kl = float(12 * (1 - np.exp(-(t + 0.05 * t * t) / 12)))
-        return Score(kl, float(np.exp(kl)), 2048)
+        return noisy(kl, plan, share)
 
     return problem, score
