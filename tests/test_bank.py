@@ -124,7 +124,15 @@ def test_scores_are_kl_and_perplexity(bank, tiny, windows):
             log_p = torch.log_softmax(executor.student.logits(executor.student.hidden(ids[None]))[0].double(), -1)
         nll -= sum(float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1))
     assert score.perplexity == pytest.approx(math.exp(nll / (4 * 63)), rel=1e-4)
-    assert score.tokens == 256
+    assert score.tokens == 256 and score.share == 1.0
+
+
+def test_a_share_of_the_text_is_the_first_tokens_of_every_window(bank, tiny, windows):
+    plan = full_plan(tiny.decoder, "w4", "w8")
+    part = Executor(bank, windows[8:12]).score(plan, 0.25)
+    alone = Executor(bank, windows[8:12, :16]).score(plan)
+    assert (part.kl, part.perplexity) == pytest.approx((alone.kl, alone.perplexity), rel=1e-4)
+    assert part.tokens == alone.tokens == 64 and part.share == 0.25
 
 
 def test_only_differences_are_installed_and_order_does_not_matter(bank, tiny, windows, monkeypatch):

@@ -262,6 +262,17 @@ def test_critic_ranks_plans_that_it_has_not_seen():
     assert after > max(0.85, before)
 
 
+def test_a_uniform_plan_that_is_better_than_predicted_is_found_at_once():
+    problem, score = landscape(2, blocks=4, tight=0.5)
+    agent = ActorCritic(problem, 0)
+    uniform = problem.plan(agent.uniform)
+
+    def surprising(plan, share=1.0):
+        return Score(0.01, 1.01, 1, share) if plan == uniform else score(plan, share)
+
+    assert best(play(agent, surprising, 3)) == 0.01
+
+
 def test_log_explains_every_metric_and_weights_carry_over():
     problem, score = landscape(0, blocks=3, tight=0.5)
     agent = ActorCritic(problem, 0, Settings(tempered=3, tries=2))
