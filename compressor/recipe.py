@@ -33,7 +33,9 @@ from pydantic import (
 from compressor.errors import RecipeError
 from compressor.plan import Format
 
-PolicyName = Literal["uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "actor_critic"]
+PolicyName = Literal[
+    "uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "ppo", "actor_critic"
+]
 
 
 @dataclass(frozen=True)

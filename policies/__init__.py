@@ -10,7 +10,9 @@ evolution.py            level switches from the best plan so far
 optuna_samplers.py      Optuna's TPE and NSGA-II
 environment.py          the search as a Gymnasium environment
 critic.py               log KL of whole plans, learned from the scores
+actor.py                the network that walks over the sites, and how it learns
 actor_critic.py         the agent
+ppo.py                  its on-policy sibling
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from policies.dynamic_programming import DynamicProgramming
 from policies.evolution import Evolution
 from policies.greedy import Greedy
 from policies.optuna_samplers import Nsga2, Tpe
+from policies.ppo import Ppo
 from policies.problem import Problem
 from policies.random import Random
 from policies.uniform import Uniform
@@ -35,6 +38,7 @@ POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
     "evolution": Evolution,
     "tpe": Tpe,
     "nsga2": Nsga2,
+    "ppo": Ppo,
     "actor_critic": ActorCritic,
 }
 """Name -> (problem, seed) -> policy."""

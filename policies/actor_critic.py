@@ -27,17 +27,17 @@ Letters: B walks, S sites, A actions, P features of a state, Q of an action, H h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from compressor.plan import Format, Plan, Score
+from compressor.plan import Plan, Score
+from policies.actor import Actor, Training
 from policies.base import History, Question, generator
 from policies.critic import Critic
-from policies.dynamic_programming import prices, solve, tempered
-from policies.problem import UNITS, Problem
+from policies.dynamic_programming import solve, tempered
+from policies.problem import Problem
 from policies.random import random_plan
 from policies.uniform import uniform_plans
 
@@ -61,7 +61,7 @@ METRICS = {
 class Settings:
     """share: part of the text on which plans are tried. tempered: plans of dynamic programming on perturbed sensitivities
     that the warm-up tries. tries: plans tried in a round. boldness: weight of a posterior sample against the mean in
-    such a try. hidden, steps, walks, learning_rate, entropy: of the actor's network and training.
+    such a try. steps, walks: of the actor's training.
     rounds, children: of the search in imagination. members: of the critic's ensemble.
     """
 
@@ -69,14 +69,12 @@ class Settings:
     tempered: int = 8
     tries: int = 4
     boldness: float = 0.5
-    hidden: int = 32
     steps: int = 12
     walks: int = 48
-    learning_rate: float = 0.01
-    entropy: float = 0.003
     rounds: int = 40
     children: int = 256
     members: int = 9
+    training: Training = field(default_factory=Training)
 
 
 class ActorCritic:
@@ -149,9 +147,9 @@ class ActorCritic:
         critic = Critic(problem, self.reference, settings.members, sorted(set(shares_N[shares_N < 1.0])))
         critic.fit(plans_NS, log_kl_N, shares_N, rng)
         predicted_N = critic.predict(plans_NS).mean(0)
-        actor = Actor(problem, critic.terms_ESA[0], settings, self.start, rng)
-        metrics = actor.improve(critic)
-        walks_BS = actor.walk(256)[0]
+        actor = Actor(problem, critic.terms_ESA[0], settings.training, self.start, rng)
+        metrics = self._train(actor, critic)
+        walks_BS = actor.walk(256).plans_BS
 
         proposals: list[np.ndarray] = []
         from_actor = 0
@@ -187,154 +185,15 @@ class ActorCritic:
         )
         return proposals + [p for p in spare if p.tobytes() not in seen]
 
-
-class Actor:
-    """Policy and value over walks; scores every menu with one network."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        x_SA: np.ndarray,
-        settings: Settings,
-        start: dict[str, Tensor] | None,
-        rng: np.random.Generator,
-    ):
-        """x_SA: the critic's sensitivities."""
-        self.problem, self.settings = problem, settings
-        self.random = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        self.valid_SA = torch.tensor(problem.valid_SA)
-        self.prior_SA = torch.tensor(prior_logits(problem, x_SA), dtype=torch.float32)
-        self.x_SA = torch.tensor(x_SA / x_SA[problem.valid_SA].mean(), dtype=torch.float32)
-        self.site_SP, self.action_SAQ = features(problem, x_SA)
-        state = self.site_SP.shape[1] + 2 * self.action_SAQ.shape[2] + len(UNITS) + 1
-        self.parameters = start or fresh_weights(state, self.action_SAQ.shape[2], settings.hidden, self.random)
-        self.parameters = {name: w.clone().requires_grad_() for name, w in self.parameters.items()}
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: w.detach().clone() for name, w in self.parameters.items()}
-
-    def __call__(self, state_BP: Tensor, action_BAQ: Tensor) -> tuple[Tensor, Tensor]:
-        """(additions to the prior's logits [..., A], values [...])."""
-        w = self.parameters
-        hidden_BH = state_BP @ w["state"] + w["bias"]
-        both_BAH = torch.tanh(hidden_BH[..., None, :] + action_BAQ @ w["action"])
-        value_B = (torch.tanh(state_BP @ w["value_in"]) @ w["value_out"])[..., 0] + w["value_bias"]
-        return (both_BAH @ w["out"])[..., 0], value_B
-
-    @torch.no_grad()
-    def walk(self, count: int) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Samples plans: (plans [B, S], states [B, S, P], masks [B, S, A])."""
-        problem, width = self.problem, self.action_SAQ.shape[2]
-        left_BD = np.repeat(problem.room_D[None], count, 0)
-        before_BQ, same = torch.zeros(count, width), {kind: torch.zeros(count, width) for kind in KINDS}
-        sum_B, rows = torch.zeros(count), np.arange(count)
-        axes = [list(UNITS).index(name) for name in problem.budgets]
-        chosen, states, masks = [], [], []
-        for s, site in enumerate(problem.sites):
-            slack_B3 = torch.ones(count, len(UNITS))
-            slack_B3[:, axes] = torch.tensor(problem.slack(s, left_BD), dtype=torch.float32)
-            summed_B1 = torch.log1p(sum_B)[:, None]
-            static_BP = self.site_SP[s].expand(count, -1)
-            state_BP = torch.cat([static_BP, before_BQ, same[site.kind], slack_B3, summed_B1], 1)
-            mask_BA = torch.tensor(problem.allowed(s, left_BD))
-            logits_BA, _ = self(state_BP, self.action_SAQ[s].expand(count, -1, -1))
-            logits_BA = (logits_BA + self.prior_SA[s]).masked_fill(~mask_BA, -torch.inf)
-            noise_BA = -torch.log(torch.empty(logits_BA.shape).exponential_(generator=self.random))
-            choice_B = (logits_BA + noise_BA).argmax(1).numpy()
-            left_BD = left_BD - problem.units_SAD[s, choice_B]
-            before_BQ = self.action_SAQ[s, choice_B]
-            same = {**same, site.kind: before_BQ}
-            sum_B = sum_B + self.x_SA[s, choice_B]
-            chosen.append(choice_B)
-            states.append(state_BP)
-            masks.append(mask_BA)
-        assert (problem.used(np.stack(chosen, 1))[rows] <= problem.room_D).all()
-        return np.stack(chosen, 1), torch.stack(states, 1), torch.stack(masks, 1)
-
-    def improve(self, critic: Critic) -> dict[str, float]:
-        """Policy gradient on imagined walks. Returns the actor's part of `METRICS`."""
-        settings = self.settings
-        optimizer = torch.optim.Adam(self.parameters.values(), settings.learning_rate)
-        means, entropy, value_error = [], 0.0, 1.0
-        for _ in range(settings.steps):
-            plans_BS, state_BSP, mask_BSA = self.walk(settings.walks)
-            predicted_B = critic.predict(plans_BS).mean(0)
-            means.append(predicted_B.mean())
-            returns_B = torch.tensor(
-                -(predicted_B - predicted_B.mean()) / (predicted_B.std() + 1e-6), dtype=torch.float32
-            )
-            logits_BSA, value_BS = self(state_BSP, self.action_SAQ)
-            logits_BSA = (logits_BSA + self.prior_SA).masked_fill(~mask_BSA, -torch.inf)
-            log_p_BSA = torch.log_softmax(logits_BSA, -1)
-            log_p_BS = log_p_BSA.gather(2, torch.tensor(plans_BS)[..., None])[..., 0]
-            advantage_BS = returns_B[:, None] - value_BS
-            entropy_term = -(log_p_BSA.exp() * log_p_BSA.masked_fill(~mask_BSA, 0.0)).sum(-1).mean()
-            actor_loss = -(advantage_BS.detach() * log_p_BS).mean() - settings.entropy * entropy_term
-            value_loss = advantage_BS.pow(2).mean()
-            optimizer.zero_grad()
-            (actor_loss + 0.5 * value_loss).backward()
-            optimizer.step()
-            entropy, value_error = float(entropy_term.detach()), float(value_loss.detach())
-        return {"entropy": entropy, "gain": float(means[-1] - means[0]), "value_error": value_error}
-
-
-KINDS = ("attention", "ffn", "embedding", "head")
-
-
-def fresh_weights(state: int, action: int, hidden: int, random: torch.Generator) -> dict[str, Tensor]:
-    """Weights of the actor's network; the outputs start at 0, so that it starts as its prior."""
-    return {
-        "state": torch.randn(state, hidden, generator=random) / state**0.5,
-        "action": torch.randn(action, hidden, generator=random) / action**0.5,
-        "bias": torch.zeros(hidden),
-        "out": torch.zeros(hidden, 1),
-        "value_in": torch.randn(state, hidden, generator=random) / state**0.5,
-        "value_out": torch.zeros(hidden, 1),
-        "value_bias": torch.zeros(()),
-    }
-
-
-def features(problem: Problem, x_SA: np.ndarray) -> tuple[Tensor, Tensor]:
-    """What the network sees of sites [S, P] and actions [S, A, Q]; relative, and always three cost columns."""
-    valid_SA, count = problem.valid_SA, len(problem.sites)
-    log_x_SA = np.log(x_SA)
-    log_x_SA = np.where(valid_SA, (log_x_SA - log_x_SA[valid_SA].mean()) / (log_x_SA[valid_SA].std() + 1e-6), 0.0)
-    cost_SA3 = np.zeros((*valid_SA.shape, len(UNITS)))
-    for d, name in enumerate(problem.budgets):
-        units_SA = np.where(valid_SA, problem.units_SAD[..., d], 0)
-        cost_SA3[..., list(UNITS).index(name)] = units_SA / max(np.abs(units_SA).max(), 1)
-    action_SAQ = np.zeros((*valid_SA.shape, 4 + len(UNITS)))
-    for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
-        for a, action in enumerate(menu):
-            bits = Format.parse(action.format).bits
-            action_SAQ[s, a, :3] = action.keep / site.units, np.log2(1 + bits) / 4, action.keep == 0
-    action_SAQ[..., 3], action_SAQ[..., 4:] = log_x_SA, cost_SA3
-    parameters_S = np.log([site.parameters + 1 for site in problem.sites])
-    site_SP = np.concatenate(
-        [
-            np.array([[site.kind == kind for kind in KINDS] for site in problem.sites], float),
-            np.linspace(-1, 1, count)[:, None],
-            (parameters_S - parameters_S.mean())[:, None],
-            log_x_SA.sum(1, keepdims=True) / valid_SA.sum(1, keepdims=True),
-            cost_SA3.max(1),
-        ],
-        axis=1,
-    )
-    return torch.tensor(site_SP, dtype=torch.float32), torch.tensor(action_SAQ, dtype=torch.float32)
-
-
-def prior_logits(problem: Problem, x_SA: np.ndarray, entropy: float = 0.3) -> np.ndarray:
-    """-(x + price * cost) / tau, [S, A]; tau such that the mean entropy of a site is `entropy` nats."""
-    priced_SA = np.where(problem.valid_SA, x_SA + problem.units_SAD @ prices(problem, x_SA), np.inf)
-    priced_SA = priced_SA - priced_SA.min(1, keepdims=True)
-    low, high = np.log(1e-6 * x_SA.max()), np.log(10 * x_SA.max())
-    for _ in range(30):
-        middle = (low + high) / 2
-        p_SA = np.exp(-priced_SA / np.exp(middle))
-        p_SA /= p_SA.sum(1, keepdims=True)
-        mean = -(p_SA * np.log(np.maximum(p_SA, 1e-30))).sum(1).mean()
-        low, high = (low, middle) if mean > entropy else (middle, high)
-    return np.where(problem.valid_SA, -priced_SA / np.exp(low), -1e9)
+    def _train(self, actor: Actor, critic: Critic) -> dict[str, float]:
+        """Policy gradient on walks that the critic scores. Returns the actor's part of `METRICS`."""
+        means: list[float] = []
+        for _ in range(self.settings.steps):
+            walks = actor.walk(self.settings.walks)
+            predicted_B = critic.predict(walks.plans_BS).mean(0)
+            means.append(float(predicted_B.mean()))
+            found = actor.update(walks, -predicted_B)
+        return {**found, "gain": means[-1] - means[0]}
 
 
 def acquisition(critic: Critic, member: int, boldness: float) -> Callable[[np.ndarray], np.ndarray]:

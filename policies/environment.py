@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 
 from compressor.plan import Plan, Score
-from policies.actor_critic import features
+from policies.actor import features
 from policies.base import log_kl
 from policies.problem import UNITS, Problem
 

@@ -20,7 +20,7 @@ from policies.uniform import uniform_plans
 from tests.toys import brute_force, landscape, tiny
 
 ROOT = Path(__file__).parent.parent
-LEARNING = ("random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "actor_critic")
+LEARNING = ("random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "ppo", "actor_critic")
 BUDGETS = {
     "one": {"bytes": 0.4},
     "two": {"bytes": 0.4, "decode_ms": 0.55},
@@ -212,7 +212,7 @@ def test_actor_critic_solves_a_toy_that_is_not_additive(seed):
     assert any(best(play(policy, score, 4)) <= 1.05 * optimum for _ in range(10))
 
 
-@pytest.mark.parametrize(("name", "asks"), [("evolution", 150), ("tpe", 100), ("nsga2", 150)])
+@pytest.mark.parametrize(("name", "asks"), [("evolution", 150), ("tpe", 100), ("nsga2", 150), ("ppo", 150)])
 @pytest.mark.parametrize("seed", range(3))
 def test_searching_rivals_solve_it_too(seed, name, asks):
     problem, score = tiny(seed)
