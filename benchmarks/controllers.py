@@ -7,7 +7,8 @@ A cell is a budget: `bits-3.0` (bytes of 3.0 bits for every weight of the teache
 from the recipe, its budget, policies and seed do not. Everything is kept in OUT, so the same command goes on after a kill.
 Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
 
-The last two columns score the best plan of every search on text that no search saw. `to beat` is the evaluation after which
+The last two columns score the best plan of every search on text that no search saw. `same actions`: sites on which the best
+plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which
 the searches of a policy (median of the seeds) were better than the final mean of the best rival of the actor-critic.
 """
 
@@ -22,14 +23,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
-from seeds import spread  # the script beside this one
+from seeds import agreement, spread  # the script beside this one
 
 from compressor import pipeline
 from compressor.executor import Executor
 from compressor.export import fixed_bytes
 from compressor.files import write_json_atomic
 from compressor.ledger import Ledger
-from compressor.plan import Score
+from compressor.plan import Plan, Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.search import Trials, best, build_problem, run_policy
@@ -69,8 +70,9 @@ def main() -> None:
         problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
         curves: dict[str, list[list[float]]] = {}
         final: dict[str, list[Score]] = {}
+        plans: dict[str, list[Plan]] = {}
         for name in options.policies:
-            curves[name], final[name] = [], []
+            curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
                 study = f"{cell}-{name}-{seed}-{key_of(run.bank.key, limits, pipeline.menu_json(run.menu))}"
                 ledger = Ledger(options.out / "ledger.log", study, run.menu)
@@ -78,13 +80,16 @@ def main() -> None:
                 trials = run_policy(name, problem, seed, options.evaluations, score, ledger, report)
                 known |= {Question(plan, result.share): result for plan, result in trials}
                 curves[name].append(curve(trials, options.evaluations))
-                final[name].append(unseen.score(best(trials)[0]))
+                plans[name].append(best(trials)[0])
+                final[name].append(unseen.score(plans[name][-1]))
+        stable = {name: agreement([list(map(str, plan.values())) for plan in found]) for name, found in plans.items()}
         results[cell] = {
             "limits": limits,
             "curves": curves,
+            "agreement": stable,
             "unseen": {n: [[s.kl, s.perplexity] for s in found] for n, found in final.items()},
         }
-        print(table(cell, limits, curves, final), flush=True)
+        print(table(cell, limits, curves, final, stable), flush=True)
         draw(cell, curves, options.out / f"{cell}.png")
         write_json_atomic(options.out / "controllers.json", results)
 
@@ -111,7 +116,11 @@ def curve(trials: Trials, evaluations: int) -> list[float]:
 
 
 def table(
-    cell: str, limits: dict[str, float], curves: dict[str, list[list[float]]], final: dict[str, list[Score]]
+    cell: str,
+    limits: dict[str, float],
+    curves: dict[str, list[list[float]]],
+    final: dict[str, list[Score]],
+    stable: dict[str, float],
 ) -> str:
     """One cell as Markdown, best policy first."""
     count, seeds = len(curves[OURS][0]), len(curves[OURS])
@@ -120,12 +129,13 @@ def table(
     what = ", ".join(f"{name} {value:,.4g}" for name, value in limits.items())
     lines = [
         f"\n**{cell}** ({what}; {count} evaluations, {seeds} seeds, mean and range)\n",
-        f"| policy | KL | to beat {rival} | KL, unseen text | perplexity, unseen text |\n| --- | --- | --- | --- | --- |",
+        f"| policy | KL | to beat {rival} | same actions | KL, unseen text | perplexity, unseen text |",
+        "| --- " * 6 + "|",
     ]
     for name in sorted(means, key=lambda n: means[n]):
         reached = [next((i + 1 for i, kl in enumerate(c) if kl < means[rival]), None) for c in curves[name]]
         when = str(int(np.median([r for r in reached if r]))) if sum(map(bool, reached)) * 2 > seeds else "–"
-        cells = [spread([c[-1] for c in curves[name]]), when]
+        cells = [spread([c[-1] for c in curves[name]]), when, f"{stable[name]:.0%}"]
         cells += [spread([s.kl for s in final[name]]), spread([s.perplexity for s in final[name]])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""A recipe under several seeds: mean and range of every row of the report, and of the best KL of every policy.
+"""A recipe under several seeds: mean and range of every row of the report and of the best KL of every policy, and
+how many sites the plans agree on.
 
 The runs share one folder, so that what no seed changes (bank, sensitivities, latency table) is made once; the report of
 every seed is kept as `report-seed-N.json`.
@@ -13,6 +14,8 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from itertools import combinations
+from operator import eq
 from pathlib import Path
 
 from compressor.pipeline import compress
@@ -54,9 +57,17 @@ def main() -> None:
     print("| --- |" + " --- |" * len(FIGURES))
     for name, found in rows.items():
         print("|", name, "|", " | ".join(spread([figure(row) for row in found]) for figure in FIGURES.values()), "|")
+    plans = [[f"{entry['keep']}:{entry['format']}" for entry in report["plan"]] for report in reports]
+    print(f"\nSites with the same action in two plans: {agreement(plans):.0%}")
     print("\n| best KL of the search | calibration text |\n| --- | --- |")
     for policy, kls in sorted(searches.items()):
         print("|", policy, "|", spread(kls), "|")
+
+
+def agreement(plans: list[list[str]]) -> float:
+    """Share of the sites that have the same action, mean over all pairs of plans; 1 for a single plan."""
+    pairs = list(combinations(plans, 2))
+    return sum(sum(map(eq, a, b)) / len(a) for a, b in pairs) / len(pairs) if pairs else 1.0
 
 
 def spread(values: list[float | None]) -> str:

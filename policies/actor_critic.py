@@ -11,8 +11,8 @@ reward -log KL at the end.
 A round: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
 entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
 2024) propose in imagination; ask for the plans of least predicted log KL, none of them run before. Rounds alternate: one
-asks for many plans on a small share of the text, half by the mean and half by one posterior sample each (Thompson 1933,
-tempered); the next one asks for the plan of least mean on all of it, and only such a score can win.
+tries some plans on a small share of the text, each half by the mean and half by a posterior sample of its own (Thompson
+1933, tempered); the next one asks for the plan of least mean on all of it, and only such a score can win.
 
 Never worse: the first plan on all of the text is that of dynamic programming; the uniform plan of least sensitivity is
 compared with it on a small share, and scored on all of it if it is ahead.
@@ -153,7 +153,8 @@ class ActorCritic:
 
         proposals: list[np.ndarray] = []
         from_actor = 0
-        elite_PS = plans_NS[predicted_N.argsort()[:6]]
+        ranked_N = predicted_N.argsort()
+        elite_PS = plans_NS[ranked_N[problem.fits(plans_NS[ranked_N])][:6]]
         members = (
             [0] if share == 1.0 else [1 + (begin + slot) % (settings.members - 1) for slot in range(settings.tries)]
         )

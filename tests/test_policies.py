@@ -15,6 +15,7 @@ from policies.actor_critic import METRICS, ActorCritic, Settings
 from policies.base import log_kl
 from policies.critic import Critic
 from policies.dynamic_programming import solve
+from policies.greedy import best_actions
 from policies.problem import Problem
 from policies.uniform import uniform_plans
 from tests.toys import brute_force, landscape, tiny
@@ -102,6 +103,7 @@ def test_survives_destroyed_students_and_plans_of_others(name):
     for indices in uniform_plans(problem)[-3:]:
         policy.tell(problem.plan(indices), Score(float("nan"), float("inf"), 1))
     policy.tell(problem.plan(problem.walk(-problem.sensitivity_SA)), Score(float("inf"), float("inf"), 1))
+    policy.tell(problem.plan(best_actions(problem)), Score(1e-4, 1.0, 1))  # best of all, but over the budget
     for plan, _ in play(policy, score, 8):
         assert problem.fits(problem.indices(plan))
 
