@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from compressor.plan import ActionMenu, Plan, Score
+from compressor.plan import Action, ActionMenu, Plan, Score
 
 WORST_KL = 1e6
 """Stands for a KL that is not finite, which a journal cannot hold."""
@@ -27,27 +27,23 @@ class Ledger:
         path: the journal file; other studies in it are left alone.
         study: name of this policy and search.
         menu: the actions of every site.
+        comparable: a key of what the scores depend on beside the plan: teacher, texts, menu.
     """
 
-    def __init__(self, path: Path, study: str, menu: ActionMenu):
+    def __init__(self, path: Path, study: str, menu: ActionMenu, comparable: str = ""):
         path.parent.mkdir(parents=True, exist_ok=True)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = JournalStorage(JournalFileBackend(str(path)))
-        self._study = optuna.create_study(study_name=study, storage=storage, direction="minimize", load_if_exists=True)
-        self._actions = {name: {str(action): action for action in actions} for name, actions in menu.items()}
+        self._study = optuna.create_study(
+            study_name=study, storage=_storage(path), direction="minimize", load_if_exists=True
+        )
+        self._study.set_user_attr("comparable", comparable)
+        self._actions = _labels(menu)
         self._distributions: dict[str, BaseDistribution] = {
             name: CategoricalDistribution(list(labels)) for name, labels in self._actions.items()
         }
 
     def entries(self) -> list[tuple[Plan, Score]]:
         """Everything that was added, first to last."""
-        found = []
-        for trial in self._study.get_trials(deepcopy=False):
-            plan = Plan(tuple((name, labels[trial.params[name]]) for name, labels in self._actions.items()))
-            found.append((plan, Score(**trial.user_attrs["score"])))
-        return found
+        return _entries(self._study, self._actions)
 
     def add(self, plan: Plan, score: Score) -> None:
         """Append one scored plan; on disk when this returns."""
@@ -58,3 +54,33 @@ class Ledger:
             user_attrs={"score": asdict(score)},
         )
         self._study.add_trial(trial)
+
+
+def comparable_entries(path: Path, menu: ActionMenu, comparable: str) -> list[tuple[Plan, Score]]:
+    """Every score of all studies in a journal that were made with the same key, each once."""
+    storage = _storage(path)
+    found: dict[tuple[Plan, float], Score] = {}
+    for name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        if study.user_attrs.get("comparable") == comparable:
+            found |= {(plan, score.share): score for plan, score in _entries(study, _labels(menu))}
+    return [(plan, score) for (plan, _), score in found.items()]
+
+
+def _storage(path: Path) -> JournalStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _labels(menu: ActionMenu) -> dict[str, dict[str, Action]]:
+    return {name: {str(action): action for action in actions} for name, actions in menu.items()}
+
+
+def _entries(study: optuna.Study, actions: dict[str, dict[str, Action]]) -> list[tuple[Plan, Score]]:
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        plan = Plan(tuple((name, labels[trial.params[name]]) for name, labels in actions.items()))
+        found.append((plan, Score(**trial.user_attrs["score"])))
+    return found

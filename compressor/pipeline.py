@@ -22,7 +22,7 @@ from compressor.errors import GateError, RecipeError
 from compressor.executor import Executor
 from compressor.export import exported_bytes, fixed_bytes, site_stack
 from compressor.folder import save_folder
-from compressor.ledger import Ledger
+from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
 from compressor.model import Teacher, load_teacher
 from compressor.plan import ActionMenu, Plan, Score
@@ -235,7 +235,15 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
     settings = run.recipe.search
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
-    key = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu), numbers, limits, settings.seed)
+    comparable = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu))
+    earlier = comparable_entries(Path(settings.reuse) / "ledger.log", run.menu, comparable) if settings.reuse else []
+    if settings.reuse and not earlier:
+        raise RecipeError(
+            f"search.reuse = {settings.reuse}: expected a run of the same model, texts and menu, its ledger has no score of "
+            "those; name another folder, or leave the key out"
+        )
+    told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
+    key = key_of(comparable, numbers, limits, settings.seed, told)
     known: dict[Question, Score] = {}
 
     def score(question: Question) -> Score:
@@ -246,10 +254,10 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
     trials: dict[str, Trials] = {}
     with run.stages.timed("search", key):
         for name in settings.policies:
-            ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu)
+            ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu, comparable)
             report_progress = run.stages.reporter(f"search: {name}")
             trials[name] = run_policy(
-                name, problem, settings.seed, settings.evaluations, score, ledger, report_progress
+                name, problem, settings.seed, settings.evaluations, score, ledger, report_progress, earlier
             )
             known |= {Question(plan, result.share): result for plan, result in trials[name]}
     return trials

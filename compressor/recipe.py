@@ -287,6 +287,9 @@ class SearchSection(Section):
     """How weights are put on a format's grid."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every policy."""
+    reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
+    """Folder of an earlier run of the same model, texts and menu, at another budget say: what it scored is told to every
+    policy before the search, and costs nothing."""
 
     @field_validator("embedding_formats")
     @classmethod
@@ -457,6 +460,11 @@ class Recipe(Section):
                     problems.append(
                         f"data.{key}[{i}] = {source.file}: expected a text file, found none; check the path"
                     )
+        if self.search.reuse and not (Path(self.search.reuse) / "ledger.log").is_file():
+            problems.append(
+                f"search.reuse = {self.search.reuse}: expected the folder of an earlier run, found no ledger.log there; "
+                "check the path"
+            )
         if problems:
             raise RecipeError(f"recipe: {_count(problems)}\n" + "\n".join(f"  {problem}" for problem in problems))
 

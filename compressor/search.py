@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from compressor.plan import ActionMenu, Plan, Score, Site
 from eval.latency import LatencyModel
 from policies import POLICIES, Problem, Question
 
-Trials = list[tuple[Plan, Score]]
+Trials = Sequence[tuple[Plan, Score]]
 """What a policy asked and was told, in order."""
 
 
@@ -59,26 +59,30 @@ def run_policy(
     score: Callable[[Question], Score],
     ledger: Ledger,
     progress: Callable[[int, int, str], None],
+    earlier: Trials = (),
 ) -> Trials:
     """Let a policy ask until its questions have cost `evaluations` passes over the scoring text.
 
     A question on a share of the text costs that share; the first one that no longer fits ends the search. What the ledger
-    holds already is told, not scored again.
+    holds already is told, not scored again. earlier: scores of other searches, told first; they are not in the result.
     """
     policy = POLICIES[name](problem, seed)
-    trials: Trials = []
+    for plan, result in earlier:
+        policy.tell(plan, result)
+    trials: list[tuple[Plan, Score]] = []
     spent = 0.0
     entries = ledger.entries()
     while True:
+        known: Score | None = None
         if len(trials) < len(entries):
-            plan, result = entries[len(trials)]
-            question = Question(plan, result.share)
+            plan, known = entries[len(trials)]
+            question = Question(plan, known.share)
         else:
-            question, result = policy.ask(), None
+            question = policy.ask()
         if spent + question.share > evaluations + 1e-9:
             return trials
-        if result is None:
-            result = score(question)
+        result = known or score(question)
+        if not known:
             ledger.add(question.plan, result)
         spent += question.share
         policy.tell(question.plan, result)

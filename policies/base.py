@@ -84,9 +84,9 @@ class History:
         return max((n for n, share in enumerate(self.shares) if share == 1.0), default=-1)
 
     def best(self) -> np.ndarray:
-        """The plan [S] of least KL among those on the largest share."""
-        shares_N = np.array(self.shares)
-        return self.plans[int(np.where(shares_N == shares_N.max(), self.log_kl, np.inf).argmin())]
+        """The plan [S] of least KL among those that fit and were told on all of the text, or else among all."""
+        decides_N = self.problem.fits(np.stack(self.plans)) & (np.array(self.shares) == 1.0)
+        return self.plans[int(np.where(decides_N if decides_N.any() else True, self.log_kl, np.inf).argmin())]
 
 
 def log_kl(score: Score) -> float:

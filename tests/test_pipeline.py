@@ -125,6 +125,19 @@ def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path
     assert ours[: len(before)] == before and len(ours) > len(before)
 
 
+def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, tiny_folder, tmp_path):
+    out, _, _ = finished
+    search = {**recipe(tiny_folder).to_dict()["search"], "reuse": str(out), "rivals": ["dynamic_programming"]}
+    again = pipeline.compress(recipe(tiny_folder, search=search, budget={"bytes": "40%"}), tmp_path / "again")
+    assert all(trial.size_bytes <= again.budget[0].limit for trial in again.trials)
+    ours = [trial for trial in again.trials if trial.policy == "actor_critic"]
+    assert 5 < sum(trial.share for trial in ours) <= 6
+    assert [trial.share for trial in ours[:6]].count(1.0) == 2  # the warm-up's tries are known
+    with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
+        other = {**search, "formats": ["fp32", "w8"]}
+        pipeline.compress(recipe(tiny_folder, search=other, budget={"bytes": "70%"}), tmp_path / "other")
+
+
 def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_path):
     """SIGKILL in the middle of the search and again later; everything that does not depend on times is the same."""
     out, report, _ = finished
