@@ -7,9 +7,9 @@ A cell is a budget: `bits-3.0` (bytes of 3.0 bits for every weight of the teache
 from the recipe, its budget, policies and seed do not. Everything is kept in OUT, so the same command goes on after a kill.
 Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
 
-The last two columns score the best plan of every search on text that no search saw. `same actions`: sites on which the best
-plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which
-the searches of a policy (median of the seeds) were better than the final mean of the best rival of the actor-critic.
+The last columns score the best plan of every search on texts that no search saw. `same actions`: sites on which the best
+plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which the searches of a policy (median of
+the seeds) were better than the final mean of the best rival of the actor-critic.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main() -> None:
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
     decoder = run.teacher.network.decoder
-    unseen = Executor(run.bank, run.texts.evaluation_NL[: len(run.texts.score_NL)])
+    unseen = {
+        name: Executor(run.bank, text_NL[: len(run.texts.score_NL)]) for name, text_NL in run.texts.evaluation.items()
+    }
     known: dict[Question, Score] = {}
 
     def score(question: Question) -> Score:
@@ -69,7 +71,7 @@ def main() -> None:
         limits = limits_of(cell, decoder, latency)
         problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
         curves: dict[str, list[list[float]]] = {}
-        final: dict[str, list[Score]] = {}
+        final: dict[str, list[dict[str, Score]]] = {}
         plans: dict[str, list[Plan]] = {}
         for name in options.policies:
             curves[name], final[name], plans[name] = [], [], []
@@ -81,13 +83,15 @@ def main() -> None:
                 known |= {Question(plan, result.share): result for plan, result in trials}
                 curves[name].append(curve(trials, options.evaluations))
                 plans[name].append(best(trials)[0])
-                final[name].append(unseen.score(plans[name][-1]))
+                final[name].append({text: executor.score(plans[name][-1]) for text, executor in unseen.items()})
         stable = {name: agreement([list(map(str, plan.values())) for plan in found]) for name, found in plans.items()}
         results[cell] = {
             "limits": limits,
             "curves": curves,
             "agreement": stable,
-            "unseen": {n: [[s.kl, s.perplexity] for s in found] for n, found in final.items()},
+            "unseen": {
+                n: [{t: [s.kl, s.perplexity] for t, s in f.items()} for f in found] for n, found in final.items()
+            },
         }
         print(table(cell, limits, curves, final, stable), flush=True)
         draw(cell, curves, options.out / f"{cell}.png")
@@ -119,7 +123,7 @@ def table(
     cell: str,
     limits: dict[str, float],
     curves: dict[str, list[list[float]]],
-    final: dict[str, list[Score]],
+    final: dict[str, list[dict[str, Score]]],
     stable: dict[str, float],
 ) -> str:
     """One cell as Markdown, best policy first."""
@@ -127,16 +131,20 @@ def table(
     means = {name: float(np.mean([c[-1] for c in found])) for name, found in curves.items()}
     rival = min((n for n in means if n != OURS), key=lambda n: means[n], default=OURS)
     what = ", ".join(f"{name} {value:,.4g}" for name, value in limits.items())
+    texts = list(final[OURS][0])
+    head = ["policy", "KL", f"to beat {rival}", "same actions"]
+    head += [f"{figure}, {text}" for text in texts for figure in ("KL", "perplexity")]
     lines = [
         f"\n**{cell}** ({what}; {count} evaluations, {seeds} seeds, mean and range)\n",
-        f"| policy | KL | to beat {rival} | same actions | KL, unseen text | perplexity, unseen text |",
-        "| --- " * 6 + "|",
+        "| " + " | ".join(head) + " |",
+        "| --- " * len(head) + "|",
     ]
     for name in sorted(means, key=lambda n: means[n]):
         reached = [next((i + 1 for i, kl in enumerate(c) if kl < means[rival]), None) for c in curves[name]]
         when = str(int(np.median([r for r in reached if r]))) if sum(map(bool, reached)) * 2 > seeds else "–"
         cells = [spread([c[-1] for c in curves[name]]), when, f"{stable[name]:.0%}"]
-        cells += [spread([s.kl for s in final[name]]), spread([s.perplexity for s in final[name]])]
+        for text in texts:
+            cells += [spread([f[text].kl for f in final[name]]), spread([f[text].perplexity for f in final[name]])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -82,12 +82,12 @@ def _check(result: report.Report, folder: Path) -> None:
 @dataclass(frozen=True)
 class Texts:
     """Windows of token ids, [N, L] each: scoring plans, deciding what distillation keeps, statistics and training, and
-    the text that nothing sees before the end."""
+    the texts that nothing sees before the end, by name and as many of each."""
 
     score_NL: Tensor
     held_out_NL: Tensor
     calibration_NL: Tensor
-    evaluation_NL: Tensor
+    evaluation: dict[str, Tensor]
 
     @classmethod
     def read(cls, recipe: Recipe, tokenizer) -> Texts:
@@ -95,8 +95,14 @@ class Texts:
         data, count = recipe.data, recipe.search.tokens // recipe.data.sequence_length
         total = data.calibration_tokens + 2 * recipe.search.tokens
         windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length)
-        evaluation_NL = load_tokens(data.evaluation, tokenizer, data.evaluation_tokens, data.sequence_length)
-        return cls(windows_NL[:count], windows_NL[count : 2 * count], windows_NL[2 * count :], evaluation_NL)
+        each = data.evaluation_tokens // len(data.evaluation)
+        evaluation = {s.name: load_tokens([s], tokenizer, each, data.sequence_length) for s in data.evaluation}
+        return cls(windows_NL[:count], windows_NL[count : 2 * count], windows_NL[2 * count :], evaluation)
+
+    @property
+    def evaluation_NL(self) -> Tensor:
+        """All evaluation texts, one behind the other."""
+        return torch.cat(list(self.evaluation.values()))
 
 
 @dataclass(frozen=True)

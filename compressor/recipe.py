@@ -199,6 +199,11 @@ class TextSource(Section):
     def _as_written(self) -> str | dict[str, str]:
         return self.file or {key: value for key, value in self if value is not None}
 
+    @property
+    def name(self) -> str:
+        """What a report calls it: a file by its name without folder and ending."""
+        return Path(self.file).stem if self.file else str(self)
+
     def __str__(self) -> str:
         parts = (self.dataset, self.config, self.split, self.column)
         return self.file or ":".join(part for part in parts if part)
@@ -219,7 +224,7 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a window; windows follow one another without overlap."""
     evaluation_tokens: Count = 16384
-    """Tokens taken from the evaluation texts."""
+    """Tokens taken from the evaluation texts, of each the same number; whole windows."""
 
 
 class Workload(Section):
@@ -432,7 +437,13 @@ class Recipe(Section):
         if search.tokens > data.calibration_tokens:
             most = f"data.calibration_tokens = {data.calibration_tokens}"
             yield f"search.tokens = {search.tokens}: expected at most {most}; lower it or take more calibration tokens"
+        if len(data.evaluation) * data.sequence_length > data.evaluation_tokens >= data.sequence_length:
+            least = f"a window of {data.sequence_length} for each of {len(data.evaluation)} texts"
+            yield f"data.evaluation_tokens = {data.evaluation_tokens}: expected at least {least}; raise it"
+        names = [source.name for source in data.evaluation]
         for i, source in enumerate(data.evaluation):
+            if source.name in names[:i]:
+                yield f"data.evaluation[{i}] = {source}: expected a file name that no other text has; rename it"
             if source in data.calibration:
                 yield f"data.evaluation[{i}] = {source}: expected text that isn't in data.calibration; choose another"
 

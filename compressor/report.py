@@ -47,11 +47,19 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class TextQuality:
+    """Perplexity and KL on one evaluation text."""
+
+    perplexity: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Row:
-    """One model as it was measured at the end, on the evaluation text. None: not measured.
+    """One model as it was measured at the end, on the evaluation texts. None: not measured.
 
     role: `teacher` in torch, `reference` the fp32 ONNX export that ratios refer to, `rival`, or `student`, the result.
-    kl: KL(teacher || model), nats per token.
+    kl: KL(teacher || model), nats per token. perplexity and kl are over all texts; `texts` has those of each.
     """
 
     name: str
@@ -62,6 +70,7 @@ class Row:
     prefill_ms: Timing | None = None
     decode_ms: Timing | None = None
     peak_memory_bytes: int | None = None
+    texts: dict[str, TextQuality] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -429,7 +438,15 @@ def _rows_table(report: Report) -> str:
         )
     head = ("model", "perplexity", "KL to teacher", "size", "prefill", "decode, a token", "peak memory")
     note = f"Ratios in parentheses refer to {base.name}. " if base else ""
-    return table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on the evaluation text."
+    text = table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on text that nothing saw before."
+    names = list(report.rows[0].texts) if report.rows else []
+    if len(names) > 1:
+        by_text = [
+            (row.name, *(f"{number(row.texts[n].perplexity)}, {number(row.texts[n].kl)}" for n in names))
+            for row in report.rows
+        ]
+        text += "\n\nPerplexity and KL by text:\n\n" + table(("model", *names), by_text)
+    return text
 
 
 def _budget_part(report: Report) -> str:

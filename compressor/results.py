@@ -81,26 +81,36 @@ def collect(
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Quality]:
-    """Perplexity and KL on the evaluation text, each model as it is deployed."""
-    network = run.teacher.network
+def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict[str, Quality]]:
+    """Perplexity and KL on every evaluation text, each model as it is deployed: model -> text -> quality."""
+    network, texts = run.teacher.network, run.texts.evaluation
 
     @torch.no_grad()
     def teacher(ids_L: np.ndarray) -> np.ndarray:
         return network.logits(network.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
 
-    def make(progress: Callable[..., None]) -> dict[str, dict[str, float]]:
+    def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
         decoders = {key: OnnxDecoder(folder, run.target.device, run.target.threads) for key, folder in folders.items()}
+        found: dict[str, dict[str, dict[str, float]]] = {key: {} for key in ("teacher", *folders)}
+        windows = len(run.texts.evaluation_NL)
         try:
             models = {key: decoder.logits for key, decoder in decoders.items()}
-            found = compare(teacher, models, run.texts.evaluation_NL.numpy(), progress)
+            for place, (name, text_NL) in enumerate(texts.items()):
+                shown = partial(_shifted, progress, place * len(text_NL), windows)
+                for key, quality in compare(teacher, models, text_NL.numpy(), shown).items():
+                    found[key][name] = asdict(quality)
         finally:
             for decoder in decoders.values():
                 decoder.close()
-        return {key: asdict(quality) for key, quality in found.items()}
+        return found
 
-    key = key_of(weights, tokens_digest(run.texts.evaluation_NL))
-    return {name: Quality(**found) for name, found in run.stages.value("quality", key, make).items()}
+    key = key_of(weights, list(texts), tokens_digest(run.texts.evaluation_NL))
+    stored = run.stages.value("quality", key, make)
+    return {model: {name: Quality(**q) for name, q in by_text.items()} for model, by_text in stored.items()}
+
+
+def _shifted(progress: Callable[..., None], before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def _times(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Times]:
@@ -164,18 +174,20 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def _rows(
     run: Run,
     folders: dict[str, Path],
-    quality: dict[str, Quality],
+    quality: dict[str, dict[str, Quality]],
     times: dict[str, Times],
     memory: dict[str, int],
 ) -> tuple[report.Row, ...]:
     sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
+    overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     return tuple(
         report.Row(
             name=name,
             role=role,  # type: ignore[arg-type]
-            perplexity=quality[key].perplexity,
-            kl=None if key == "teacher" else quality[key].kl,
+            perplexity=overall[key].perplexity,
+            kl=None if key == "teacher" else overall[key].kl,
+            texts={name: report.TextQuality(q.perplexity, q.kl) for name, q in quality[key].items()},
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
             decode_ms=_timing(times[key].decode),
@@ -260,12 +272,13 @@ def _distillation(curve: Curve | None) -> report.Distillation | None:
 
 
 def _gate(
-    run: Run, quality: dict[str, Quality], times: dict[str, Times], folders: dict[str, Path]
+    run: Run, quality: dict[str, dict[str, Quality]], times: dict[str, Times], folders: dict[str, Path]
 ) -> tuple[report.GateLine, ...]:
     gate, fp32, student = run.recipe.gate, times["fp32"], times["student"]
     lines = []
     if gate.perplexity_ratio is not None:
-        ratio = quality["student"].perplexity / quality["teacher"].perplexity
+        ours, theirs = (Quality.mean(list(quality[key].values())) for key in ("student", "teacher"))
+        ratio = ours.perplexity / theirs.perplexity
         lines.append(report.GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
     entries = [
         ("bytes", gate.bytes, exported_bytes(folders["fp32"]), exported_bytes(folders["student"])),
@@ -290,7 +303,8 @@ def _protocol(run: Run) -> str:
     count, length = run.texts.evaluation_NL.shape
     target = run.target
     return (
-        f"Perplexity and KL: {count} windows of {length} tokens of the evaluation text that do not overlap, every token but "
+        f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
+        f"({', '.join(run.texts.evaluation)}), every token but "
         f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it. Prefill: "
         f"{target.prefill_tokens} tokens into an empty cache. Decode: one token behind {target.context} cached ones. "
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "

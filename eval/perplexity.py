@@ -7,7 +7,7 @@ tokens before it; natural logarithm, mean over all predictions. KL(teacher || mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,13 @@ class Quality:
 
     perplexity: float
     kl: float
+
+    @classmethod
+    def mean(cls, parts: Sequence[Quality]) -> Quality:
+        """Over texts of the same number of predictions together."""
+        return cls(
+            math.exp(sum(math.log(q.perplexity) for q in parts) / len(parts)), sum(q.kl for q in parts) / len(parts)
+        )
 
 
 def compare(

@@ -1,6 +1,7 @@
 """The whole job on the tiny model: every stage real, resumed, killed, deployed, loaded back."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,9 +27,9 @@ def recipe(tiny_folder: Path, **changes) -> Recipe:
         "model": {"path": str(tiny_folder)},
         "data": {
             "calibration": [str(TEXT / "wiki-calibration.txt")],
-            "evaluation": [str(TEXT / "wiki-evaluation.txt")],
+            "evaluation": [str(TEXT / "wiki-evaluation.txt"), str(TEXT / "novel-evaluation.txt")],
             "calibration_tokens": 512,
-            "evaluation_tokens": 128,
+            "evaluation_tokens": 256,
             "sequence_length": 64,
         },
         "target": {"device": "cpu", "threads": 1, "workload": {"prefill": 16, "context": 16}},
@@ -67,6 +68,9 @@ def test_rows_are_measured(finished):
     assert [row.role for row in report.rows] == ["teacher", "reference", "rival", "student"]
     for row in report.rows:
         assert row.perplexity > 1 and row.prefill_ms.median > 0 and row.decode_ms.median > 0
+        assert list(row.texts) == ["wiki-evaluation", "novel-evaluation"]
+        wiki, novel = (math.log(q.perplexity) for q in row.texts.values())
+        assert wiki != novel and math.log(row.perplexity) == pytest.approx((wiki + novel) / 2)
     teacher, fp32, uniform, student = report.rows
     assert fp32.perplexity == pytest.approx(teacher.perplexity, rel=1e-3) and fp32.kl < 1e-4
     assert student.size_bytes < 0.45 * fp32.size_bytes and uniform.size_bytes < 0.45 * fp32.size_bytes

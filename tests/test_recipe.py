@@ -146,6 +146,14 @@ def test_a_missing_key_says_what_it_means():
             {"data": {"calibration": ["a"], "evaluation": ["b", "a"]}},
             "data.evaluation[1] = a: expected text that isn't",
         ),
+        (
+            {"data": {"calibration": ["a"], "evaluation": ["b/x.txt", "c/x.txt"]}},
+            "data.evaluation[1] = c/x.txt: expected a file name that no other text has",
+        ),
+        (
+            {"data": {"calibration": ["a"], "evaluation": ["b", "c"], "evaluation_tokens": 600}},
+            "data.evaluation_tokens = 600: expected at least a window of 512 for each of 2 texts",
+        ),
         ({"data": {"calibration": [{"dataset": "x"}], "evaluation": ["b"]}}, "expected a split beside the data set"),
         ({"distill": {"steps": 1, "kl_weight": 0}}, "expected kl_weight or hidden_weight above 0"),
         ({"distill": {"learning_rate": float("nan")}}, "distill.learning_rate = nan: expected a finite number"),

@@ -20,6 +20,7 @@ from compressor.report import (
     Report,
     Row,
     Sample,
+    TextQuality,
     Timing,
     Trial,
     best_so_far,
@@ -94,6 +95,14 @@ def test_page():
     assert "from 1.40 to 0.700 (-50%). The trained weights were kept." in page
     assert "> a \\# time" in page
     assert "| **all** | **30.5 s** |" in page
+
+
+def test_several_texts_stand_side_by_side():
+    texts = {"wiki": TextQuality(20.0, 0.4), "novel": TextQuality(31.0, 0.6)}
+    rows = tuple(replace(row, texts=texts) for row in example().rows)
+    page = markdown(replace(example(), rows=rows))
+    assert "| model | wiki | novel |" in page and "| student | 20.0, 0.400 | 31.0, 0.600 |" in page
+    assert "by text" not in markdown(example())
 
 
 def test_what_failed_is_said_at_the_top():
