@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
-from seeds import agreement, spread  # the script beside this one
+from seeds import spread  # the script beside this one
 
 from compressor import pipeline
 from compressor.executor import Executor
@@ -33,7 +33,7 @@ from compressor.ledger import Ledger
 from compressor.plan import Plan, Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.search import Trials, best, build_problem, run_policy
+from compressor.search import Trials, agreement, best, build_problem, run_policy
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Question
 
@@ -84,7 +84,7 @@ def main() -> None:
                 curves[name].append(curve(trials, options.evaluations))
                 plans[name].append(best(trials)[0])
                 final[name].append({text: executor.score(plans[name][-1]) for text, executor in unseen.items()})
-        stable = {name: agreement([list(map(str, plan.values())) for plan in found]) for name, found in plans.items()}
+        stable = {name: agreement(found) for name, found in plans.items()}
         results[cell] = {
             "limits": limits,
             "curves": curves,

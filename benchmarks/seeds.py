@@ -14,13 +14,14 @@ import json
 import shutil
 import sys
 from collections import defaultdict
-from itertools import combinations
-from operator import eq
+from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.pipeline import compress
+from compressor.plan import Action, Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.search import agreement
 
 FIGURES = {
     "perplexity": lambda row: row["perplexity"],
@@ -57,20 +58,14 @@ def main() -> None:
     print("| --- |" + " --- |" * len(FIGURES))
     for name, found in rows.items():
         print("|", name, "|", " | ".join(spread([figure(row) for row in found]) for figure in FIGURES.values()), "|")
-    plans = [[f"{entry['keep']}:{entry['format']}" for entry in report["plan"]] for report in reports]
+    plans = [Plan(tuple((e["site"], Action(e["keep"], e["format"])) for e in report["plan"])) for report in reports]
     print(f"\nSites with the same action in two plans: {agreement(plans):.0%}")
     print("\n| best KL of the search | calibration text |\n| --- | --- |")
     for policy, kls in sorted(searches.items()):
         print("|", policy, "|", spread(kls), "|")
 
 
-def agreement(plans: list[list[str]]) -> float:
-    """Share of the sites that have the same action, mean over all pairs of plans; 1 for a single plan."""
-    pairs = list(combinations(plans, 2))
-    return sum(sum(map(eq, a, b)) / len(a) for a, b in pairs) / len(pairs) if pairs else 1.0
-
-
-def spread(values: list[float | None]) -> str:
+def spread(values: Sequence[float | None]) -> str:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "–"

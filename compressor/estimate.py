@@ -65,14 +65,15 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     probabilities = 4 * search.tokens * decoder.vocabulary
-    steps = recipe.distill.steps
+    distill = recipe.distill
+    steps = distill.steps + (distill.finalists > 1 and distill.steps > 0) * distill.finalists * distill.finalist_steps
     return [
         StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
         StageEstimate("sensitivity", making, weights + moments),
         StageEstimate("latency", SECONDS_PER_ENTRY * len(shapes) + 20, weights + 2 * fp32_bytes),
         StageEstimate(
             "search",
-            1.1 * len(search.policies) * search.evaluations * forward(search.tokens) + making,
+            1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
             2 * weights + moments + probabilities,
         ),
         StageEstimate("distill", 7 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),

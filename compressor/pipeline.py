@@ -8,6 +8,7 @@ the last one stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from compressor.model import Teacher, load_teacher
 from compressor.plan import ActionMenu, Plan, Score
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
-from compressor.search import Trials, best, build_problem, run_policy
+from compressor.search import Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
@@ -52,10 +53,10 @@ def compress(
     latency = measure_latency(run)
     problem = pose(run, sensitivity, latency)
     trials = search(run, problem)
-    plan, _ = best([*trials[recipe.search.policy], *(trial for told in trials.values() for trial in told)])
-    student, curve = recover(run, plan)
+    chosen = choose(run, trials)
+    student, curve = recover(run, chosen[0].plan)
     folders = export(run, problem, trials, student)
-    result = results.collect(run, problem, latency, trials, student, curve, folders)
+    result = results.collect(run, problem, latency, trials, chosen, student, curve, folders)
     report.write(result, out)
     _check(result, out / recipe.export.folder)
     return result
@@ -236,8 +237,12 @@ def pose(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency) -> Prob
     return build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
 
 
-def search(run: Run, problem: Problem) -> dict[str, Trials]:
-    """Every policy's trials, by its name: the rivals first. A plan that one had scored costs the next nothing."""
+Searches = dict[tuple[str, int], Trials]
+"""Trials by (policy, seed)."""
+
+
+def search(run: Run, problem: Problem) -> Searches:
+    """All searches, the rivals' first. A plan that one had scored costs the next nothing."""
     settings = run.recipe.search
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
@@ -249,7 +254,7 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
             "those; name another folder, or leave the key out"
         )
     told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
-    key = key_of(comparable, numbers, limits, settings.seed, told)
+    key = key_of(comparable, numbers, limits, told)
     known: dict[Question, Score] = {}
 
     def score(question: Question) -> Score:
@@ -257,29 +262,70 @@ def search(run: Run, problem: Problem) -> dict[str, Trials]:
             known[question] = run.executor.score(question.plan, question.share)
         return known[question]
 
-    trials: dict[str, Trials] = {}
-    with run.stages.timed("search", key):
-        for name in settings.policies:
-            ledger = Ledger(run.out / "ledger.log", f"{name}-{key}", run.menu, comparable)
-            report_progress = run.stages.reporter(f"search: {name}")
-            trials[name] = run_policy(
-                name, problem, settings.seed, settings.evaluations, score, ledger, report_progress, earlier
-            )
-            known |= {Question(plan, result.share): result for plan, result in trials[name]}
+    trials: Searches = {}
+    with run.stages.timed("search", key_of(key, settings.searches)):
+        for name, seed in settings.searches:
+            ledger = Ledger(run.out / "ledger.log", f"{name}-{seed}-{key}", run.menu, comparable)
+            report_progress = run.stages.reporter(f"search: {label(name, seed, settings.searches)}")
+            found = run_policy(name, problem, seed, settings.evaluations, score, ledger, report_progress, earlier)
+            known |= {Question(plan, result.share): result for plan, result in found}
+            trials[name, seed] = found
     return trials
 
 
 # After the search -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Finalist:
+    """A plan of the search; its KL there, and on held-out text after a short recovery (nats per token), if it had one."""
+
+    plan: Plan
+    kl: float
+    recovered_kl: float | None = None
+
+
+def choose(run: Run, trials: Searches) -> list[Finalist]:
+    """The plans that came into question, the student's first: ranks change in distillation, so it is tried, if the recipe
+    asks for more than one."""
+    vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
+    every, wanted = [trial for told in trials.values() for trial in told], run.recipe.distill
+    kls = {plan: score.kl for plan, score in every if score.share == 1.0}
+    plans = finalists(every, wanted.finalists if wanted.steps else 1)
+    if len(plans) < 2:
+        return [Finalist(plans[0], kls[plans[0]])]
+    settings = _distill_settings(run, wanted.finalist_steps)
+    found = []
+    for number, plan in enumerate(plans):
+        key, train = _training(run, plan, settings)
+
+        def make(report_progress, train=train) -> float:
+            _, curve = train(report_progress)
+            return min(kl for _, kl in curve.held_out)
+
+        found.append(Finalist(plan, kls[plan], run.stages.value(f"finalist-{number + 1}", key, make)))
+    return sorted(found, key=lambda finalist: finalist.recovered_kl or 0.0)
+
+
 def recover(run: Run, plan: Plan) -> tuple[Student, distill.Curve | None]:
     """The plan's student, distilled if the recipe says so; without distillation there is no curve."""
-    vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
-    given, wanted = run.bank.realize(plan), run.recipe.distill
-    if not wanted.steps:
-        return given, None
-    settings = distill.Settings(
-        steps=wanted.steps,
+    steps = run.recipe.distill.steps
+    if not steps:
+        return run.bank.realize(plan), None
+    key, train = _training(run, plan, _distill_settings(run, steps))
+
+    def make(report_progress) -> tuple[Student, dict]:
+        student, curve = train(report_progress)
+        return student, curve.to_dict()
+
+    student, curve = run.stages.student("distill", key, run.teacher.network.decoder, make)
+    return student, distill.Curve.from_dict(curve)
+
+
+def _distill_settings(run: Run, steps: int) -> distill.Settings:
+    wanted = run.recipe.distill
+    return distill.Settings(
+        steps=steps,
         sequences=max(1, wanted.batch_tokens // run.recipe.data.sequence_length),
         learning_rate=wanted.learning_rate,
         warmup=wanted.warmup,
@@ -288,24 +334,25 @@ def recover(run: Run, plan: Plan) -> tuple[Student, distill.Curve | None]:
         temperature=wanted.temperature,
         seed=wanted.seed,
     )
-    training = (run.texts.calibration_NL, run.texts.held_out_NL)
-    key = key_of(run.bank.key, plan.digest, settings.to_dict(), [tokens_digest(text) for text in training])
 
-    def make(report_progress) -> tuple[Student, dict]:
+
+def _training(run: Run, plan: Plan, settings: distill.Settings) -> tuple[str, Callable]:
+    """A key of what is trained and on what, and the training as a function of a reporter."""
+    texts = (run.texts.calibration_NL, run.texts.held_out_NL)
+    key = key_of(run.bank.key, plan.digest, settings.to_dict(), [tokens_digest(text) for text in texts])
+
+    def train(report_progress) -> tuple[Student, distill.Curve]:
         checkpoint = run.out / "stages" / f"distill-{key}.part"
-        student, curve = distill.distill(run.teacher.network, given, *training, settings, checkpoint, report_progress)
-        return student, curve.to_dict()
+        given = run.bank.realize(plan)
+        return distill.distill(run.teacher.network, given, *texts, settings, checkpoint, report_progress)
 
-    student, curve = run.stages.student("distill", key, given.decoder, make)
-    return student, distill.Curve.from_dict(curve)
+    return key, train
 
 
-def export(run: Run, problem: Problem, trials: dict[str, Trials], student: Student) -> dict[str, Path]:
+def export(run: Run, problem: Problem, trials: Searches, student: Student) -> dict[str, Path]:
     """Write the student where it is deployed from, and what it is compared with beside; folders by row of the report."""
-    if "uniform" in trials:
-        uniform, _ = best(trials["uniform"])
-    else:
-        uniform = POLICIES["uniform"](problem, 0).ask().plan
+    uniform = next((best(told)[0] for (name, _), told in trials.items() if name == "uniform"), None)
+    uniform = uniform or POLICIES["uniform"](problem, 0).ask().plan
     folders = {
         "fp32": run.out / "stages" / "anchor-fp32",
         "uniform": run.out / "stages" / "uniform",

@@ -292,6 +292,9 @@ class SearchSection(Section):
     """How weights are put on a format's grid."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every policy."""
+    seeds: Count = 1
+    """Searches of `policy`, from the seeds `seed`, `seed` + 1, and so on; the report says on which sites their best plans
+    agree."""
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
     """Folder of an earlier run of the same model, texts and menu, at another budget say: what it scored is told to every
     policy before the search, and costs nothing."""
@@ -304,9 +307,10 @@ class SearchSection(Section):
         return names
 
     @property
-    def policies(self) -> tuple[PolicyName, ...]:
-        """All that run: the rivals, then the policy itself, each once."""
-        return (*(rival for rival in self.rivals if rival != self.policy), self.policy)
+    def searches(self) -> tuple[tuple[PolicyName, int], ...]:
+        """(policy, seed) of all that run: the rivals, then the policy itself from each of its seeds."""
+        rivals = tuple((rival, self.seed) for rival in self.rivals if rival != self.policy)
+        return rivals + tuple((self.policy, self.seed + i) for i in range(self.seeds))
 
 
 class DistillSection(Section):
@@ -314,6 +318,11 @@ class DistillSection(Section):
 
     steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps; 0 turns distillation off."""
+    finalists: Count = 1
+    """Plans of the search, its best and others that differ from it on a tenth of the sites, that are trained for
+    `finalist_steps`; the one of least KL on held-out text then is the student's. With 1 it is the search's best plan."""
+    finalist_steps: Count = 4
+    """Optimizer steps of a finalist."""
     batch_tokens: Count = 2048
     """Tokens in a step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4

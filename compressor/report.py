@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
@@ -105,7 +106,8 @@ class Trial:
 @dataclass(frozen=True)
 class PlanEntry:
     """One site of the chosen plan. sensitivity: KL that the surrogate expects from this action alone; next_better: the
-    action of less expected KL that would have taken the least more of the budget."""
+    action of less expected KL that would have taken the least more of the budget; same: share of the policy's searches whose
+    best plan has this action too, if it searched from several seeds."""
 
     site: str
     kind: Literal["attention", "ffn", "embedding", "head"]
@@ -116,6 +118,7 @@ class PlanEntry:
     size_bytes: int
     sensitivity: float | None = None
     next_better: Alternative | None = None
+    same: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,17 @@ class Alternative:
     action: str
     extra_bytes: int
     sensitivity: float
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan that was tried for the student: its KL in the search, and on held-out text after a short recovery. other_sites:
+    on how many sites it differs from the student's plan."""
+
+    digest: str
+    kl: float
+    recovered_kl: float
+    other_sites: int
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,7 @@ class Report:
     samples: tuple[Sample, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
     gate: tuple[GateLine, ...] = ()
+    finalists: tuple[Finalist, ...] = ()
 
     def row(self, role: str) -> Row | None:
         """The first row in that role."""
@@ -374,6 +389,7 @@ def markdown(report: Report) -> str:
         _gate_part(report),
         _plan_part(report),
         _search_part(report),
+        _finalists_part(report),
         _distillation_part(report),
         _samples_part(report),
         _measured_part(report),
@@ -506,9 +522,11 @@ def _plan_part(report: Report) -> str:
             size(entry.size_bytes),
             number(entry.sensitivity),
             _alternative(entry.next_better),
+            *([f"{entry.same:.0%}"] if entry.same is not None else []),
         )
         for entry in report.plan
     ]
+    same = [entry.same for entry in report.plan if entry.same is not None]
     text = "## The plan\n\n![Kept fraction and format of every block](plan.png)\n\n"
     text += table(("format", "sites", "stored"), rows) + "\n\n"
     text += f"Dropped sub-layers: {', '.join(dropped)}." if dropped else "No sub-layer is dropped."
@@ -516,7 +534,12 @@ def _plan_part(report: Report) -> str:
         "\n\nSensitivity: KL that this action alone was expected to cost before any plan was scored. Next better: the action "
         "of less expected KL that takes the least more of the budget, and what it would have cost."
     )
-    head = ("site", "kept", "format", "stored", "sensitivity", "next better")
+    if same:
+        text += (
+            f" Same: share of the policy's searches, one a seed, whose best plan decides so too; {fmean(same):.0%} "
+            "in the mean. Where it is low, the action hardly matters, or the search was too short."
+        )
+    head = ["site", "kept", "format", "stored", "sensitivity", "next better", *(["same"] if same else [])]
     return text + f"\n\n<details><summary>Every site</summary>\n\n{table(head, detail)}\n\n</details>"
 
 
@@ -555,6 +578,15 @@ def _search_part(report: Report) -> str:
         + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best.\n\n"
         + "![KL against size and latency](quality.png)"
     )
+
+
+def _finalists_part(report: Report) -> str:
+    if not report.finalists:
+        return ""
+    rows = [(f.digest, f.other_sites, number(f.kl), number(f.recovered_kl)) for f in report.finalists]
+    head = ("plan", "sites unlike the student's", "KL in the search", "KL on held-out text, recovered")
+    note = "Ranks change in distillation: these plans were trained shortly, and the first became the student's."
+    return f"### Finalists\n\n{note}\n\n{table(head, rows)}"
 
 
 def _distillation_part(report: Report) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -18,7 +18,7 @@ from compressor.distill import Curve, load_student
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.plan import Plan
-from compressor.search import Trials
+from compressor.search import best, label
 from compressor.stages import key_of
 from compressor.student import Student
 from compressor.text import tokens_digest
@@ -26,7 +26,7 @@ from eval.perplexity import Quality, compare
 from policies import Problem
 
 if TYPE_CHECKING:
-    from compressor.pipeline import Latency, Run
+    from compressor.pipeline import Finalist, Latency, Run, Searches
 
 SAMPLE_TOKENS = 32
 """Greedy tokens of a sample; torch and ONNX Runtime must agree on them."""
@@ -50,7 +50,8 @@ def collect(
     run: Run,
     problem: Problem,
     latency: Latency,
-    trials: dict[str, Trials],
+    trials: Searches,
+    chosen: Sequence[Finalist],
     student: Student,
     curve: Curve | None,
     folders: dict[str, Path],
@@ -62,6 +63,7 @@ def collect(
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student, folders["student"], weights)
     rows = _rows(run, folders, quality, times, memory)
+    policy = run.recipe.search.policy
     return report.Report(
         environment=_environment(run, folders["fp32"]),
         recipe=run.recipe.to_dict(),
@@ -69,7 +71,12 @@ def collect(
         rows=rows,
         budget=_budget(run, problem, latency, student.plan, times, exported_bytes(folders["student"])),
         trials=_trials(problem, trials),
-        plan=_plan(problem, student.plan),
+        plan=_plan(problem, student.plan, [best(told)[0] for (name, _), told in trials.items() if name == policy]),
+        finalists=tuple(
+            report.Finalist(f.plan.digest, f.kl, f.recovered_kl, len(f.plan.diff(student.plan)))
+            for f in chosen
+            if f.recovered_kl is not None
+        ),
         distillation=_distillation(curve),
         parity=parity,
         samples=samples,
@@ -226,9 +233,10 @@ def _budget(
     return tuple(lines)
 
 
-def _trials(problem: Problem, trials: dict[str, Trials]) -> tuple[report.Trial, ...]:
+def _trials(problem: Problem, trials: Searches) -> tuple[report.Trial, ...]:
     found = []
-    for policy, told in trials.items():
+    for (name, seed), told in trials.items():
+        policy = label(name, seed, trials)
         spent = 0.0
         for plan, score in told:
             spent += score.share
@@ -238,14 +246,16 @@ def _trials(problem: Problem, trials: dict[str, Trials]) -> tuple[report.Trial, 
     return tuple(found)
 
 
-def _plan(problem: Problem, plan: Plan) -> tuple[report.PlanEntry, ...]:
+def _plan(problem: Problem, plan: Plan, found: Sequence[Plan]) -> tuple[report.PlanEntry, ...]:
+    """found: the best plan of every search of the policy, of which there may be one."""
     entries = []
     for place, (site, index) in enumerate(zip(problem.sites, problem.indices(plan), strict=True)):
         action, expected = plan[site.name], float(problem.sensitivity[place][index])
         shape = (action.keep, site.units, action.format)
         better = _next_better(problem, place, int(index))
+        same = sum(other[site.name] == action for other in found) / len(found) if len(found) > 1 else None
         entries.append(
-            report.PlanEntry(site.name, site.kind, site.layer, *shape, site.size_bytes(action), expected, better)
+            report.PlanEntry(site.name, site.kind, site.layer, *shape, site.size_bytes(action), expected, better, same)
         )
     return tuple(entries)
 

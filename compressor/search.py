@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -93,3 +94,25 @@ def run_policy(
 def best(trials: Trials) -> tuple[Plan, Score]:
     """The trial of least KL among those on the largest share of the text; the first of equals."""
     return min(trials, key=lambda trial: (-trial[1].share, trial[1].kl))
+
+
+def label(policy: str, seed: int, searches: Iterable[tuple[str, int]]) -> str:
+    """How a search is called: by its policy, and by its seed if others of `searches` have the same policy."""
+    return policy if [name for name, _ in searches].count(policy) == 1 else f"{policy}, seed {seed}"
+
+
+def finalists(trials: Iterable[tuple[Plan, Score]], most: int) -> list[Plan]:
+    """Of the plans scored on all of the text the best, and the next ones that differ from those before on at least a tenth
+    of the sites."""
+    found: list[Plan] = []
+    for plan, score in sorted(trials, key=lambda trial: trial[1].kl):
+        unlike = all(len(plan.diff(other)) * 10 >= len(plan) for other in found)
+        if score.share == 1.0 and unlike and len(found) < most:
+            found.append(plan)
+    return found
+
+
+def agreement(plans: Sequence[Plan]) -> float:
+    """Share of the sites that have the same action, mean over all pairs of plans; 1 for a single plan."""
+    pairs = list(combinations(plans, 2))
+    return 1 - sum(len(a.diff(b)) / len(a) for a, b in pairs) / len(pairs) if pairs else 1.0

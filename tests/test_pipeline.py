@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,27 @@ def test_a_dry_run_reads_no_weights_and_tells_the_sizes(tiny_folder, finished, t
     _, report, _ = finished
     assert told.bytes_budget == pytest.approx(report.budget[0].limit, rel=0.02)
     assert all(stage.seconds >= 0 for stage in told.stages)
+
+
+def test_finalists_are_compared_after_a_recovery_and_seeds_by_their_plans(finished, tiny_folder, tmp_path):
+    """Two searches of one policy; three of their plans are trained, the one that recovered best is the student's."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    found = pipeline.compress(
+        recipe(tiny_folder, search={"rivals": ["uniform"], "seeds": 2}, distill={"finalists": 3, "finalist_steps": 2}),
+        out,
+    )
+    first, *others = found.finalists
+    assert len(others) == 2 and first.recovered_kl == min(f.recovered_kl for f in found.finalists)
+    student = Plan.from_json((out / "onnx" / "plan.json").read_text())
+    assert first.digest == student.digest and first.other_sites == 0
+    assert all(10 * f.other_sites >= len(student) for f in others)
+    kls = {trial.digest: trial.kl for trial in found.trials if trial.share == 1.0}
+    assert all(f.kl == kls[f.digest] and f.recovered_kl != f.kl for f in found.finalists)
+    assert {trial.policy for trial in found.trials} == {"uniform", "actor_critic, seed 0", "actor_critic, seed 1"}
+    assert {entry.same for entry in found.plan} <= {0.0, 0.5, 1.0}
+    page = (out / "report.md").read_text()
+    assert "### Finalists" in page and "| next better | same |" in page
 
 
 def test_the_report_says_what_the_next_better_action_would_have_cost(finished):

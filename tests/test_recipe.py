@@ -50,7 +50,7 @@ def test_defaults_and_paths_relative_to_the_recipe(folder, monkeypatch):
     assert recipe.model.path == str(folder / "teacher") and recipe.model.is_local
     assert [source.file for source in recipe.data.calibration] == [str(folder / "a.txt")]
     assert recipe.budget.bytes == Limit(0.25, True)
-    assert recipe.search.policies == ("uniform", "random", "actor_critic")
+    assert recipe.search.searches == (("uniform", 0), ("random", 0), ("actor_critic", 0))
     assert recipe.distill.steps == 0
 
 
@@ -209,7 +209,7 @@ def test_overrides(folder):
 
 
 def test_a_rival_that_is_the_policy_runs_once():
-    assert Search(policy="random").policies == ("uniform", "random")
+    assert Search(policy="random", seed=7, seeds=2).searches == (("uniform", 7), ("random", 7), ("random", 8))
 
 
 def test_recipe_cannot_be_changed():

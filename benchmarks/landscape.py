@@ -1,0 +1,251 @@
+"""A recorded landscape: some thousand plans scored on the real model, on which policies are developed in seconds.
+
+    python benchmarks/landscape.py record recipes/benchmark-controllers.yaml runs/controllers --plans 3000
+    python benchmarks/landscape.py compare --bits 3.0 --seeds 3 --evaluations 16
+
+`record` scores plans on an eighth of the scoring text and keeps them in landscape.npz beside this file: plans of dynamic
+programming for budgets of 2.2 to 4.5 bits a weight on perturbed sensitivities, some sites of them switched at random. It
+goes on where it was stopped. `compare` fits a model to them, says how well it predicts plans that it was not fitted to,
+and lets policies search on it, in place of the real model. A plan that was recorded scores what was recorded.
+
+A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: it has learned from plans of programming,
+and is smoother than the model. Figures that count are those of controllers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from seeds import spread  # the script beside this one
+from torch import Tensor, nn
+
+from compressor.files import write_bytes_atomic
+from compressor.plan import Action, Matrix, Score, Site
+from policies import POLICIES, Problem, Question
+from policies.dynamic_programming import perturbed, solve
+
+FILE = Path(__file__).with_suffix(".npz")
+SHARE = 0.125
+SAVE_EVERY = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("recipe", type=Path)
+    recording.add_argument("out", type=Path)
+    recording.add_argument("--plans", type=int, default=3000)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("--bits", type=float, default=3.0)
+    comparing.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    comparing.add_argument("--seeds", type=int, default=3)
+    comparing.add_argument("--evaluations", type=int, default=16)
+    options = parser.parse_args()
+    if options.command == "record":
+        record(options.recipe, options.out, options.plans)
+    else:
+        compare(options.bits, options.policies, options.seeds, options.evaluations)
+
+
+# Recording ------------------------------------------------------------------------------------------------------------
+
+
+def record(recipe: Path, out: Path, plans: int) -> None:
+    """Score what is missing of the first `plans` plans of the sample."""
+    from compressor import pipeline
+    from compressor.export import fixed_bytes
+    from compressor.progress import LineProgress
+    from compressor.recipe import Recipe
+    from compressor.search import build_problem
+    from compressor.stages import Stages
+
+    run = pipeline.start(Recipe.load(recipe), out, False, Stages(out / "stages", LineProgress(sys.stderr)))
+    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    decoder = run.teacher.network.decoder
+    whole = {"bytes": 4.0 * sum(site.parameters for site in decoder.sites())}
+    problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, whole)
+    known = read()[2].tolist() if FILE.exists() else []
+    told: list[np.ndarray] = []
+    with run.stages.timed("recording") as report:
+        for number, indices in zip(range(plans), sample(problem), strict=False):
+            told.append(indices)
+            if number >= len(known):
+                known.append(float(np.log(run.executor.score(problem.plan(indices), SHARE).kl)))
+                if len(known) % SAVE_EVERY == 0:
+                    write(problem, np.stack(told), np.array(known))
+                    report(len(known), plans)
+    write(problem, np.stack(told), np.array(known[: len(told)]))
+
+
+def sample(problem: Problem) -> Iterator[np.ndarray]:
+    """Plans [S] without end, always the same ones."""
+    rng = np.random.default_rng(0)
+    parameters = sum(site.parameters for site in problem.sites)
+    while True:
+        budgeted = replace(problem, limits={"bytes": rng.uniform(2.2, 4.5) / 8 * parameters})
+        indices = solve(budgeted, perturbed(problem, rng, spread=rng.uniform(0.0, 1.0)), width=50)
+        for site in rng.choice(len(indices), size=rng.choice([0, 1, 2, 4, 8, 16]), replace=False):
+            indices[site] = rng.integers(len(problem.actions[site]))
+        yield indices
+
+
+def write(problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray) -> None:
+    """All that a policy may see, as JSON, and the scores, in one file without pickles."""
+    text = json.dumps(
+        {
+            "sites": [asdict(site) for site in problem.sites],
+            "actions": [[asdict(action) for action in menu] for menu in problem.actions],
+            "sensitivity": [np.round(row, 9).tolist() for row in problem.sensitivity],
+            "costs": {name: [np.round(row, 6).tolist() for row in rows] for name, rows in problem.costs.items()},
+            "fixed": dict(problem.fixed),
+        }
+    )
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, problem=np.array(text), plans=plans_NS.astype(np.int8), log_kl=log_kl_N.astype(np.float32)
+    )
+    write_bytes_atomic(FILE, buffer.getvalue())
+
+
+def read(bits: float = 32.0) -> tuple[Problem, np.ndarray, np.ndarray]:
+    """The problem at a budget of so many bits a weight, the recorded plans [N, S] and their log KL [N]."""
+    with np.load(FILE, allow_pickle=False) as stored:
+        found, plans_NS, log_kl_N = json.loads(str(stored["problem"])), stored["plans"], stored["log_kl"]
+    sites = []
+    for site in found["sites"]:
+        matrices = tuple(Matrix(**matrix) for matrix in site.pop("matrices"))
+        sites.append(Site(**site, matrices=matrices))
+    problem = Problem(
+        sites=tuple(sites),
+        actions=tuple(tuple(Action(**action) for action in menu) for menu in found["actions"]),
+        sensitivity=tuple(np.array(row) for row in found["sensitivity"]),
+        costs={name: tuple(np.array(row) for row in rows) for name, rows in found["costs"].items()},
+        fixed=found["fixed"],
+        limits={"bytes": bits / 8 * sum(site.parameters for site in sites)},
+    )
+    return problem, plans_NS.astype(int), log_kl_N.astype(float)
+
+
+# The landscape --------------------------------------------------------------------------------------------------------
+
+
+class Landscape:
+    """log KL of any plan, from those that were recorded.
+
+        log KL = g(log sum_s x[s, a_s]) + f(log x)
+
+    x starts at the sensitivities and is learned, g is a line, f a small network over all sites: the mean of an ensemble.
+    """
+
+    def __init__(self, problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray, members: int = 3):
+        self.problem = problem
+        self.recorded = {plan_S.astype(np.int8).tobytes(): y for plan_S, y in zip(plans_NS, log_kl_N, strict=True)}
+        self.nets = [_Net(problem.sensitivity_SA, seed) for seed in range(members)]
+        plans, target = torch.tensor(plans_NS), torch.tensor(log_kl_N, dtype=torch.float32)
+        for net in self.nets:
+            _train(net, plans, target)
+
+    @torch.no_grad()
+    def log_kl(self, plans_BS: np.ndarray) -> np.ndarray:
+        """[B, S] -> [B], of the model alone."""
+        return torch.stack([net(torch.tensor(plans_BS)) for net in self.nets]).mean(0).numpy().astype(float)
+
+    def score(self, question: Question) -> Score:
+        """What was recorded, else what the model says; on less than all of the text with the error of such a share."""
+        indices = self.problem.indices(question.plan)
+        found = self.recorded.get(indices.astype(np.int8).tobytes())
+        log_kl = float(self.log_kl(indices[None])[0]) if found is None else found
+        if question.share < 1.0:
+            rng = np.random.default_rng(int(question.plan.digest, 16))
+            log_kl += 0.011 * np.sqrt(1 / question.share - 1) * rng.normal()
+        kl = float(np.exp(log_kl))
+        return Score(kl, float(np.exp(min(kl, 100.0))), round(2048 * question.share), question.share)
+
+
+class _Net(nn.Module):
+    def __init__(self, sensitivity_SA: np.ndarray, seed: int, hidden: int = 64):
+        super().__init__()
+        self.random = torch.Generator().manual_seed(seed)
+        count = len(sensitivity_SA)
+        floor = 1e-3 * float(np.median(sensitivity_SA[sensitivity_SA > 0]))
+        self.start_SA = torch.tensor(np.log(sensitivity_SA + floor), dtype=torch.float32)
+        self.change_SA = nn.Parameter(torch.zeros(sensitivity_SA.shape))
+        self.line = nn.Parameter(torch.tensor([0.0, 1.0]))
+        self.into = nn.Parameter(torch.randn(count, hidden, generator=self.random) / count**0.5)
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.out = nn.Parameter(torch.zeros(hidden))
+
+    def forward(self, plans_BS: Tensor) -> Tensor:
+        log_x_BS = (self.start_SA + self.change_SA)[torch.arange(plans_BS.shape[1]), plans_BS]
+        log_t_B = torch.logsumexp(log_x_BS, 1)
+        hidden_BH = torch.tanh((log_x_BS + 4.0) / 2 @ self.into + self.bias)  # x is around exp(-4)
+        return self.line[0] + self.line[1] * log_t_B + hidden_BH @ self.out
+
+
+def _train(net: _Net, plans_NS: Tensor, target_N: Tensor, epochs: int = 150, batch: int = 64) -> None:
+    """Adam with a falling rate; the changes of the sensitivities and the network are held small."""
+    groups = [
+        {"params": [net.change_SA], "weight_decay": 0.0},
+        {"params": [net.line, net.bias], "weight_decay": 0.0},
+        {"params": [net.into, net.out], "weight_decay": 0.02},
+    ]
+    steps = epochs * -(-len(plans_NS) // batch)
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(plans_NS), generator=net.random).split(batch):
+            error_B = net(plans_NS[rows]) - target_N[rows]
+            loss = error_B.square().mean() + 2e-3 * net.change_SA.square().sum() / len(plans_NS) ** 0.5
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def compare(bits: float, policies: Sequence[str], seeds: int, evaluations: int) -> None:
+    """How well the model predicts plans held out from it, then a table of policies on it."""
+    problem, plans_NS, log_kl_N = read(bits)
+    held = np.arange(len(plans_NS)) % 10 == 0
+    tested = Landscape(problem, plans_NS[~held], log_kl_N[~held])
+    error_N = tested.log_kl(plans_NS[held]) - log_kl_N[held]
+    print(
+        f"{len(plans_NS)} plans, log KL {log_kl_N.min():.2f} to {log_kl_N.max():.2f}; of {held.sum()} held out: root mean"
+    )
+    print(f"square error {np.sqrt(np.mean(error_N**2)):.3f}, explained {1 - error_N.var() / log_kl_N[held].var():.3f}")
+    landscape = Landscape(problem, plans_NS, log_kl_N)
+    print(f"\n| {bits} bits, {evaluations} evaluations, {seeds} seeds | KL | seconds |\n| --- | --- | --- |")
+    for name in policies:
+        start = time.monotonic()
+        found = [search(name, problem, seed, evaluations, landscape) for seed in range(seeds)]
+        print(f"| {name} | {spread(found)} | {(time.monotonic() - start) / seeds:.1f} |", flush=True)
+
+
+def search(name: str, problem: Problem, seed: int, evaluations: int, landscape: Landscape) -> float:
+    """The least KL on all of the text that a policy finds."""
+    policy, spent, least = POLICIES[name](problem, seed), 0.0, float("inf")
+    while spent + (question := policy.ask()).share <= evaluations + 1e-9:
+        score = landscape.score(question)
+        policy.tell(question.plan, score)
+        spent += question.share
+        least = min(least, score.kl) if question.share == 1.0 else least
+    return least
+
+
+if __name__ == "__main__":
+    main()
