@@ -7,6 +7,9 @@ A cell is a budget: `bits-3.0` (bytes of 3.0 bits for every weight of the teache
 from the recipe, its budget, policies and seed do not. Everything is kept in OUT, so the same command goes on after a kill.
 Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
 
+Beside the policies: `dynamic_programming/noise` is told sensitivities from noise on the weights (HIGGS), all others those of
+Fisher; `actor_critic/memory` starts from the memory of its search in the cell before, same seed, or from that in --memory
+(a run's policy.safetensors); `actor_critic/scores` is told all scores of that search.
 The last columns score the best plan of every search on texts that no search saw. `same actions`: sites on which the best
 plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which the searches of a policy (median of
 the seeds) were better than the final mean of the best rival of the actor-critic.
@@ -35,12 +38,14 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.search import Trials, agreement, best, build_problem, run_policy
 from compressor.stages import Stages, key_of
-from policies import POLICIES, Question
+from policies import POLICIES, Policy, Problem, Question
+from policies.actor_critic import ActorCritic, Memory
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 OURS = "actor_critic"
+VARIANTS = [*POLICIES, "dynamic_programming/noise", f"{OURS}/memory", f"{OURS}/scores"]
 
 
 def main() -> None:
@@ -48,13 +53,15 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cells", nargs="+", default=["bits-4.0", "bits-3.0", "bits-2.5", "prefill-0.6", "decode-0.5"])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=VARIANTS, default=VARIANTS[:-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=24)
+    parser.add_argument("--memory", type=Path)
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
-    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    latency = pipeline.measure_latency(run)
+    sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ("fisher", "noise")}
     decoder = run.teacher.network.decoder
     unseen = {
         name: Executor(run.bank, text_NL[: len(run.texts.score_NL)]) for name, text_NL in run.texts.evaluation.items()
@@ -67,23 +74,32 @@ def main() -> None:
         return known[question]
 
     results = {}
+    before: dict[int, tuple[Problem, Trials]] = {}
     for cell in options.cells:
         limits = limits_of(cell, decoder, latency)
-        problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+        problems = {
+            way: build_problem(decoder.sites(), run.menu, found, fixed_bytes(decoder), latency.model, limits)
+            for way, found in sensitivity.items()
+        }
         curves: dict[str, list[list[float]]] = {}
         final: dict[str, list[dict[str, Score]]] = {}
         plans: dict[str, list[Plan]] = {}
+        after: dict[int, tuple[Problem, Trials]] = {}
         for name in options.policies:
             curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
                 study = f"{cell}-{name}-{seed}-{key_of(run.bank.key, limits, pipeline.menu_json(run.menu))}"
                 ledger = Ledger(options.out / "ledger.log", study, run.menu)
                 report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
-                trials = run_policy(name, problem, seed, options.evaluations, score, ledger, report)
+                policy, earlier = make_policy(name, seed, problems, before.get(seed), options.memory)
+                trials = run_policy(policy, options.evaluations, score, ledger, report, earlier)
                 known |= {Question(plan, result.share): result for plan, result in trials}
                 curves[name].append(curve(trials, options.evaluations))
                 plans[name].append(best(trials)[0])
                 final[name].append({text: executor.score(plans[name][-1]) for text, executor in unseen.items()})
+                if name == OURS:
+                    after[seed] = problems["fisher"], trials
+        before = after
         stable = {name: agreement(found) for name, found in plans.items()}
         results[cell] = {
             "limits": limits,
@@ -96,6 +112,26 @@ def main() -> None:
         print(table(cell, limits, curves, final, stable), flush=True)
         draw(cell, curves, options.out / f"{cell}.png")
         write_json_atomic(options.out / "controllers.json", results)
+
+
+def make_policy(
+    name: str, seed: int, problems: dict[str, Problem], before: tuple[Problem, Trials] | None, memory: Path | None
+) -> tuple[Policy, Trials]:
+    """A policy of `VARIANTS`, and what it is told first. before: the agent's search in the cell before."""
+    base, _, variant = name.partition("/")
+    problem = problems["noise" if variant == "noise" else "fisher"]
+    if variant == "memory" and memory:
+        return ActorCritic(problem, seed, memory=Memory.read(memory)), ()
+    if variant in ("memory", "scores"):
+        if before is None:
+            raise SystemExit(f"{name}: expected {OURS} among --policies and a cell before this one")
+        if variant == "scores":
+            return POLICIES[base](problem, seed), before[1]
+        elder = ActorCritic(before[0], seed)
+        for plan, result in before[1]:
+            elder.tell(plan, result)
+        return ActorCritic(problem, seed, memory=elder.memory()), ()
+    return POLICIES[base](problem, seed), ()
 
 
 def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]:

@@ -65,11 +65,12 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     probabilities = 4 * search.tokens * decoder.vocabulary
+    noise = 0.25 * len(sites) * forward(search.tokens) if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
     steps = distill.steps + (distill.finalists > 1 and distill.steps > 0) * distill.finalists * distill.finalist_steps
     return [
         StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
-        StageEstimate("sensitivity", making, weights + moments),
+        StageEstimate("sensitivity", making + noise, weights + moments),
         StageEstimate("latency", SECONDS_PER_ENTRY * len(shapes) + 20, weights + 2 * fp32_bytes),
         StageEstimate(
             "search",

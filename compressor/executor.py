@@ -49,9 +49,13 @@ class Executor:
 
     def score(self, plan: Plan, share: float = 1.0) -> Score:
         """Install a plan and compare the student with the teacher on the first `share` of every window."""
+        self.install(plan)
+        return self.compare(share)
+
+    def compare(self, share: float = 1.0) -> Score:
+        """The student as it is, against the teacher."""
         count, length = self.tokens_NL.shape
         length = max(2, round(share * length))
-        self.install(plan)
         kl, nll = self._reference.compare(self.student, length)
         return Score(kl=kl, perplexity=math.exp(min(nll, 700)), tokens=count * length, share=share)
 

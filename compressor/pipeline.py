@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compressor import actions, distill, report, results
@@ -22,6 +23,7 @@ from compressor.bank import Bank
 from compressor.errors import GateError, RecipeError
 from compressor.executor import Executor
 from compressor.export import exported_bytes, fixed_bytes, site_stack
+from compressor.files import write_bytes_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
@@ -30,12 +32,13 @@ from compressor.plan import ActionMenu, Plan, Score
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.search import Trials, best, build_problem, finalists, label, run_policy
-from compressor.sensitivity import sensitivities
+from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
 from compressor.text import load_tokens, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem, Question
+from policies.actor_critic import ActorCritic, Memory
 
 
 def compress(
@@ -151,13 +154,19 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
     return Run(recipe, out, stages, target_of(recipe), teacher, texts, bank, menu)
 
 
-def find_sensitivities(run: Run) -> dict[str, np.ndarray]:
-    """Predicted KL of every action, by site name: float64 [actions]."""
+def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:
+    """Predicted KL of every action, by site name: float64 [actions]; the way is the recipe's if none is given."""
+    way = way or run.recipe.search.sensitivity
+    made_of = [run.bank.key, menu_json(run.menu)]
+    if way == "noise":
+        made_of.append(tokens_digest(run.texts.score_NL))
 
     def make(report_progress) -> dict[str, list[float]]:
-        return {name: values.tolist() for name, values in sensitivities(run.bank, run.menu, report_progress).items()}
+        alphas = noise_coefficients(run.executor, progress=report_progress) if way == "noise" else None
+        found = sensitivities(run.bank, run.menu, report_progress, alphas)
+        return {name: values.tolist() for name, values in found.items()}
 
-    stored = run.stages.value("sensitivity", key_of(run.bank.key, menu_json(run.menu)), make)
+    stored = run.stages.value(f"sensitivity-{way}", key_of(*made_of), make)
     return {name: np.array(values) for name, values in stored.items()}
 
 
@@ -247,14 +256,9 @@ def search(run: Run, problem: Problem) -> Searches:
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
     comparable = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu))
-    earlier = comparable_entries(Path(settings.reuse) / "ledger.log", run.menu, comparable) if settings.reuse else []
-    if settings.reuse and not earlier:
-        raise RecipeError(
-            f"search.reuse = {settings.reuse}: expected a run of the same model, texts and menu, its ledger has no score of "
-            "those; name another folder, or leave the key out"
-        )
+    earlier, memory = _earlier(settings.reuse, run.menu, comparable)
     told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
-    key = key_of(comparable, numbers, limits, told)
+    key = key_of(comparable, numbers, limits, told, memory and memory.families)
     known: dict[Question, Score] = {}
 
     def score(question: Question) -> Score:
@@ -267,10 +271,34 @@ def search(run: Run, problem: Problem) -> Searches:
         for name, seed in settings.searches:
             ledger = Ledger(run.out / "ledger.log", f"{name}-{seed}-{key}", run.menu, comparable)
             report_progress = run.stages.reporter(f"search: {label(name, seed, settings.searches)}")
-            found = run_policy(name, problem, seed, settings.evaluations, score, ledger, report_progress, earlier)
+            policy = (
+                ActorCritic(problem, seed, memory=memory) if name == "actor_critic" else POLICIES[name](problem, seed)
+            )
+            found = run_policy(policy, settings.evaluations, score, ledger, report_progress, earlier)
+            if isinstance(policy, ActorCritic):
+                write_bytes_atomic(run.out / MEMORY_FILE, policy.memory().to_bytes())
             known |= {Question(plan, result.share): result for plan, result in found}
             trials[name, seed] = found
     return trials
+
+
+MEMORY_FILE = "policy.safetensors"
+"""What the agent leaves to the searches of other runs, in the run's folder."""
+
+
+def _earlier(folder: str | None, menu: ActionMenu, comparable: str) -> tuple[Trials, Memory | None]:
+    """What `search.reuse` brings: scores, if they were made of the same model, texts and menu, else the agent's memory."""
+    if not folder:
+        return [], None
+    if scores := comparable_entries(Path(folder) / "ledger.log", menu, comparable):
+        return scores, None
+    try:
+        return [], Memory.read(Path(folder) / MEMORY_FILE)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise RecipeError(
+            f"search.reuse = {folder}: expected a run of the same model, texts and menu, or of the actor-critic; "
+            f"found no such score in its ledger, and no {MEMORY_FILE} to read; name another folder, or leave the key out"
+        ) from None
 
 
 # After the search -----------------------------------------------------------------------------------------------------

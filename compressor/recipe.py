@@ -288,6 +288,9 @@ class SearchSection(Section):
     """Fractions of the channels that a feed-forward may keep; 0 drops the sub-layer."""
     ffn_multiple: Count = 64
     """Channels that are kept are rounded to a multiple of this."""
+    sensitivity: Literal["fisher", "noise"] = "fisher"
+    """What policies are told about actions before any is scored: from one backward pass, or from a forward pass for every
+    site with noise on its weights."""
     quantizer: Literal["gptq", "nearest"] = "gptq"
     """How weights are put on a format's grid."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -296,8 +299,8 @@ class SearchSection(Section):
     """Searches of `policy`, from the seeds `seed`, `seed` + 1, and so on; the report says on which sites their best plans
     agree."""
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
-    """Folder of an earlier run of the same model, texts and menu, at another budget say: what it scored is told to every
-    policy before the search, and costs nothing."""
+    """Folder of an earlier run. Of the same model, texts and menu, at another budget say: what it scored is told to every
+    policy before the search, and costs nothing. Of others: what its agent learned about families of actions starts ours."""
 
     @field_validator("embedding_formats")
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 from compressor.ledger import Ledger
 from compressor.plan import ActionMenu, Plan, Score, Site
 from eval.latency import LatencyModel
-from policies import POLICIES, Problem, Question
+from policies import Policy, Problem, Question
 
 Trials = Sequence[tuple[Plan, Score]]
 """What a policy asked and was told, in order."""
@@ -53,9 +53,7 @@ def build_problem(
 
 
 def run_policy(
-    name: str,
-    problem: Problem,
-    seed: int,
+    policy: Policy,
     evaluations: int,
     score: Callable[[Question], Score],
     ledger: Ledger,
@@ -67,7 +65,6 @@ def run_policy(
     A question on a share of the text costs that share; the first one that no longer fits ends the search. What the ledger
     holds already is told, not scored again. earlier: scores of other searches, told first; they are not in the result.
     """
-    policy = POLICIES[name](problem, seed)
     for plan, result in earlier:
         policy.tell(plan, result)
     trials: list[tuple[Plan, Score]] = []
@@ -88,7 +85,7 @@ def run_policy(
         spent += question.share
         policy.tell(question.plan, result)
         trials.append((question.plan, result))
-        progress(int(spent), evaluations, f"{name}: best KL {best(trials)[1].kl:.4f}")
+        progress(int(spent), evaluations, f"{policy.name}: best KL {best(trials)[1].kl:.4f}")
 
 
 def best(trials: Trials) -> tuple[Plan, Score]:

@@ -1,6 +1,10 @@
-"""The additive surrogate: how much KL each (site, action) would add alone, from one backward pass of the teacher.
+"""The additive surrogate: how much KL each (site, action) would add alone. Two ways:
 
-    s(site, action) = 1/2 sum over matrices, outputs o of  F_o (D H D^T)_oo          (see `compressor.calibrate`)
+    fisher   s(site, action) = 1/2 sum over matrices, outputs o of  F_o (D H D^T)_oo        (see `compressor.calibrate`)
+             one backward pass of the teacher
+    noise    s(site, action) = alpha(site) sum over matrices of |D|^2 / sum over matrices of |W|^2
+             alpha from one forward pass a site, with noise of known size on its weights (HIGGS, Malinovskii et al. 2024,
+             arXiv 2411.17525, section 3)
 
 D is the real change of the weights for pruning and for quantization at full size. What quantizing a *pruned* site adds
 is taken from the full-size variant: the rows that stay, and the share of columns that stay. So only the full-size
@@ -9,41 +13,78 @@ variants are made for it, and the rest of the bank stays lazy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compressor.bank import Bank
-from compressor.plan import Action, ActionMenu, Format, Site
+from compressor.executor import Executor
+from compressor.plan import Action, ActionMenu, Format, Plan, Site
 from compressor.prune import output_error, unit_columns
+
+NOISE = 0.02
+"""Squared norm of the noise as a share of the weights': what blocks of 4 bits lose, about."""
+
+Progress = Callable[[int, int], None]
+
+
+def ignored(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
 
 
 @torch.no_grad()
 def sensitivities(
-    bank: Bank, menu: ActionMenu, progress: Callable[[int, int], None] = lambda done, total: None
+    bank: Bank, menu: ActionMenu, progress: Progress = ignored, alphas: Mapping[str, float] | None = None
 ) -> dict[str, np.ndarray]:
-    """Predicted KL in nats per token for every action of every site, by site name: float64 [actions]."""
+    """Predicted KL in nats per token for every action of every site, by site name: float64 [actions].
+
+    alphas: of `noise_coefficients`; Fisher's weights if there are none.
+    """
     result = {}
     for index, (name, actions) in enumerate(menu.items()):
-        site = bank.teacher.sites[name]
+        site, alpha = bank.teacher.sites[name], alphas[name] if alphas else None
         if site.layer is None:
-            result[name] = np.array([_table_loss(bank, site, action) for action in actions])
+            result[name] = np.array([_table_loss(bank, site, action, alpha) for action in actions])
         else:
-            sub_layer = _SubLayer(bank, site)
+            sub_layer = _SubLayer(bank, site, alpha)
             result[name] = np.array([sub_layer.loss(action) for action in actions])
         progress(index + 1, len(menu))
     return result
 
 
+def noise_coefficients(executor: Executor, share: float = 0.25, progress: Progress = ignored) -> dict[str, float]:
+    """KL in nats per token for noise of the size of a site's own weights, by site name, where the KL is still small: a
+    forward pass for every site, on a share of the scoring text."""
+    teacher, student = executor.teacher, executor.student
+    alphas = {}
+    for index, (name, site) in enumerate(teacher.sites.items()):
+        random = torch.Generator().manual_seed(index)
+        dense = {matrix.name: teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
+        noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
+        whole = Plan(tuple((s.name, Action(s.units, "fp32")) for s in teacher.sites.values()))
+        executor.install(whole)
+        student.install(site, whole[name], noisy)
+        alphas[name] = executor.compare(share).kl / NOISE
+        student.install(site, whole[name], dense)
+        progress(index + 1, len(teacher.sites))
+    return alphas
+
+
+def _squared_norm(matrices: Mapping[str, Tensor]) -> float:
+    return sum(float(w.square().sum()) for w in matrices.values())
+
+
 class _SubLayer:
     """Losses of one attention or feed-forward; what actions share is computed once."""
 
-    def __init__(self, bank: Bank, site: Site):
-        self.bank, self.site = bank, site
+    def __init__(self, bank: Bank, site: Site, alpha: float | None = None):
+        self.bank, self.site, self.alpha = bank, site, alpha
         self.statistics = bank.statistics()
         self.full = {matrix.name: bank.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        self.norm = _squared_norm(self.full)
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._pruned: dict[int, float] = {}
 
@@ -85,6 +126,9 @@ class _SubLayer:
         return self._quantized[format]
 
     def _weigh(self, name: str, delta_OI: Tensor) -> Tensor:
+        """Loss of every output of a matrix, [O], when its weights change by `delta_OI`."""
+        if self.alpha is not None:
+            return self.alpha / self.norm * delta_OI.square().sum(1)
         moment = self.statistics.second_moment(self._input(name))
         return 0.5 * self.statistics.fisher(name) * output_error(delta_OI, moment)
 
@@ -92,10 +136,12 @@ class _SubLayer:
         return f"{self.site.name}.{'out' if name == self.site.matrices[-1].name else 'in'}"
 
 
-def _table_loss(bank: Bank, site: Site, action: Action) -> float:
+def _table_loss(bank: Bank, site: Site, action: Action, alpha: float | None) -> float:
     """Loss of a quantized embedding or head; a tied table counts as both."""
     statistics = bank.statistics()
     delta_VD = bank.variant(site, action)[site.name].dequantize() - bank.teacher.matrix(site.name).cpu()
+    if alpha is not None:
+        return alpha * float(delta_VD.square().sum() / bank.teacher.matrix(site.name).square().sum())
     loss = torch.zeros(())
     if site.name == "embedding":
         looked_up_D = statistics.token_frequency() @ delta_VD.square()

@@ -19,17 +19,21 @@ compared with it on a small share, and scored on all of it if it is ahead.
 
 Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
 every round from the ledger alone, so that an interrupted search resumes exactly; the features are relative
-(shares, fractions, slacks), so that weights of another budget or model may start them.
+(shares, fractions, slacks), so that what was learned at another budget or of another model may start them (`Memory`).
 
 Letters: B walks, S sites, A actions, P features of a state, Q of an action, H hidden units.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compressor.plan import Plan, Score
@@ -58,6 +62,33 @@ METRICS = {
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a search leaves to one at another budget or of another model.
+
+    families: corrections of the sensitivities that whole families of actions turned out to need (`Critic.families`), in
+    log units. actor: weights of the actor's network, whose features are relative.
+    """
+
+    families: dict[str, float]
+    actor: dict[str, Tensor]
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: the weights, and the families among its metadata."""
+        return save(self.actor, {"families": json.dumps(self.families)})
+
+    @classmethod
+    def read(cls, path: Path) -> Memory:
+        """The inverse, from a file.
+
+        Raises:
+            SafetensorError, KeyError, ValueError: it is no such file.
+        """
+        with safe_open(path, "pt") as stored:
+            families = json.loads(stored.metadata()["families"])
+        return cls(families, load_file(path))
+
+
+@dataclass(frozen=True)
 class Settings:
     """share: part of the text on which plans are tried. tempered: plans of dynamic programming on perturbed sensitivities
     that the warm-up tries. tries: plans tried in a round. boldness: weight of a posterior sample against the mean in
@@ -80,7 +111,7 @@ class Settings:
 class ActorCritic:
     """log: one dict a generation; its keys are explained in `METRICS`.
 
-    weights: what `ActorCritic.weights` held after another search; None starts at the prior.
+    memory: what another search left; None starts at the prior.
     """
 
     name = "actor_critic"
@@ -90,14 +121,14 @@ class ActorCritic:
         problem: Problem,
         seed: int = 0,
         settings: Settings = Settings(),
-        weights: dict[str, Tensor] | None = None,
+        memory: Memory | None = None,
     ):
-        self.problem, self.seed, self.settings, self.start = problem, seed, settings, weights
+        self.problem, self.seed, self.settings = problem, seed, settings
+        self.start = memory or Memory({}, {})
         self.history = History(problem)
         self.reference = solve(problem)
         sites = np.arange(len(problem.sites))
         self.uniform = min(uniform_plans(problem), key=lambda plan_S: problem.sensitivity_SA[sites, plan_S].sum())
-        self.weights = weights
         self.log: list[dict[str, float]] = []
         self._proposals: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -113,6 +144,14 @@ class ActorCritic:
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
+
+    def memory(self) -> Memory:
+        """What everything told so far leaves to another search."""
+        told = len(self.history)
+        rng = generator(self.seed, told)
+        critic = self._critic(told, rng)
+        actor, _ = self._actor(critic, rng)
+        return Memory(critic.families(), actor.weights())
 
     def _warm_up(self) -> Question | None:
         """What every search scores first: dynamic programming, the best uniform plan beside it, tempered plans; None
@@ -139,16 +178,13 @@ class ActorCritic:
     def _propose(self, begin: int, share: float) -> list[np.ndarray]:
         """The plans of a round, in the order in which they are asked for, and some to spare."""
         settings, problem, history = self.settings, self.problem, self.history
-        plans_NS = np.stack(history.plans[:begin])
-        log_kl_N, shares_N = np.array(history.log_kl[:begin]), np.array(history.shares[:begin])
+        plans_NS, log_kl_N, shares_N = self._told(begin)
         seen = {plan_S.tobytes() for plan_S, told in zip(plans_NS, shares_N) if told >= share}
         rng = generator(self.seed, begin)
 
-        critic = Critic(problem, self.reference, settings.members, sorted(set(shares_N[shares_N < 1.0])))
-        critic.fit(plans_NS, log_kl_N, shares_N, rng)
+        critic = self._critic(begin, rng)
         predicted_N = critic.predict(plans_NS).mean(0)
-        actor = Actor(problem, critic.terms_ESA[0], settings.training, self.start, rng)
-        metrics = self._train(actor, critic)
+        actor, metrics = self._actor(critic, rng)
         walks_BS = actor.walk(256).plans_BS
 
         proposals: list[np.ndarray] = []
@@ -170,7 +206,6 @@ class ActorCritic:
             from_actor += sum(int(o) for _, o in fresh[:1])
         spare = [p for p, _ in fresh[1:]] + [random_plan(problem, rng) for _ in range(50)]
         predicted_EB = critic.predict(np.stack(proposals or [history.best()]))
-        self.weights = actor.weights()
         self.log.append(
             {
                 "scored": begin,
@@ -186,15 +221,29 @@ class ActorCritic:
         )
         return proposals + [p for p in spare if p.tobytes() not in seen]
 
-    def _train(self, actor: Actor, critic: Critic) -> dict[str, float]:
-        """Policy gradient on walks that the critic scores. Returns the actor's part of `METRICS`."""
+    def _told(self, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first `begin` plans [N, S] that were told, their log KL and shares [N]."""
+        history = self.history
+        return np.stack(history.plans[:begin]), np.array(history.log_kl[:begin]), np.array(history.shares[:begin])
+
+    def _critic(self, begin: int, rng: np.random.Generator) -> Critic:
+        """A critic that is fitted to the first `begin` scores."""
+        plans_NS, log_kl_N, shares_N = self._told(begin)
+        shares = sorted(set(shares_N[shares_N < 1.0]))
+        critic = Critic(self.problem, self.reference, self.settings.members, shares, self.start.families)
+        critic.fit(plans_NS, log_kl_N, shares_N, rng)
+        return critic
+
+    def _actor(self, critic: Critic, rng: np.random.Generator) -> tuple[Actor, dict[str, float]]:
+        """An actor after a policy gradient on walks that the critic scores, and its part of `METRICS`."""
+        actor = Actor(self.problem, critic.terms_ESA[0], self.settings.training, self.start.actor or None, rng)
         means: list[float] = []
         for _ in range(self.settings.steps):
             walks = actor.walk(self.settings.walks)
             predicted_B = critic.predict(walks.plans_BS).mean(0)
             means.append(float(predicted_B.mean()))
             found = actor.update(walks, -predicted_B)
-        return {**found, "gain": means[-1] - means[0]}
+        return actor, {**found, "gain": means[-1] - means[0]}
 
 
 def acquisition(critic: Critic, member: int, boldness: float) -> Callable[[np.ndarray], np.ndarray]:

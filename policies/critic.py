@@ -21,7 +21,7 @@ Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 import numpy as np
@@ -61,25 +61,42 @@ NEIGHBOUR_STD = 0.4
 """Standard deviation of eta."""
 
 
+FAMILIES = ("kind and bits", "kind and keep", "depth of kind and bits", "depth of pruning", "part of the depth")
+"""The groups whose corrections mean the same on another problem and another model."""
+
+
 class Critic:
     """An ensemble; member 0 is the most probable fit, the others are posterior samples.
 
     terms_ESA: the corrected sensitivities x of every member, in units of the prediction.
     """
 
-    def __init__(self, problem: Problem, reference: np.ndarray, members: int = 9, shares: Sequence[float] = ()):
-        """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored."""
+    def __init__(
+        self,
+        problem: Problem,
+        reference: np.ndarray,
+        members: int = 9,
+        shares: Sequence[float] = (),
+        families: Mapping[str, float] | None = None,
+    ):
+        """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored; families: what
+        `families` gave after another search, the prior's mean here."""
         self.shares = np.array(shares)
         sens_SA = problem.sensitivity_SA
         positive = sens_SA[sens_SA > 0]
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
         self.log_sens_SA = np.log(sens_SA + self.floor)
         self.sites = np.arange(len(problem.sites))
+        self.families_of: dict[str, int] = {}
         self._lay_out(problem)
+        self.mean_F = np.zeros(len(self.std_F))
+        for name, value in (families or {}).items():
+            if name in self.families_of:
+                self.mean_F[self.families_of[name]] = value
         self.members = members
         self.scale = 1.0
         self.log_reference = 0.0
-        self.theta_EF = np.zeros((members, len(self.std_F)))
+        self.theta_EF = np.tile(self.mean_F, (members, 1))
         self.log_reference = float(self._forward(self.theta_EF[0], reference[None])[1][0])
         self.terms_ESA = self._terms()
 
@@ -97,6 +114,8 @@ class Critic:
                     if (name, key) not in numbers:
                         numbers[name, key] = next(counter)
                         std.append(deviation)
+                        if name in FAMILIES:
+                            self.families_of[f"{name}: {key}"] = numbers[name, key]
                     self.index_KSA[k, s, a] = numbers[name, key]
         kinds = [(a.kind, b.kind) for a, b in zip(problem.sites, problem.sites[1:])]
         order = {pair: i for i, pair in enumerate(dict.fromkeys(kinds))}
@@ -148,18 +167,21 @@ class Critic:
         """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
         noise_N = NOISE[0] + NOISE[1] * (log_kl_N - log_kl_N.min())
         noise_N = np.hypot(noise_N, SHARE_NOISE * np.sqrt(1 / shares_N - 1))
-        start_F = np.zeros(len(self.std_F))
         told = (plans_NS, shares_N)
-        fits = {c: self._fit_one(told, log_kl_N, noise_N, start_F, c * self.std_F) for c in SCALES}
+        fits = {c: self._fit_one(told, log_kl_N, noise_N, self.mean_F, c * self.std_F) for c in SCALES}
         self.scale = max(fits, key=lambda c: fits[c][1])
         std_F = self.scale * self.std_F
         std_F[self.outer :] = self.std_F[self.outer :]
         self.theta_EF[0] = fits[self.scale][0]
         for e in range(1, self.members):
-            start_F = std_F * rng.standard_normal(len(std_F))
+            start_F = self.mean_F + std_F * rng.standard_normal(len(std_F))
             noisy_N = log_kl_N + noise_N * rng.standard_normal(len(log_kl_N))
             self.theta_EF[e] = self._fit_one(told, noisy_N, noise_N, start_F, std_F)[0]
         self.terms_ESA = self._terms()
+
+    def families(self) -> dict[str, float]:
+        """The most probable corrections of whole families of actions, by name."""
+        return {name: float(self.theta_EF[0, number]) for name, number in self.families_of.items()}
 
     def _fit_one(
         self,

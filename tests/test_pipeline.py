@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from compressor.errors import BudgetError, GateError, RecipeError
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.plan import Action, Plan
+from compressor.progress import silent
+from compressor.stages import Stages
+from policies.actor_critic import ActorCritic, Memory
 from tests.conftest import TEXT
 
 
@@ -138,9 +142,27 @@ def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, ti
     ours = [trial for trial in again.trials if trial.policy == "actor_critic"]
     assert 5 < sum(trial.share for trial in ours) <= 6
     assert [trial.share for trial in ours[:6]].count(1.0) == 2  # the warm-up's tries are known
+
+
+def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folder, tmp_path, monkeypatch):
+    out, _, _ = finished
+    search = {"formats": ["fp32", "w8"], "reuse": str(out), "rivals": ["dynamic_programming"]}
+    other, given = recipe(tiny_folder, search=search, budget={"bytes": "70%"}), []
+
+    class Spy(ActorCritic):
+        def __init__(self, problem, seed, memory):
+            given.append(memory)
+            super().__init__(problem, seed, memory=memory)
+
+    monkeypatch.setattr(pipeline, "ActorCritic", Spy)
+    run = pipeline.start(other, tmp_path / "other", False, Stages(tmp_path / "stages", silent))
+    problem = pipeline.pose(run, pipeline.find_sensitivities(run), pipeline.measure_latency(run))
+    pipeline.search(run, problem)
+    assert given[0].families == Memory.read(out / "policy.safetensors").families
+    (empty := tmp_path / "empty").mkdir()
+    shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
-        other = {**search, "formats": ["fp32", "w8"]}
-        pipeline.compress(recipe(tiny_folder, search=other, budget={"bytes": "70%"}), tmp_path / "other")
+        pipeline.search(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})), problem)
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_path):
@@ -197,7 +219,7 @@ def test_progress_is_shown_for_every_stage(finished):
     stages = list(dict.fromkeys(progress.stage for progress in shown))
     for name in (
         "statistics",
-        "sensitivity",
+        "sensitivity-fisher",
         "latency",
         "search: actor_critic",
         "distill",

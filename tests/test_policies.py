@@ -11,7 +11,7 @@ import torch
 from compressor.errors import BudgetError
 from compressor.plan import Score
 from policies import POLICIES, Question
-from policies.actor_critic import METRICS, ActorCritic, Settings
+from policies.actor_critic import METRICS, ActorCritic, Memory, Settings
 from policies.base import log_kl
 from policies.critic import Critic
 from policies.dynamic_programming import solve
@@ -275,13 +275,18 @@ def test_a_uniform_plan_that_is_better_than_predicted_is_found_at_once():
     assert best(play(agent, surprising, 3)) == 0.01
 
 
-def test_log_explains_every_metric_and_weights_carry_over():
+def test_log_explains_every_metric_and_memory_carries_over(tmp_path):
+    """To another number of blocks and other budgets; what is read is what was written."""
     problem, score = landscape(0, blocks=3, tight=0.5)
     agent = ActorCritic(problem, 0, Settings(tempered=3, tries=2))
     play(agent, score, 5)
     assert agent.log and all(set(row) == set(METRICS) for row in agent.log)
+    (tmp_path / "memory").write_bytes(agent.memory().to_bytes())
+    memory = Memory.read(tmp_path / "memory")
+    assert memory.families == agent.memory().families and any(memory.families.values())
+    assert all(torch.equal(w, memory.actor[name]) for name, w in agent.memory().actor.items())
     other, score = landscape(1, blocks=2, limits=BUDGETS["three"])
-    play(ActorCritic(other, 0, Settings(tempered=3, tries=2), weights=agent.weights), score, 6)
+    play(ActorCritic(other, 0, Settings(tempered=3, tries=2), memory=memory), score, 6)
 
 
 # At the size of the real thing.
