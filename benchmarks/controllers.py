@@ -165,7 +165,8 @@ def table(
     """One cell as Markdown, best policy first."""
     count, seeds = len(curves[OURS][0]), len(curves[OURS])
     means = {name: float(np.mean([c[-1] for c in found])) for name, found in curves.items()}
-    rival = min((n for n in means if n != OURS), key=lambda n: means[n], default=OURS)
+    rivals = [name for name in means if not name.startswith(OURS)]
+    rival = min(rivals, key=lambda name: means[name], default=OURS)
     what = ", ".join(f"{name} {value:,.4g}" for name, value in limits.items())
     texts = list(final[OURS][0])
     head = ["policy", "KL", f"to beat {rival}", "same actions"]

@@ -1,22 +1,24 @@
 """The critic: log KL of a whole plan, learned from the few plans that were really scored. Knows nothing of actors.
 
     x_s   = sensitivity[s, a_s] * exp(sum of the corrections theta that apply to (s, a_s))
-    t     = sum_s x_s + sum_s eta_k sqrt(x_s x_s+1)        k: kinds of the two neighbours
+    t     = sum_s x_s + sum_h sum_s eta_hk sqrt(x_s x_s+h)        h: 1, 2, 4, 8 sites apart; k: kinds of the two
     log KL = b + (1 + beta) z + gamma z^2,                 z = log t - log t(prior's best plan)
 
-theta, eta, b, beta, gamma have independent normal priors around 0, so with nothing told the critic is the additive
-surrogate. There are more corrections (some 1,300 for 61 sites) than scores (20 to 150): the prior's groups, from whole
-families of actions down to one action of one site, decide how far a score speaks. Fitted by Gauss-Newton in the space
-of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble, each member fitted to noisy scores
-from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which for a linear
-model is an exact posterior sample.
+theta, b, beta, gamma have independent normal priors around 0, so with nothing told the critic is nearly the additive
+surrogate; eta's lies around 0.3, since the errors of sites add up more often than they cancel. A sensitivity beyond a nat
+is bent towards it, as no KL goes on growing. There are more corrections (some 1,300 for 61 sites) than scores (20 to 150):
+the prior's groups, from whole families of actions down to one action of one site, decide how far a score speaks. Fitted
+by Gauss-Newton in the space of scores (iterated Kalman update; Bell & Cathey 1993). Uncertainty: an ensemble, each member
+fitted to noisy scores from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which
+for a linear model is an exact posterior sample.
 
 A score on a share of the text is log KL + b' + beta' z, with b' and beta' of that share, and noise of its own.
 
 Departure: the noise of a score grows with its distance to the best one, because the form above is meant for good plans
 and destroyed students say little about them.
 
-Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K corrections that apply to one action.
+Letters: E members, N scored plans, B plans, S sites, A actions, F parameters, K corrections that apply to one action, Q pairs
+of sites.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, flo
     "site and action": (0.4, lambda s, a, depth: ((s.name, a), 1.0)),
 }
 
-OUTER_STD = (1.5, 0.3, 0.1)
+OUTER_STD = (1.5, 0.2, 0.1)
 """Standard deviations of b, beta, gamma."""
 
 SHARE_STD = (0.3, 0.15)
@@ -52,13 +54,20 @@ SCALES = (0.2, 0.35, 0.7, 1.0, 1.4)
 """Common scales of the corrections' deviations, among which the scores choose."""
 
 NOISE = (0.01, 0.1)
-"""Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it."""
+"""Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it. It stands
+for what the form above cannot say, too."""
 
 SHARE_NOISE = 0.011
 """Standard deviation of log KL on the share r of the text, against all of it, is this times sqrt(1/r - 1)."""
 
-NEIGHBOUR_STD = 0.4
-"""Standard deviation of eta."""
+HOPS = (1, 2, 4, 8)
+"""How many sites apart pairs are."""
+
+ETA = (0.3, 0.4)
+"""Mean and standard deviation of eta."""
+
+CAP = 1.0
+"""A sensitivity s counts as s / (1 + s / CAP), in nats."""
 
 
 FAMILIES = ("kind and bits", "kind and keep", "depth of kind and bits", "depth of pruning", "part of the depth")
@@ -82,7 +91,7 @@ class Critic:
         """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored; families: what
         `families` gave after another search, the prior's mean here."""
         self.shares = np.array(shares)
-        sens_SA = problem.sensitivity_SA
+        sens_SA = problem.sensitivity_SA / (1 + problem.sensitivity_SA / CAP)
         positive = sens_SA[sens_SA > 0]
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
         self.log_sens_SA = np.log(sens_SA + self.floor)
@@ -90,6 +99,7 @@ class Critic:
         self.families_of: dict[str, int] = {}
         self._lay_out(problem)
         self.mean_F = np.zeros(len(self.std_F))
+        self.mean_F[self.eta : self.outer] = ETA[0]
         for name, value in (families or {}).items():
             if name in self.families_of:
                 self.mean_F[self.families_of[name]] = value
@@ -117,13 +127,19 @@ class Critic:
                         if name in FAMILIES:
                             self.families_of[f"{name}: {key}"] = numbers[name, key]
                     self.index_KSA[k, s, a] = numbers[name, key]
-        kinds = [(a.kind, b.kind) for a, b in zip(problem.sites, problem.sites[1:])]
-        order = {pair: i for i, pair in enumerate(dict.fromkeys(kinds))}
-        self.pair_S = np.array([order[pair] for pair in kinds], int)
+        sites = len(problem.sites)
+        pairs = [(s, s + hop) for hop in HOPS for s in range(sites - hop)]
+        self.first_Q, self.second_Q = np.array(pairs, int).reshape(-1, 2).T
+        self.member_QS = np.zeros((len(pairs), sites))
+        self.member_QS[np.arange(len(pairs)), self.first_Q] = 1.0
+        self.member_QS[np.arange(len(pairs)), self.second_Q] = 1.0
+        kinds = [(t - s, problem.sites[s].kind, problem.sites[t].kind) for s, t in pairs]
+        order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+        self.kind_Q = np.array([order[kind] for kind in kinds], int)
         self.eta = len(std)
         self.outer = self.eta + len(order)
         self.partial = self.outer + len(OUTER_STD)
-        deviations = [*std, *[NEIGHBOUR_STD] * len(order), *OUTER_STD, *SHARE_STD * len(self.shares)]
+        deviations = [*std, *[ETA[1]] * len(order), *OUTER_STD, *SHARE_STD * len(self.shares)]
         self.std_F = np.array(deviations)
 
     def _forward(
@@ -134,9 +150,7 @@ class Critic:
         index_KBS = self.index_KSA[:, self.sites, plans_BS]
         weight_KBS = self.weight_KSA[:, self.sites, plans_BS]
         x_BS = np.exp(self.log_sens_SA[self.sites, plans_BS] + (theta_F[index_KBS] * weight_KBS).sum(0))
-        root_BS = np.sqrt(x_BS[:, 1:] * x_BS[:, :-1])
-        eta_S = theta_F[self.eta : self.outer][self.pair_S]
-        total_B = np.maximum(x_BS.sum(1) + root_BS @ eta_S, 0.05 * x_BS.sum(1))
+        root_BQ, total_B = self._total(x_BS, theta_F)
         z_B = np.log(total_B) - self.log_reference
         b, beta, gamma = theta_F[self.outer : self.partial]
         on_BR = np.zeros((len(plans_BS), 0)) if shares_B is None else shares_B[:, None] == self.shares
@@ -149,19 +163,25 @@ class Critic:
         if not slopes:
             return y_B, np.log(total_B)
         share_BS = x_BS.copy()
-        share_BS[:, 1:] += 0.5 * eta_S * root_BS
-        share_BS[:, :-1] += 0.5 * eta_S * root_BS
+        half_BQ = 0.5 * root_BQ * theta_F[self.eta : self.outer][self.kind_Q]
+        share_BS += half_BQ @ self.member_QS
         by_z_B = slope_B + 2 * gamma * z_B
         share_BS *= (by_z_B / total_B)[:, None]
         rows, width = len(plans_BS), len(theta_F)
         flat = (index_KBS + width * np.arange(rows)[:, None]).ravel()
         slope_BF = np.bincount(flat, (weight_KBS * share_BS).ravel(), rows * width).reshape(rows, width)
-        for pair in range(self.outer - self.eta):
-            slope_BF[:, self.eta + pair] = root_BS[:, self.pair_S == pair].sum(1) * by_z_B / total_B
+        for kind in range(self.outer - self.eta):
+            slope_BF[:, self.eta + kind] = root_BQ[:, self.kind_Q == kind].sum(1) * by_z_B / total_B
         slope_BF[:, self.outer : self.partial] = np.stack([np.ones(rows), z_B, z_B**2], 1)
         if on_BR.size:
             slope_BF[:, self.partial :: 2], slope_BF[:, self.partial + 1 :: 2] = on_BR, on_BR * z_B[:, None]
         return y_B, np.log(total_B), slope_BF
+
+    def _total(self, x_BS: np.ndarray, theta_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """sqrt(x_s x_t) of all pairs [B, Q], and t [B], which stays above a twentieth of its first sum."""
+        root_BS, sum_B = np.sqrt(x_BS), x_BS.sum(1)
+        root_BQ = root_BS[:, self.first_Q] * root_BS[:, self.second_Q]
+        return root_BQ, np.maximum(sum_B + root_BQ @ theta_F[self.eta : self.outer][self.kind_Q], 0.05 * sum_B)
 
     def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, shares_N: np.ndarray, rng: np.random.Generator) -> None:
         """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
@@ -220,9 +240,7 @@ class Critic:
             return np.stack([self.predict(plans_BS, e) for e in range(self.members)])
         x_BS = self.terms_ESA[member][self.sites, plans_BS]
         theta_F = self.theta_EF[member]
-        root_BS = np.sqrt(x_BS[:, 1:] * x_BS[:, :-1])
-        sum_B = x_BS.sum(1)
-        total_B = np.maximum(sum_B + root_BS @ theta_F[self.eta : self.outer][self.pair_S], 0.05 * sum_B)
+        _, total_B = self._total(x_BS, theta_F)
         z_B = np.log(total_B) - self.log_reference
         b, beta, gamma = theta_F[self.outer : self.partial]
         return self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2

@@ -13,7 +13,7 @@ from compressor.plan import Score
 from policies import POLICIES, Question
 from policies.actor_critic import METRICS, ActorCritic, Memory, Settings
 from policies.base import log_kl
-from policies.critic import Critic
+from policies.critic import CAP, ETA, HOPS, Critic
 from policies.dynamic_programming import solve
 from policies.greedy import best_actions
 from policies.problem import Problem
@@ -238,8 +238,10 @@ def test_critic_starts_as_the_surrogate_and_its_slopes_are_right():
     problem, _ = landscape(0, blocks=3, tight=0.5)
     reference = solve(problem)
     critic = Critic(problem, reference, members=2, shares=[0.25])
-    surrogate = np.log(problem.sensitivity_SA[np.arange(len(reference)), reference].sum())
-    assert critic.predict(reference[None], 0)[0] == pytest.approx(surrogate, abs=1e-2)
+    x_S = problem.sensitivity_SA[np.arange(len(reference)), reference]
+    x_S = x_S / (1 + x_S / CAP)
+    surrogate = x_S.sum() + ETA[0] * sum(np.sqrt(x_S[hop:] * x_S[:-hop]).sum() for hop in HOPS if hop < len(x_S))
+    assert critic.predict(reference[None], 0)[0] == pytest.approx(np.log(surrogate), abs=1e-2)
     rng = np.random.default_rng(0)
     theta_F = critic.std_F * rng.normal(size=len(critic.std_F))
     plans_BS = np.stack([problem.walk(rng.random(problem.valid_SA.shape)) for _ in range(4)])
