@@ -89,7 +89,7 @@ def main() -> None:
             curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
                 study = f"{cell}-{name}-{seed}-{key_of(run.bank.key, limits, pipeline.menu_json(run.menu))}"
-                ledger = Ledger(options.out / "ledger.log", study, run.menu)
+                ledger = Ledger(options.out / "ledger.log", study, run.menu, run.comparable)
                 report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
                 policy, earlier = make_policy(name, seed, problems, before.get(seed), options.memory)
                 trials = run_policy(policy, options.evaluations, score, ledger, report, earlier)

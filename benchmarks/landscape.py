@@ -4,12 +4,13 @@
     python benchmarks/landscape.py compare --bits 3.0 --seeds 3 --evaluations 16
 
 `record` scores plans on an eighth of the scoring text and keeps them in landscape.npz beside this file: plans of dynamic
-programming for budgets of 2.2 to 4.5 bits a weight on perturbed sensitivities, some sites of them switched at random. It
-goes on where it was stopped. `compare` fits a model to them, says how well it predicts plans that it was not fitted to,
-and lets policies search on it, in place of the real model. A plan that was recorded scores what was recorded.
+programming for budgets of 2.2 to 4.5 bits a weight on perturbed sensitivities, some sites of them switched at random; and
+whatever searches of controllers.py had scored on an eighth. It goes on where it was stopped. `compare` fits a model to
+them, says how well it predicts plans that it was not fitted to, and lets policies search on it, in place of the real
+model. A plan that was recorded scores what was recorded.
 
-A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: it has learned from plans of programming,
-and is smoother than the model. Figures that count are those of controllers.py.
+A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: away from what was recorded it is too
+friendly, and policies go where it is. Figures that count are those of controllers.py.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def record(recipe: Path, out: Path, plans: int) -> None:
     """Score what is missing of the first `plans` plans of the sample."""
     from compressor import pipeline
     from compressor.export import fixed_bytes
+    from compressor.ledger import comparable_entries
     from compressor.progress import LineProgress
     from compressor.recipe import Recipe
     from compressor.search import build_problem
@@ -77,17 +79,22 @@ def record(recipe: Path, out: Path, plans: int) -> None:
     decoder = run.teacher.network.decoder
     whole = {"bytes": 4.0 * sum(site.parameters for site in decoder.sites())}
     problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, whole)
-    known = read()[2].tolist() if FILE.exists() else []
-    told: list[np.ndarray] = []
+    known = {}
+    if FILE.exists():
+        _, plans_NS, log_kl_N = read()
+        known = {plan_S.tobytes(): (plan_S, log_kl) for plan_S, log_kl in zip(plans_NS, log_kl_N, strict=True)}
+    for plan, score in comparable_entries(out / "ledger.log", run.menu, run.comparable):
+        if score.share == SHARE:
+            indices = problem.indices(plan)
+            known[indices.tobytes()] = indices, float(np.log(score.kl))
     with run.stages.timed("recording") as report:
         for number, indices in zip(range(plans), sample(problem), strict=False):
-            told.append(indices)
-            if number >= len(known):
-                known.append(float(np.log(run.executor.score(problem.plan(indices), SHARE).kl)))
-                if len(known) % SAVE_EVERY == 0:
-                    write(problem, np.stack(told), np.array(known))
-                    report(len(known), plans)
-    write(problem, np.stack(told), np.array(known[: len(told)]))
+            if indices.tobytes() not in known:
+                known[indices.tobytes()] = indices, float(np.log(run.executor.score(problem.plan(indices), SHARE).kl))
+            if number % SAVE_EVERY == 0:
+                write(problem, list(known.values()))
+                report(number, plans)
+    write(problem, list(known.values()))
 
 
 def sample(problem: Problem) -> Iterator[np.ndarray]:
@@ -102,8 +109,8 @@ def sample(problem: Problem) -> Iterator[np.ndarray]:
         yield indices
 
 
-def write(problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray) -> None:
-    """All that a policy may see, as JSON, and the scores, in one file without pickles."""
+def write(problem: Problem, scores: Sequence[tuple[np.ndarray, float]]) -> None:
+    """All that a policy may see, as JSON, and the scores (plan [S], log KL), in one file without pickles."""
     text = json.dumps(
         {
             "sites": [asdict(site) for site in problem.sites],
@@ -114,6 +121,7 @@ def write(problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray) -> None:
         }
     )
     buffer = io.BytesIO()
+    plans_NS, log_kl_N = (np.array(part) for part in zip(*scores, strict=True))
     np.savez_compressed(
         buffer, problem=np.array(text), plans=plans_NS.astype(np.int8), log_kl=log_kl_N.astype(np.float32)
     )
@@ -145,9 +153,9 @@ def read(bits: float = 32.0) -> tuple[Problem, np.ndarray, np.ndarray]:
 class Landscape:
     """log KL of any plan, from those that were recorded.
 
-        log KL = g(log sum_s x[s, a_s]) + f(log x)
+        log KL = g(log t),  t = sum_s x[s, a_s] + sum_h sum_s eta[h, s] sqrt(x_s x_s+h)        h: 1 to 3 sites apart
 
-    x starts at the sensitivities and is learned, g is a line, f a small network over all sites: the mean of an ensemble.
+    g is a parabola. x starts at the sensitivities, x and eta are learned for every site and action: the mean of an ensemble.
     """
 
     def __init__(self, problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray, members: int = 3):
@@ -176,39 +184,35 @@ class Landscape:
 
 
 class _Net(nn.Module):
-    def __init__(self, sensitivity_SA: np.ndarray, seed: int, hidden: int = 64):
+    def __init__(self, sensitivity_SA: np.ndarray, seed: int, hops: int = 3):
         super().__init__()
         self.random = torch.Generator().manual_seed(seed)
-        count = len(sensitivity_SA)
         floor = 1e-3 * float(np.median(sensitivity_SA[sensitivity_SA > 0]))
         self.start_SA = torch.tensor(np.log(sensitivity_SA + floor), dtype=torch.float32)
         self.change_SA = nn.Parameter(torch.zeros(sensitivity_SA.shape))
-        self.line = nn.Parameter(torch.tensor([0.0, 1.0]))
-        self.into = nn.Parameter(torch.randn(count, hidden, generator=self.random) / count**0.5)
-        self.bias = nn.Parameter(torch.zeros(hidden))
-        self.out = nn.Parameter(torch.zeros(hidden))
+        self.eta_HS = nn.Parameter(torch.zeros(hops, len(sensitivity_SA)))
+        self.parabola = nn.Parameter(torch.tensor([0.0, 1.0, 0.0]))
 
     def forward(self, plans_BS: Tensor) -> Tensor:
-        log_x_BS = (self.start_SA + self.change_SA)[torch.arange(plans_BS.shape[1]), plans_BS]
-        log_t_B = torch.logsumexp(log_x_BS, 1)
-        hidden_BH = torch.tanh((log_x_BS + 4.0) / 2 @ self.into + self.bias)  # x is around exp(-4)
-        return self.line[0] + self.line[1] * log_t_B + hidden_BH @ self.out
+        x_BS = (self.start_SA + self.change_SA)[torch.arange(plans_BS.shape[1]), plans_BS].exp()
+        root_BS, sum_B = x_BS.sqrt(), x_BS.sum(1)
+        total_B = sum_B
+        for hop, eta_S in enumerate(self.eta_HS, 1):
+            total_B = total_B + (root_BS[:, hop:] * root_BS[:, :-hop]) @ eta_S[:-hop]
+        z_B = torch.log(torch.maximum(total_B, 0.05 * sum_B))
+        return self.parabola[0] + self.parabola[1] * z_B + self.parabola[2] * z_B**2
 
 
-def _train(net: _Net, plans_NS: Tensor, target_N: Tensor, epochs: int = 150, batch: int = 64) -> None:
-    """Adam with a falling rate; the changes of the sensitivities and the network are held small."""
-    groups = [
-        {"params": [net.change_SA], "weight_decay": 0.0},
-        {"params": [net.line, net.bias], "weight_decay": 0.0},
-        {"params": [net.into, net.out], "weight_decay": 0.02},
-    ]
+def _train(net: _Net, plans_NS: Tensor, target_N: Tensor, epochs: int = 200, batch: int = 64) -> None:
+    """Adam with a rate that rises and falls; what x and eta depart from their start is held small."""
     steps = epochs * -(-len(plans_NS) // batch)
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
     for _ in range(epochs):
         for rows in torch.randperm(len(plans_NS), generator=net.random).split(batch):
             error_B = net(plans_NS[rows]) - target_N[rows]
-            loss = error_B.square().mean() + 2e-3 * net.change_SA.square().sum() / len(plans_NS) ** 0.5
+            departure = net.change_SA.square().sum() + net.eta_HS.square().sum()
+            loss = error_B.square().mean() + 0.02 * departure / len(plans_NS)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -122,6 +122,11 @@ class Run:
     bank: Bank
     menu: ActionMenu
 
+    @property
+    def comparable(self) -> str:
+        """A key of what a plan's score depends on: runs that share it may use each other's scores."""
+        return key_of(self.bank.key, tokens_digest(self.texts.score_NL), menu_json(self.menu))
+
     @cached_property
     def executor(self) -> Executor:
         """Made when the first plan has to be scored: it holds a copy of the teacher."""
@@ -255,10 +260,9 @@ def search(run: Run, problem: Problem) -> Searches:
     settings = run.recipe.search
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
-    comparable = key_of(run.bank.key, tokens_digest(run.texts.score_NL), menu_json(run.menu))
-    earlier, memory = _earlier(settings.reuse, run.menu, comparable)
+    earlier, memory = _earlier(settings.reuse, run.menu, run.comparable)
     told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
-    key = key_of(comparable, numbers, limits, told, memory and memory.families)
+    key = key_of(run.comparable, numbers, limits, told, memory and memory.families)
     known: dict[Question, Score] = {}
 
     def score(question: Question) -> Score:
@@ -269,7 +273,7 @@ def search(run: Run, problem: Problem) -> Searches:
     trials: Searches = {}
     with run.stages.timed("search", key_of(key, settings.searches)):
         for name, seed in settings.searches:
-            ledger = Ledger(run.out / "ledger.log", f"{name}-{seed}-{key}", run.menu, comparable)
+            ledger = Ledger(run.out / "ledger.log", f"{name}-{seed}-{key}", run.menu, run.comparable)
             report_progress = run.stages.reporter(f"search: {label(name, seed, settings.searches)}")
             policy = (
                 ActorCritic(problem, seed, memory=memory) if name == "actor_critic" else POLICIES[name](problem, seed)
