@@ -45,6 +45,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 OURS = "actor_critic"
+CELLS = ["bits-4.0", "bits-3.0", "bits-2.5", "prefill-0.4", "decode-0.3", "bits-3.0+prefill-0.5"]
 VARIANTS = [*POLICIES, "dynamic_programming/noise", f"{OURS}/memory", f"{OURS}/scores"]
 
 
@@ -52,10 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cells", nargs="+", default=["bits-4.0", "bits-3.0", "bits-2.5", "prefill-0.6", "decode-0.5"])
+    parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--policies", nargs="+", choices=VARIANTS, default=VARIANTS[:-2])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", type=int, default=24)
+    parser.add_argument("--evaluations", type=int, default=16)
     parser.add_argument("--memory", type=Path)
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
