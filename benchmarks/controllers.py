@@ -36,9 +36,9 @@ from compressor.ledger import Ledger
 from compressor.plan import Plan, Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.search import Trials, agreement, best, build_problem, run_policy
+from compressor.search import Scorer, Trials, agreement, best, build_problem, run_policy
 from compressor.stages import Stages, key_of
-from policies import POLICIES, Policy, Problem, Question
+from policies import POLICIES, Policy, Problem
 from policies.actor_critic import ActorCritic, Memory
 
 matplotlib.use("Agg")
@@ -67,13 +67,7 @@ def main() -> None:
     unseen = {
         name: Executor(run.bank, text_NL[: len(run.texts.score_NL)]) for name, text_NL in run.texts.evaluation.items()
     }
-    known: dict[Question, Score] = {}
-
-    def score(question: Question) -> Score:
-        if question not in known:
-            known[question] = run.executor.score(question.plan, question.share)
-        return known[question]
-
+    scorer = Scorer(run.executor.score)
     results = {}
     before: dict[int, tuple[Problem, Trials]] = {}
     for cell in options.cells:
@@ -93,8 +87,7 @@ def main() -> None:
                 ledger = Ledger(options.out / "ledger.log", study, run.menu, run.comparable)
                 report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
                 policy, earlier = make_policy(name, seed, problems, before.get(seed), options.memory)
-                trials = run_policy(policy, options.evaluations, score, ledger, report, earlier)
-                known |= {Question(plan, result.share): result for plan, result in trials}
+                trials = run_policy(policy, options.evaluations, scorer, ledger, report, earlier)
                 curves[name].append(curve(trials, options.evaluations))
                 plans[name].append(best(trials)[0])
                 final[name].append({text: executor.score(plans[name][-1]) for text, executor in unseen.items()})

@@ -28,16 +28,16 @@ from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
 from compressor.model import Teacher, load_teacher
-from compressor.plan import ActionMenu, Plan, Score
+from compressor.plan import ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
-from compressor.search import Trials, best, build_problem, finalists, label, run_policy
+from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
 from compressor.text import load_tokens, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
-from policies import POLICIES, Problem, Question
+from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
 
 
@@ -263,13 +263,7 @@ def search(run: Run, problem: Problem) -> Searches:
     earlier, memory = _earlier(settings.reuse, run.menu, run.comparable)
     told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
     key = key_of(run.comparable, numbers, limits, told, memory and memory.families)
-    known: dict[Question, Score] = {}
-
-    def score(question: Question) -> Score:
-        if question not in known:
-            known[question] = run.executor.score(question.plan, question.share)
-        return known[question]
-
+    scorer = Scorer(lambda plan, share: run.executor.score(plan, share))  # the executor is made when it is needed
     trials: Searches = {}
     with run.stages.timed("search", key_of(key, settings.searches)):
         for name, seed in settings.searches:
@@ -278,11 +272,9 @@ def search(run: Run, problem: Problem) -> Searches:
             policy = (
                 ActorCritic(problem, seed, memory=memory) if name == "actor_critic" else POLICIES[name](problem, seed)
             )
-            found = run_policy(policy, settings.evaluations, score, ledger, report_progress, earlier)
+            trials[name, seed] = run_policy(policy, settings.evaluations, scorer, ledger, report_progress, earlier)
             if isinstance(policy, ActorCritic):
                 write_bytes_atomic(run.out / MEMORY_FILE, policy.memory().to_bytes())
-            known |= {Question(plan, result.share): result for plan, result in found}
-            trials[name, seed] = found
     return trials
 
 

@@ -52,10 +52,27 @@ def build_problem(
     )
 
 
+class Scorer:
+    """Scores questions, none of them twice.
+
+    Args:
+        score: (plan, share of the text) -> score.
+    """
+
+    def __init__(self, score: Callable[[Plan, float], Score]):
+        self._score = score
+        self.known: dict[Question, Score] = {}
+
+    def __call__(self, question: Question) -> Score:
+        if question not in self.known:
+            self.known[question] = self._score(question.plan, question.share)
+        return self.known[question]
+
+
 def run_policy(
     policy: Policy,
     evaluations: int,
-    score: Callable[[Question], Score],
+    scorer: Scorer,
     ledger: Ledger,
     progress: Callable[[int, int, str], None],
     earlier: Trials = (),
@@ -71,16 +88,17 @@ def run_policy(
     spent = 0.0
     entries = ledger.entries()
     while True:
-        known: Score | None = None
-        if len(trials) < len(entries):
-            plan, known = entries[len(trials)]
-            question = Question(plan, known.share)
+        resumed = len(trials) < len(entries)
+        if resumed:
+            plan, result = entries[len(trials)]
+            question = Question(plan, result.share)
+            scorer.known[question] = result
         else:
             question = policy.ask()
         if spent + question.share > evaluations + 1e-9:
             return trials
-        result = known or score(question)
-        if not known:
+        result = scorer(question)
+        if not resumed:
             ledger.add(question.plan, result)
         spent += question.share
         policy.tell(question.plan, result)
