@@ -260,6 +260,10 @@ def search(run: Run, problem: Problem) -> Searches:
     settings = run.recipe.search
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
+    if settings.reuse and Path(settings.reuse).resolve() == run.out.resolve():
+        raise RecipeError(
+            f"search.reuse = {settings.reuse}: expected the folder of another run, it is this one's; name another"
+        )
     earlier, memory = _earlier(settings.reuse, run.menu, run.comparable)
     told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
     key = key_of(run.comparable, numbers, limits, told, memory and memory.families)

@@ -159,6 +159,8 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     problem = pipeline.pose(run, pipeline.find_sensitivities(run), pipeline.measure_latency(run))
     pipeline.search(run, problem)
     assert given[0].families == Memory.read(out / "policy.safetensors").families
+    with pytest.raises(RecipeError, match="expected the folder of another run"):
+        pipeline.search(replace(run, out=out), problem)
     (empty := tmp_path / "empty").mkdir()
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
