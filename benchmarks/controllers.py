@@ -83,7 +83,9 @@ def main() -> None:
         for name in options.policies:
             curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
-                study = f"{cell}-{name}-{seed}-{key_of(run.bank.key, limits, pipeline.menu_json(run.menu))}"
+                key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
+                given = f"-{options.memory.parent.name}" if options.memory and name.endswith("/memory") else ""
+                study = f"{cell}-{name}-{seed}-{key}{given}"
                 ledger = Ledger(options.out / "ledger.log", study, run.menu, run.comparable)
                 report = run.stages.reporter(f"{cell}: {name}, seed {seed}")
                 policy, earlier = make_policy(name, seed, problems, before.get(seed), options.memory)

@@ -65,8 +65,8 @@ METRICS = {
 class Memory:
     """What a search leaves to one at another budget or of another model.
 
-    families: corrections of the sensitivities that whole families of actions turned out to need (`Critic.families`), in
-    log units. actor: weights of the actor's network, whose features are relative.
+    families: what the critic learned about whole families of actions and about its form (`Critic.families`).
+    actor: weights of the actor's network, whose features are relative.
     """
 
     families: dict[str, float]

@@ -96,13 +96,13 @@ class Critic:
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
         self.log_sens_SA = np.log(sens_SA + self.floor)
         self.sites = np.arange(len(problem.sites))
-        self.families_of: dict[str, int] = {}
+        self.shared: dict[str, int] = {}
         self._lay_out(problem)
         self.mean_F = np.zeros(len(self.std_F))
         self.mean_F[self.eta : self.outer] = ETA[0]
         for name, value in (families or {}).items():
-            if name in self.families_of:
-                self.mean_F[self.families_of[name]] = value
+            if name in self.shared:
+                self.mean_F[self.shared[name]] = value
         self.members = members
         self.scale = 1.0
         self.log_reference = 0.0
@@ -125,7 +125,7 @@ class Critic:
                         numbers[name, key] = next(counter)
                         std.append(deviation)
                         if name in FAMILIES:
-                            self.families_of[f"{name}: {key}"] = numbers[name, key]
+                            self.shared[f"{name}: {key}"] = numbers[name, key]
                     self.index_KSA[k, s, a] = numbers[name, key]
         sites = len(problem.sites)
         pairs = [(s, s + hop) for hop in HOPS for s in range(sites - hop)]
@@ -138,6 +138,8 @@ class Critic:
         self.kind_Q = np.array([order[kind] for kind in kinds], int)
         self.eta = len(std)
         self.outer = self.eta + len(order)
+        self.shared |= {f"pairs: {kind}": self.eta + i for kind, i in order.items()}
+        self.shared |= {name: self.outer + i for i, name in enumerate(("b", "beta", "gamma"))}
         self.partial = self.outer + len(OUTER_STD)
         deviations = [*std, *[ETA[1]] * len(order), *OUTER_STD, *SHARE_STD * len(self.shares)]
         self.std_F = np.array(deviations)
@@ -200,8 +202,9 @@ class Critic:
         self.terms_ESA = self._terms()
 
     def families(self) -> dict[str, float]:
-        """The most probable corrections of whole families of actions, by name."""
-        return {name: float(self.theta_EF[0, number]) for name, number in self.families_of.items()}
+        """The most probable values, by name, of the parameters that mean the same on another problem: the corrections of
+        whole families of actions, eta, b, beta and gamma."""
+        return {name: float(self.theta_EF[0, number]) for name, number in self.shared.items()}
 
     def _fit_one(
         self,
