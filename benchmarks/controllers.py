@@ -8,8 +8,8 @@ from the recipe, its budget, policies and seed do not. Everything is kept in OUT
 Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
 
 Beside the policies: `dynamic_programming/noise` is told sensitivities from noise on the weights (HIGGS), all others those of
-Fisher; `actor_critic/memory` starts from the memory of its search in the cell before, same seed, or from that in --memory
-(a run's policy.safetensors); `actor_critic/scores` is told all scores of that search.
+Fisher; `actor_critic/memory` starts from the memory of actor_critic's search in the cell before, same seed, or from that in --memory
+(a run's policy.safetensors); `actor_critic/scores` is told all scores of that search. The first cell has none before it.
 The last columns score the best plan of every search on texts that no search saw. `same actions`: sites on which the best
 plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which the searches of a policy (median of
 the seeds) were better than the final mean of the best rival of the actor-critic.
@@ -81,6 +81,8 @@ def main() -> None:
         plans: dict[str, list[Plan]] = {}
         after: dict[int, tuple[Problem, Trials]] = {}
         for name in options.policies:
+            if not before and (name.endswith("/scores") or (name.endswith("/memory") and not options.memory)):
+                continue  # nothing to start from in the first cell
             curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
                 key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
@@ -119,8 +121,7 @@ def make_policy(
     if variant == "memory" and memory:
         return ActorCritic(problem, seed, memory=Memory.read(memory)), ()
     if variant in ("memory", "scores"):
-        if before is None:
-            raise SystemExit(f"{name}: expected {OURS} among --policies and a cell before this one")
+        assert before is not None
         if variant == "scores":
             return POLICIES[base](problem, seed), before[1]
         elder = ActorCritic(before[0], seed)
