@@ -8,8 +8,9 @@ from the recipe, its budget, policies and seed do not. Everything is kept in OUT
 Prints a table for each cell; writes OUT/controllers.json (best KL after every evaluation) and OUT/{cell}.png.
 
 Beside the policies: `dynamic_programming/noise` is told sensitivities from noise on the weights (HIGGS), all others those of
-Fisher; `actor_critic/memory` starts from the memory of actor_critic's search in the cell before, same seed, or from that in --memory
-(a run's policy.safetensors); `actor_critic/scores` is told all scores of that search. The first cell has none before it.
+Fisher; `actor_critic/memory` starts from the memory of actor_critic's search in the cell before, same seed, or from that in
+--memory (a run's policy.safetensors); `actor_critic/scores` is told all scores of that search. Not in the first cell.
+
 The last columns score the best plan of every search on texts that no search saw. `same actions`: sites on which the best
 plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which the searches of a policy (median of
 the seeds) were better than the final mean of the best rival of the actor-critic.
