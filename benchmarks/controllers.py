@@ -185,13 +185,15 @@ def table(
 
 
 def draw(cell: str, curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Best KL so far against evaluations: mean of the seeds, and their range as a band."""
+    """Best KL so far against evaluations: mean of the seeds, and their range as a band; cut off somewhat above the agent's
+    start."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, found in curves.items():
         x = np.arange(1, len(found[0]) + 1)
         (line,) = axes.plot(x, np.mean(found, 0), label=name, linewidth=2.5 if name == OURS else 1.2)
         axes.fill_between(x, np.min(found, 0), np.max(found, 0), color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.set(title=cell, xlabel="evaluations", ylabel="best KL so far, nats per token", yscale="log")
+    axes.set(title=cell, xlabel="evaluations", ylabel="best KL so far, nats per token")
+    axes.set_ylim(0.97 * min(c[-1] for found in curves.values() for c in found), 1.1 * max(c[0] for c in curves[OURS]))
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

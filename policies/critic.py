@@ -54,8 +54,8 @@ SCALES = (0.2, 0.35, 0.7, 1.0, 1.4)
 """Common scales of the corrections' deviations, among which the scores choose."""
 
 NOISE = (0.01, 0.1)
-"""Standard deviation of a score, in log KL: of the best plan's, and its growth for every nat of log KL above it. It stands
-for what the form above cannot say, too."""
+"""Standard deviation of a score, in log KL: of the best plan's within the budget, and its growth for every nat of log KL away
+from it. It stands for what the form above cannot say, too."""
 
 SHARE_NOISE = 0.011
 """Standard deviation of log KL on the share r of the text, against all of it, is this times sqrt(1/r - 1)."""
@@ -90,7 +90,7 @@ class Critic:
     ):
         """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored; families: what
         `families` gave after another search, the prior's mean here."""
-        self.shares = np.array(shares)
+        self.problem, self.shares = problem, np.array(shares)
         sens_SA = problem.sensitivity_SA / (1 + problem.sensitivity_SA / CAP)
         positive = sens_SA[sens_SA > 0]
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
@@ -187,7 +187,9 @@ class Critic:
 
     def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, shares_N: np.ndarray, rng: np.random.Generator) -> None:
         """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
-        noise_N = NOISE[0] + NOISE[1] * (log_kl_N - log_kl_N.min())
+        fits_N = self.problem.fits(plans_NS)
+        best = log_kl_N[fits_N if fits_N.any() else slice(None)].min()
+        noise_N = NOISE[0] + NOISE[1] * np.abs(log_kl_N - best)
         noise_N = np.hypot(noise_N, SHARE_NOISE * np.sqrt(1 / shares_N - 1))
         told = (plans_NS, shares_N)
         fits = {c: self._fit_one(told, log_kl_N, noise_N, self.mean_F, c * self.std_F) for c in SCALES}
