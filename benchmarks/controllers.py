@@ -63,7 +63,8 @@ def main() -> None:
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     latency = pipeline.measure_latency(run)
-    sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ("fisher", "noise")}
+    ways = ["fisher", *(["noise"] if any(name.endswith("/noise") for name in options.policies) else [])]
+    sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}
     decoder = run.teacher.network.decoder
     unseen = {
         name: Executor(run.bank, text_NL[: len(run.texts.score_NL)]) for name, text_NL in run.texts.evaluation.items()
@@ -77,6 +78,7 @@ def main() -> None:
             way: build_problem(decoder.sites(), run.menu, found, fixed_bytes(decoder), latency.model, limits)
             for way, found in sensitivity.items()
         }
+        key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
         curves: dict[str, list[list[float]]] = {}
         final: dict[str, list[dict[str, Score]]] = {}
         plans: dict[str, list[Plan]] = {}
@@ -86,7 +88,6 @@ def main() -> None:
                 continue  # nothing to start from in the first cell
             curves[name], final[name], plans[name] = [], [], []
             for seed in range(options.seeds):
-                key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
                 given = f"-{options.memory.parent.name}" if options.memory and name.endswith("/memory") else ""
                 study = f"{cell}-{name}-{seed}-{key}{given}"
                 ledger = Ledger(options.out / "ledger.log", study, run.menu, run.comparable)

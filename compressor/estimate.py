@@ -67,7 +67,8 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     probabilities = 4 * search.tokens * decoder.vocabulary
     noise = 0.25 * len(sites) * forward(search.tokens) if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
-    steps = distill.steps + (distill.finalists > 1 and distill.steps > 0) * distill.finalists * distill.finalist_steps
+    tried = distill.finalists if distill.steps and distill.finalists > 1 else 0
+    steps = distill.steps + tried * distill.finalist_steps
     return [
         StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
         StageEstimate("sensitivity", making + noise, weights + moments),

@@ -62,7 +62,8 @@ def collect(
     times = _times(run, folders, weights)
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student, folders["student"], weights)
-    rows = _rows(run, folders, quality, times, memory)
+    overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
+    rows = _rows(run, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
     return report.Report(
         environment=_environment(run, folders["fp32"]),
@@ -81,7 +82,7 @@ def collect(
         parity=parity,
         samples=samples,
         stage_seconds=dict(run.stages.seconds),
-        gate=_gate(run, quality, times, folders),
+        gate=_gate(run, overall, times, folders),
     )
 
 
@@ -182,12 +183,12 @@ def _rows(
     run: Run,
     folders: dict[str, Path],
     quality: dict[str, dict[str, Quality]],
+    overall: dict[str, Quality],
     times: dict[str, Times],
     memory: dict[str, int],
 ) -> tuple[report.Row, ...]:
     sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
-    overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     return tuple(
         report.Row(
             name=name,
@@ -282,13 +283,12 @@ def _distillation(curve: Curve | None) -> report.Distillation | None:
 
 
 def _gate(
-    run: Run, quality: dict[str, dict[str, Quality]], times: dict[str, Times], folders: dict[str, Path]
+    run: Run, overall: dict[str, Quality], times: dict[str, Times], folders: dict[str, Path]
 ) -> tuple[report.GateLine, ...]:
     gate, fp32, student = run.recipe.gate, times["fp32"], times["student"]
     lines = []
     if gate.perplexity_ratio is not None:
-        ours, theirs = (Quality.mean(list(quality[key].values())) for key in ("student", "teacher"))
-        ratio = ours.perplexity / theirs.perplexity
+        ratio = overall["student"].perplexity / overall["teacher"].perplexity
         lines.append(report.GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
     entries = [
         ("bytes", gate.bytes, exported_bytes(folders["fp32"]), exported_bytes(folders["student"])),

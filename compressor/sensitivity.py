@@ -21,22 +21,20 @@ from torch import Tensor
 
 from compressor.bank import Bank
 from compressor.executor import Executor
-from compressor.plan import Action, ActionMenu, Format, Plan, Site
+from compressor.plan import Action, ActionMenu, Format, Site
 from compressor.prune import output_error, unit_columns
+from compressor.student import full_plan
 
 NOISE = 0.02
 """Squared norm of the noise as a share of the weights': what blocks of 4 bits lose, about."""
 
-Progress = Callable[[int, int], None]
-
-
-def ignored(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
-
 
 @torch.no_grad()
 def sensitivities(
-    bank: Bank, menu: ActionMenu, progress: Progress = ignored, alphas: Mapping[str, float] | None = None
+    bank: Bank,
+    menu: ActionMenu,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    alphas: Mapping[str, float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Predicted KL in nats per token for every action of every site, by site name: float64 [actions].
 
@@ -54,18 +52,19 @@ def sensitivities(
     return result
 
 
-def noise_coefficients(executor: Executor, share: float = 0.25, progress: Progress = ignored) -> dict[str, float]:
+def noise_coefficients(
+    executor: Executor, share: float = 0.25, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, float]:
     """KL in nats per token for noise of the size of a site's own weights, by site name, where the KL is still small: a
     forward pass for every site, on a share of the scoring text."""
     teacher, student = executor.teacher, executor.student
-    alphas = {}
+    alphas, whole = {}, full_plan(teacher.decoder, "fp32", "fp32")
+    executor.install(whole)
     for index, (name, site) in enumerate(teacher.sites.items()):
         random = torch.Generator().manual_seed(index)
         dense = {matrix.name: teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
         deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
         noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
-        whole = Plan(tuple((s.name, Action(s.units, "fp32")) for s in teacher.sites.values()))
-        executor.install(whole)
         student.install(site, whole[name], noisy)
         alphas[name] = executor.compare(share).kl / NOISE
         student.install(site, whole[name], dense)
