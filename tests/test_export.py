@@ -12,6 +12,8 @@ import torch
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes, layout, read_student, site_stack
 from compressor.export.runtime import check_provider
+from compressor.folder import save_folder
+from compressor.model import load_teacher
 from compressor.plan import ALIGNMENT, DROP, Action, Format, Plan
 from compressor.quantize import Weight, fake_dynamic_int8, round_to_nearest, store_float
 from compressor.student import Decoder, Student
@@ -273,6 +275,30 @@ def test_the_wrong_provider_is_an_error(tmp_path):
             OnnxDecoder(tmp_path, device="cuda")
     with pytest.raises(RuntimeTargetError, match="expected an exported model at"):
         OnnxDecoder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_genai_reads_the_folder(seed, tiny_folder, tmp_path):
+    """Caches of several widths, and none where an attention is gone."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    teacher = load_teacher(tiny_folder)
+    network = teacher.network
+    plan = dict(drawn(network.decoder, seed, ("w8", "w4"))) | {
+        "layers.0.attention": DROP,
+        "layers.1.attention": Action(1, "w8"),
+        "layers.2.attention": Action(2, "w4"),
+    }
+    save_folder(student(network.decoder, Plan(tuple(plan.items())), seed), teacher, tmp_path)
+    ids = [5, 90, 17, 33, 201]
+    model = genai.Model(str(tmp_path))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 12)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array(ids, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    with OnnxDecoder(tmp_path) as decoder:
+        assert list(generator.get_sequence(0)) == ids + decoder.generate(np.array(ids), 12)
 
 
 def test_a_closed_decoder_says_so(tmp_path):

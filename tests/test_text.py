@@ -1,4 +1,4 @@
-"""Windows of tokens: exact, in order, in turns."""
+"""Windows of tokens: exact, spread over the text, in turns."""
 
 import json
 
@@ -23,16 +23,28 @@ def source(tmp_path, first, count, name="a.txt"):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
-def test_windows_follow_one_another(tmp_path, monkeypatch, chunk):
+def test_windows_are_cut_without_overlap(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(text, "CHUNK", chunk)
-    tokens = load_tokens([source(tmp_path, 0, 100)], words, 33, 10)
+    tokens = load_tokens([source(tmp_path, 0, 39)], words, 33, 10)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, torch.arange(30).view(3, 10))
+    assert torch.equal(tokens, torch.tensor([0, 20, 10])[:, None] + torch.arange(10))
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5, 16, 23])
+def test_windows_are_spread_and_so_is_every_first_part(tmp_path, windows):
+    starts = load_tokens([source(tmp_path, 0, 3000)], words, 10 * windows, 10)[:, 0]
+    reach = min(16 * windows * 10, 3000)
+    assert starts.unique().numel() == windows
+    for count in range(2, windows + 1):
+        gaps = torch.cat([starts[:count].sort().values, torch.tensor([reach])]).diff()
+        assert gaps.max() <= 2.5 * reach / count + 10
 
 
 def test_sources_take_turns_and_drop_out(tmp_path):
     sources = [source(tmp_path, 0, 45, "a"), source(tmp_path, 100, 19, "b"), source(tmp_path, 200, 9, "c")]
-    assert load_tokens(sources, words, 50, 10)[:, 0].tolist() == [0, 100, 10, 20, 30]
+    assert load_tokens(sources, words, 50, 10)[:, 0].tolist() == [0, 100, 20, 10, 30]
+    sources = [source(tmp_path, 1000 * i, 900, str(i)) for i in range(3)]
+    assert (load_tokens(sources, words, 80, 10)[:, 0] // 1000).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_too_short_says_how_many(tmp_path):
@@ -44,9 +56,12 @@ def test_too_short_says_how_many(tmp_path):
 
 def test_no_more_is_read_than_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 10)
+    monkeypatch.setattr(text, "REACH", 3)
     path = tmp_path / "a.txt"
-    path.write_text("1 2 3 4 5\n" * 3 + "not a number\n")
+    path.write_text("1 2 3 4 5\n" * 6 + "not a number\n")
     assert load_tokens([TextSource(file=str(path))], words, 10, 5).shape == (2, 5)
+    with pytest.raises(ValueError, match="not"):
+        load_tokens([TextSource(file=str(path))], words, 15, 5)
 
 
 def test_unreadable_files(tmp_path):
@@ -62,7 +77,7 @@ def test_datasets(tmp_path):
     rows = "".join(json.dumps({"words": f"{i} {i + 1}"}) + "\n" for i in range(0, 20, 2))
     (tmp_path / "train.jsonl").write_text(rows)
     found = TextSource(dataset=str(tmp_path), split="train", column="words")
-    assert load_tokens([found], words, 20, 5).flatten().tolist() == list(range(20))
+    assert load_tokens([found], words, 20, 5).flatten().sort().values.tolist() == list(range(20))
     with pytest.raises(DataError, match="expected the column text; choose among words"):
         load_tokens([TextSource(dataset=str(tmp_path), split="train")], words, 20, 5)
     with pytest.raises(DataError, match="check its name, config and split"):

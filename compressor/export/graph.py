@@ -11,6 +11,7 @@ function, which the whole model and the latency table's stacks share, so that wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -213,29 +214,30 @@ def attention(
     b: GraphBuilder,
     stream: Stream,
     layer: int,
+    cache: int,
     heads: tuple[int, int],
     head_dim: int,
     matrices: Matrices,
     gain: np.ndarray,
     positions: Positions,
 ) -> None:
-    """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value)."""
+    """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
     name = f"layers.{layer}.attention"
     x = stream.norm(f"{name}.norm", gain)
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     past = [
-        b.input(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, ["batch", heads[1], "past", head_dim])
+        b.input(f"past_key_values.{cache}.{part}", ir.DataType.FLOAT, ["batch", heads[1], "past", head_dim])
         for part in ("key", "value")
     ]
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
         [qkv, None, None, *past, positions.last, positions.total, positions.cos, positions.sin],
-        [f"{name}.mixed", f"present.{layer}.key", f"present.{layer}.value"],
+        [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
         {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1},
     )
-    b.output(key, f"present.{layer}.key", ["batch", heads[1], "total", head_dim])
-    b.output(value, f"present.{layer}.value", ["batch", heads[1], "total", head_dim])
+    b.output(key, f"present.{cache}.key", ["batch", heads[1], "total", head_dim])
+    b.output(value, f"present.{cache}.value", ["batch", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"))
 
 
@@ -259,7 +261,8 @@ def decoder_model(
     """The graph of a whole student.
 
     Inputs: input_ids [B, S] int64; attention_mask [B, past + S] int64;
-    past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] float32 for every block whose attention is left.
+    past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] float32, i numbers the attentions that are left: the
+    names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps.
     Outputs: logits [B, S, V] float32; present.{i}.key and .value.
     """
     b = GraphBuilder(store)
@@ -267,7 +270,7 @@ def decoder_model(
     mask = b.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
     table = matrices(("embedding",))
     stream = Stream(b, embedding(b, ids, "embedding", table), decoder.norm_epsilon)
-    positions = None
+    positions, caches = None, count()
     for site in decoder.sites():
         action = plan[site.name]
         if site.layer is None or action.keep == 0:
@@ -276,7 +279,7 @@ def decoder_model(
         if site.kind == "attention":
             positions = positions or Positions(b, decoder, mask)
             heads = decoder.heads_of(action)
-            attention(b, stream, site.layer, heads, decoder.head_dim, matrices, gain, positions)
+            attention(b, stream, site.layer, next(caches), heads, decoder.head_dim, matrices, gain, positions)
         else:
             feed_forward(b, stream, site.layer, matrices, gain)
     x = stream.norm("norm", vectors["norm"])
@@ -314,7 +317,7 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
         positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch", "total"]))
     for copy in range(copies):
         if kind == "attention":
-            attention(b, stream, copy, decoder.heads_of(action), decoder.head_dim, matrices, gain, positions)
+            attention(b, stream, copy, copy, decoder.heads_of(action), decoder.head_dim, matrices, gain, positions)
         else:
             feed_forward(b, stream, copy, matrices, gain)
     b.output(stream.end(), "end", ["batch", "sequence", decoder.hidden])
