@@ -15,8 +15,7 @@ from torch import nn
 
 from compressor.distill import load_student
 from compressor.errors import BankError, ModelError
-from compressor.export import export_onnx, read_student
-from compressor.export.files import GRAPH_FILE
+from compressor.export import export_onnx, genai_config, read_student
 from compressor.files import write_text_atomic
 from compressor.model import Teacher, network_from_config
 from compressor.plan import Plan
@@ -32,57 +31,10 @@ def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
     teacher.network.save_configuration(folder)
     teacher.tokenizer.save_pretrained(folder)
     export_onnx(student, folder)
-    write_text_atomic(folder / GENAI_FILE, json.dumps(genai_config(student, teacher), indent=1))
+    network = teacher.network
+    genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
+    write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
-
-
-def genai_config(student: Student, teacher: Teacher) -> dict:
-    """What ONNX Runtime GenAI (0.18 or newer) has to know of a folder.
-
-    It takes the numbers of key/value heads from the graph, layer by layer; those given here are the full ones. Its cache
-    is one buffer of `search.max_length` positions, which decoding writes in place.
-    """
-    decoder, plan = student.decoder, student.plan
-    config, ends = teacher.network.model.config, teacher.network.model.generation_config.eos_token_id
-    caches = sum(site.kind == "attention" and plan[site.name].keep > 0 for site in decoder.sites())
-    ends = config.eos_token_id if ends is None else ends
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
-    names = {
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-    }
-    return {
-        "model": {
-            "type": config.model_type,
-            **{name: token for name, token in tokens.items() if token is not None},
-            "context_length": decoder.max_positions,
-            "vocab_size": decoder.vocabulary,
-            "decoder": {
-                "session_options": {"provider_options": []},
-                "filename": GRAPH_FILE,
-                "head_size": decoder.head_dim,
-                "hidden_size": decoder.hidden,
-                "num_attention_heads": decoder.heads,
-                "num_hidden_layers": caches,
-                "num_key_value_heads": decoder.kv_heads,
-                **names,
-            },
-        },
-        "search": {
-            "do_sample": False,
-            "max_length": min(decoder.max_positions, 2048),
-            "past_present_share_buffer": True,
-        },
-    }
 
 
 def load(folder: str | Path) -> nn.Module:

@@ -346,6 +346,19 @@ class Network:
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
 
+    @property
+    def family(self) -> str:
+        """transformers' name of the architecture, `model_type`."""
+        return self.model.config.model_type
+
+    def special_tokens(self) -> dict[str, int | list[int]]:
+        """Ids of the tokens that begin, end and pad a text, under transformers' names, those that there are; what
+        ends a generation counts before what ends a text."""
+        config, generation = self.model.config, self.model.generation_config
+        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        found = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        return {name: token for name, token in found.items() if token is not None}
+
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys."""
         digest = hashlib.sha256(json.dumps(self.decoder.to_dict()).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -47,12 +48,9 @@ def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequ
 
 def _shares(read: list[list[list[int]]], wanted: int) -> list[int]:
     """How many windows each source gives: as equal as their lengths allow, the first ones more by one."""
-    counts = [0] * len(read)
-    while (left := wanted - sum(counts)) > 0:
-        open_ones = [i for i, windows in enumerate(read) if counts[i] < len(windows)]
-        for i in open_ones[:left]:
-            counts[i] += min(max(left // len(open_ones), 1), len(read[i]) - counts[i])
-    return counts
+    turns = (i for turn in range(wanted) for i, windows in enumerate(read) if turn < len(windows))
+    counts = Counter(islice(turns, wanted))
+    return [counts[i] for i in range(len(read))]
 
 
 def _spread(windows: list[list[int]], count: int) -> list[list[int]]:

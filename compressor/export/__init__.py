@@ -3,11 +3,13 @@
 layout.py    a weight matrix as the arrays its kernel reads; whether int8 products saturate on this processor
 graph.py     the graph: every sub-layer a function, the whole model, stacks of one site for timing
 files.py     model.onnx and model.onnx.data: written, promised in bytes, read back
+genai.py     the configuration with which ONNX Runtime GenAI runs that graph
 exact.py     the same graph without the rounding of activations, to compare with torch
 runtime.py   sessions on the device asked for, generation, calls to be timed
 """
 
 from compressor.export.files import export_onnx, exported_bytes, fixed_bytes, read_student
+from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
 from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, site_stack
 
@@ -18,6 +20,7 @@ __all__ = [
     "export_onnx",
     "exported_bytes",
     "fixed_bytes",
+    "genai_config",
     "int8_products_are_exact",
     "open_session",
     "read_student",
