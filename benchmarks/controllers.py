@@ -37,7 +37,7 @@ from compressor.ledger import Ledger
 from compressor.plan import Plan, Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.search import Scorer, Trials, agreement, best, build_problem, run_policy
+from compressor.search import Scorer, Trials, agreement, best, build_problem, run_policy, spent
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Policy, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -67,7 +67,8 @@ def main() -> None:
     sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}
     decoder = run.teacher.network.decoder
     unseen = {
-        name: Executor(run.bank, text_NL[: len(run.texts.score_NL)]) for name, text_NL in run.texts.evaluation.items()
+        name: Executor(run.bank, text_NL[: len(run.texts.held_out_NL)])
+        for name, text_NL in run.texts.evaluation.items()
     }
     scorer = Scorer(run.executor.score)
     results = {}
@@ -149,9 +150,9 @@ def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]
 
 def curve(trials: Trials, evaluations: int) -> list[float]:
     """Best KL on all of the scoring text after 1, 2, ... evaluations; infinite before there is one."""
-    spent = np.cumsum([score.share for _, score in trials])
-    full = np.array([score.kl if score.share == 1.0 else np.inf for _, score in trials])
-    return [float(np.min(full[spent <= count + 1e-9], initial=np.inf)) for count in range(1, evaluations + 1)]
+    after = np.array(spent(trials))
+    full = np.array([score.kl if score.part is None else np.inf for _, score in trials])
+    return [float(np.min(full[after <= count + 1e-9], initial=np.inf)) for count in range(1, evaluations + 1)]
 
 
 def table(

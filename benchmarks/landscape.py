@@ -33,12 +33,13 @@ from seeds import spread  # the script beside this one
 from torch import Tensor, nn
 
 from compressor.files import write_bytes_atomic
-from compressor.plan import Action, Matrix, Score, Site
-from policies import POLICIES, Problem, Question
+from compressor.plan import PARTS, Action, Matrix, Score, Site
+from policies import POLICIES, Meter, Problem, Question
 from policies.dynamic_programming import perturbed, solve
 
 FILE = Path(__file__).with_suffix(".npz")
-SHARE = 0.125
+PART = 0
+"""Of the scoring text, on which all plans are scored."""
 SAVE_EVERY = 50
 
 
@@ -84,13 +85,13 @@ def record(recipe: Path, out: Path, plans: int) -> None:
         _, plans_NS, log_kl_N = read()
         known = {plan_S.tobytes(): (plan_S, log_kl) for plan_S, log_kl in zip(plans_NS, log_kl_N, strict=True)}
     for plan, score in comparable_entries(out / "ledger.log", run.menu, run.comparable):
-        if score.share == SHARE:
+        if score.part == PART:
             indices = problem.indices(plan)
             known[indices.tobytes()] = indices, float(np.log(score.kl))
     with run.stages.timed("recording") as report:
         for number, indices in zip(range(plans), sample(problem), strict=False):
             if indices.tobytes() not in known:
-                known[indices.tobytes()] = indices, float(np.log(run.executor.score(problem.plan(indices), SHARE).kl))
+                known[indices.tobytes()] = indices, float(np.log(run.executor.score(problem.plan(indices), PART).kl))
             if number % SAVE_EVERY == 0:
                 write(problem, list(known.values()))
                 report(number, plans)
@@ -172,15 +173,14 @@ class Landscape:
         return torch.stack([net(torch.tensor(plans_BS)) for net in self.nets]).mean(0).numpy().astype(float)
 
     def score(self, question: Question) -> Score:
-        """What was recorded, else what the model says; on less than all of the text with the error of such a share."""
+        """What was recorded, else what the model says; on a part of the text with the error of such a score."""
         indices = self.problem.indices(question.plan)
         found = self.recorded.get(indices.astype(np.int8).tobytes())
         log_kl = float(self.log_kl(indices[None])[0]) if found is None else found
-        if question.share < 1.0:
-            rng = np.random.default_rng(int(question.plan.digest, 16))
-            log_kl += 0.011 * np.sqrt(1 / question.share - 1) * rng.normal()
-        kl = float(np.exp(log_kl))
-        return Score(kl, float(np.exp(min(kl, 100.0))), round(2048 * question.share), question.share)
+        error_P = 0.025 * np.random.default_rng(int(question.plan.digest, 16)).normal(size=PARTS)
+        by_part = tuple(np.exp(log_kl + error_P)) if question.part is None else ()
+        kl = float(np.exp(log_kl + (0.0 if question.part is None else error_P[question.part])))
+        return Score(kl, float(np.exp(min(kl, 100.0))), 2048, question.part, by_part)
 
 
 class _Net(nn.Module):
@@ -242,12 +242,12 @@ def compare(bits: float, policies: Sequence[str], seeds: int, evaluations: int) 
 
 def search(name: str, problem: Problem, seed: int, evaluations: int, landscape: Landscape) -> float:
     """The least KL on all of the text that a policy finds."""
-    policy, spent, least = POLICIES[name](problem, seed), 0.0, float("inf")
-    while spent + (question := policy.ask()).share <= evaluations + 1e-9:
+    policy, meter, spent, least = POLICIES[name](problem, seed), Meter(), 0.0, float("inf")
+    while spent + meter.cost(question := policy.ask()) <= evaluations + 1e-9:
         score = landscape.score(question)
         policy.tell(question.plan, score)
-        spent += question.share
-        least = min(least, score.kl) if question.share == 1.0 else least
+        spent += meter.add(question)
+        least = min(least, score.kl) if question.part is None else least
     return least
 
 

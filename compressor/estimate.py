@@ -9,7 +9,7 @@ import torch
 from compressor import actions
 from compressor.export import fixed_bytes
 from compressor.model import read_decoder
-from compressor.plan import Format
+from compressor.plan import PARTS, Format
 from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.student import Decoder, full_plan
@@ -65,7 +65,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     probabilities = 4 * search.tokens * decoder.vocabulary
-    noise = 0.25 * len(sites) * forward(search.tokens) if search.sensitivity == "noise" else 0.0
+    noise = len(sites) * forward(search.tokens) / PARTS if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
     tried = distill.finalists if distill.steps and distill.finalists > 1 else 0
     steps = distill.steps + tried * distill.finalist_steps

@@ -1,7 +1,7 @@
 """Puts plans into the student and scores them against the teacher.
 
 A plan's score is KL(teacher || student) per token over the same tokens for every plan, so that scores compare without
-noise. A score on a share of the text takes the first tokens of every window, and costs that share of a pass. The teacher's
+noise. The windows fall into `PARTS` parts, and a score on one of them costs that share of a pass. The teacher's
 distribution is computed once; afterwards a plan costs one forward pass of the student:
 
     KL = sum_v p_v log p_v  -  sum_v p_v z_v  +  logsumexp(z)          p: teacher's probabilities, z: student's logits
@@ -12,13 +12,16 @@ Shape letters: N sequences, L tokens a sequence, V vocabulary, D hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressor.bank import Bank
 from compressor.model import Network
-from compressor.plan import Action, Plan, Score
+from compressor.plan import PARTS, Action, Plan, Score
 
 
 class Executor:
@@ -47,17 +50,28 @@ class Executor:
                 self.student.install(site, action, {key: w.dequantize() for key, w in weights.items()})
                 self.plan[name] = action
 
-    def score(self, plan: Plan, share: float = 1.0) -> Score:
-        """Install a plan and compare the student with the teacher on the first `share` of every window."""
-        self.install(plan)
-        return self.compare(share)
+    def score(self, plan: Plan, part: int | None = None, known: Mapping[int, Score] = MappingProxyType({})) -> Score:
+        """Install a plan and compare the student with the teacher, on a part of the tokens or on all of them.
 
-    def compare(self, share: float = 1.0) -> Score:
-        """The student as it is, against the teacher."""
+        known: the plan's scores on parts, which are not computed again for a score on all of them.
+        """
+        self.install(plan)
+        return self.compare(part, known)
+
+    def compare(self, part: int | None = None, known: Mapping[int, Score] = MappingProxyType({})) -> Score:
+        """The student as it is, against the teacher; arguments as in `score`."""
         count, length = self.tokens_NL.shape
-        length = max(2, round(share * length))
-        kl, nll = self._reference.compare(self.student, length)
-        return Score(kl=kl, perplexity=math.exp(min(nll, 700)), tokens=count * length, share=share)
+        wanted = [n for n in range(count) if (n % PARTS == part if part is not None else n % PARTS not in known)]
+        kl_N, nll_N = np.zeros(count), np.zeros(count)
+        if wanted:
+            kl_N[wanted], nll_N[wanted] = self._reference.compare(self.student, wanted)
+        if part is None:
+            for tried, score in known.items():
+                kl_N[tried::PARTS], nll_N[tried::PARTS] = score.kl, math.log(score.perplexity)
+            wanted = list(range(count))
+        by_part = tuple(float(kl_N[p::PARTS].mean()) for p in range(PARTS)) if part is None and count >= PARTS else ()
+        perplexity = math.exp(min(nll_N[wanted].mean(), 700))
+        return Score(max(float(kl_N[wanted].mean()), 0.0), perplexity, len(wanted) * length, part, by_part)
 
 
 class Reference:
@@ -74,19 +88,17 @@ class Reference:
             self.negative_entropies_L.append((p_LV * log_p_LV).sum(-1, dtype=torch.float64))
 
     @torch.no_grad()
-    def compare(self, student: Network, length: int | None = None) -> tuple[float, float]:
-        """(KL from the teacher in nats per token, negative log-likelihood of the text in nats per prediction), over the
-        first `length` tokens of every window, or over all of them."""
-        kl = nll = 0.0
-        tokens_NL = self.tokens_NL[:, :length]
-        hidden_NLD = student.hidden(tokens_NL)
-        for ids_L, hidden_LD, p_LV, negative_entropy_L in zip(
-            tokens_NL, hidden_NLD, self.probabilities, self.negative_entropies_L, strict=True
-        ):
+    def compare(self, student: Network, windows: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(KL from the teacher in nats per token [W], negative log-likelihood of the text in nats per prediction [W]) of
+        every one of these W windows, or of all of them."""
+        windows = range(len(self.tokens_NL)) if windows is None else windows
+        kl, nll = [], []
+        hidden_NLD = student.hidden(self.tokens_NL[list(windows)])
+        for window, hidden_LD in zip(windows, hidden_NLD, strict=True):
             z_LV = student.logits(hidden_LD)
             normalizer_L = torch.logsumexp(z_LV, -1)
-            cross_L = normalizer_L - torch.linalg.vecdot(p_LV[:length], z_LV)
-            kl += float((negative_entropy_L[:length] + cross_L).sum(dtype=torch.float64))
-            picked_L = z_LV[:-1].gather(1, ids_L[1:, None])[:, 0]
-            nll += float((normalizer_L[:-1] - picked_L).sum(dtype=torch.float64))
-        return max(kl, 0.0) / tokens_NL.numel(), nll / (len(tokens_NL) * (tokens_NL.shape[1] - 1))
+            cross_L = normalizer_L - torch.linalg.vecdot(self.probabilities[window], z_LV)
+            kl.append(float((self.negative_entropies_L[window] + cross_L).mean(dtype=torch.float64)))
+            picked_L = z_LV[:-1].gather(1, self.tokens_NL[window, 1:, None])[:, 0]
+            nll.append(float((normalizer_L[:-1] - picked_L).mean(dtype=torch.float64)))
+        return np.array(kl), np.array(nll)

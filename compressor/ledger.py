@@ -59,11 +59,11 @@ class Ledger:
 def comparable_entries(path: Path, menu: ActionMenu, comparable: str) -> list[tuple[Plan, Score]]:
     """Every score of all studies in a journal that were made with the same key, each once."""
     storage = _storage(path)
-    found: dict[tuple[Plan, float], Score] = {}
+    found: dict[tuple[Plan, int | None], Score] = {}
     for name in optuna.get_all_study_names(storage):
         study = optuna.load_study(study_name=name, storage=storage)
         if study.user_attrs.get("comparable") == comparable:
-            found |= {(plan, score.share): score for plan, score in _entries(study, _labels(menu))}
+            found |= {(plan, score.part): score for plan, score in _entries(study, _labels(menu))}
     return [(plan, score) for (plan, _), score in found.items()]
 
 
@@ -82,5 +82,6 @@ def _entries(study: optuna.Study, actions: dict[str, dict[str, Action]]) -> list
     found = []
     for trial in study.get_trials(deepcopy=False):
         plan = Plan(tuple((name, labels[trial.params[name]]) for name, labels in actions.items()))
-        found.append((plan, Score(**trial.user_attrs["score"])))
+        score = trial.user_attrs["score"]
+        found.append((plan, Score(**score | {"by_part": tuple(score["by_part"])})))
     return found

@@ -28,7 +28,7 @@ from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
 from compressor.model import Teacher, load_teacher
-from compressor.plan import ActionMenu, Plan
+from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
@@ -95,13 +95,17 @@ class Texts:
 
     @classmethod
     def read(cls, recipe: Recipe, tokenizer) -> Texts:
-        """The calibration text gives scoring and held-out windows first, then the rest."""
-        data, count = recipe.data, recipe.search.tokens // recipe.data.sequence_length
-        total = data.calibration_tokens + 2 * recipe.search.tokens
+        """The calibration text gives scoring and held-out windows first, then the rest. Scoring windows are cut where it
+        takes that for every part to have one."""
+        data, tokens = recipe.data, recipe.search.tokens
+        held_out = tokens // data.sequence_length
+        count = max(held_out, PARTS)
+        total = data.calibration_tokens + (count + held_out) * data.sequence_length
         windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length)
+        score_NL, rest_NL = windows_NL[:count, : tokens // count], windows_NL[count:]
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {s.name: load_tokens([s], tokenizer, each, data.sequence_length) for s in data.evaluation}
-        return cls(windows_NL[:count], windows_NL[count : 2 * count], windows_NL[2 * count :], evaluation)
+        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], evaluation)
 
     @property
     def evaluation_NL(self) -> Tensor:
@@ -125,7 +129,7 @@ class Run:
     @property
     def comparable(self) -> str:
         """A key of what a plan's score depends on: runs that share it may use each other's scores."""
-        return key_of(self.bank.key, tokens_digest(self.texts.score_NL), menu_json(self.menu))
+        return key_of(self.bank.key, tokens_digest(self.texts.score_NL), PARTS, menu_json(self.menu))
 
     @cached_property
     def executor(self) -> Executor:
@@ -151,7 +155,7 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
         )
         texts = Texts.read(recipe, teacher.tokenizer)
         teacher.network.to("cuda" if torch.cuda.is_available() and recipe.target.device != "cpu" else "cpu")
-    fisher_NL = texts.calibration_NL[: len(texts.score_NL)]
+    fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
@@ -265,9 +269,9 @@ def search(run: Run, problem: Problem) -> Searches:
             f"search.reuse = {settings.reuse}: expected the folder of another run, it is this one's; name another"
         )
     earlier, memory = _earlier(settings.reuse, run.menu, run.comparable)
-    told = [[plan.digest, score.share, score.kl] for plan, score in earlier]
+    told = [[plan.digest, score.part, score.kl] for plan, score in earlier]
     key = key_of(run.comparable, numbers, limits, told, memory and memory.families)
-    scorer = Scorer(lambda plan, share: run.executor.score(plan, share))  # the executor is made when it is needed
+    scorer = Scorer(lambda *asked: run.executor.score(*asked))  # the executor is made when it is needed
     trials: Searches = {}
     with run.stages.timed("search", key_of(key, settings.searches)):
         for name, seed in settings.searches:

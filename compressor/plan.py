@@ -191,13 +191,24 @@ class Score:
 
     kl: KL(teacher || student) in nats per token on the calibration text, over `tokens` tokens; lower is better.
     perplexity: the student's perplexity on the same tokens.
-    share: which part of the scoring text that was. Only scores of the same share compare, and only 1.0 decides.
+    part: which of the `PARTS` parts of the scoring text that was; None is all of it, and only such scores decide.
+    by_part: of a score on all of it, the KL on every part, to which scores on that part compare.
     """
 
     kl: float
     perplexity: float
     tokens: int
-    share: float = 1.0
+    part: int | None = None
+    by_part: tuple[float, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """How much of the scoring text that was."""
+        return 1.0 if self.part is None else 1 / PARTS
+
+
+PARTS = 8
+"""Parts of the scoring text, windows p, p + PARTS, ... each: a plan is scored on one of them or on all."""
 
 
 ActionMenu = Mapping[str, tuple[Action, ...]]

@@ -18,7 +18,7 @@ from compressor.distill import Curve, load_student
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.plan import Plan
-from compressor.search import best, label
+from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.student import Student
 from compressor.text import tokens_digest
@@ -238,12 +238,10 @@ def _trials(problem: Problem, trials: Searches) -> tuple[report.Trial, ...]:
     found = []
     for (name, seed), told in trials.items():
         policy = label(name, seed, trials)
-        spent = 0.0
-        for plan, score in told:
-            spent += score.share
+        for (plan, score), after in zip(told, spent(told), strict=True):
             cost = problem.cost(problem.indices(plan))
             figures = (score.kl, score.perplexity, round(cost["bytes"]), cost["prefill_ms"], cost["decode_ms"])
-            found.append(report.Trial(policy, ceil(spent - 1e-9), *figures, plan.digest, score.share))
+            found.append(report.Trial(policy, ceil(after - 1e-9), *figures, plan.digest, score.share))
     return tuple(found)
 
 

@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 
 from compressor.ledger import Ledger
-from compressor.plan import ActionMenu, Plan, Score, Site
+from compressor.plan import PARTS, ActionMenu, Plan, Score, Site
 from eval.latency import LatencyModel
-from policies import Policy, Problem, Question
+from policies import Meter, Policy, Problem, Question
 
 Trials = Sequence[tuple[Plan, Score]]
 """What a policy asked and was told, in order."""
@@ -56,16 +56,18 @@ class Scorer:
     """Scores questions, none of them twice.
 
     Args:
-        score: (plan, share of the text) -> score.
+        score: (plan, part of the text or None for all of it, its scores on parts that are known) -> score.
     """
 
-    def __init__(self, score: Callable[[Plan, float], Score]):
+    def __init__(self, score: Callable[[Plan, int | None, Mapping[int, Score]], Score]):
         self._score = score
         self.known: dict[Question, Score] = {}
 
     def __call__(self, question: Question) -> Score:
         if question not in self.known:
-            self.known[question] = self._score(question.plan, question.share)
+            asked = {part: Question(question.plan, part) for part in range(PARTS)}
+            parts = {part: self.known[other] for part, other in asked.items() if other in self.known}
+            self.known[question] = self._score(question.plan, question.part, parts)
         return self.known[question]
 
 
@@ -79,31 +81,37 @@ def run_policy(
 ) -> Trials:
     """Let a policy ask until its questions have cost `evaluations` passes over the scoring text.
 
-    A question on a share of the text costs that share; the first one that no longer fits ends the search. What the ledger
+    The first question that would cost more than is left (`Meter`) ends the search. What the ledger
     holds already is told, not scored again. earlier: scores of other searches, told first; they are not in the result.
     """
     for plan, result in earlier:
         policy.tell(plan, result)
     trials: list[tuple[Plan, Score]] = []
-    spent = 0.0
+    meter, spent = Meter(), 0.0
     entries = ledger.entries()
     while True:
         resumed = len(trials) < len(entries)
         if resumed:
             plan, result = entries[len(trials)]
-            question = Question(plan, result.share)
+            question = Question(plan, result.part)
             scorer.known[question] = result
         else:
             question = policy.ask()
-        if spent + question.share > evaluations + 1e-9:
+        if spent + meter.cost(question) > evaluations + 1e-9:
             return trials
         result = scorer(question)
         if not resumed:
             ledger.add(question.plan, result)
-        spent += question.share
+        spent += meter.add(question)
         policy.tell(question.plan, result)
         trials.append((question.plan, result))
         progress(int(spent), evaluations, f"{policy.name}: best KL {best(trials)[1].kl:.4f}")
+
+
+def spent(trials: Trials) -> list[float]:
+    """Evaluations that a search had spent after each of its trials."""
+    meter, total = Meter(), 0.0
+    return [total := total + meter.add(Question(plan, score.part)) for plan, score in trials]
 
 
 def best(trials: Trials) -> tuple[Plan, Score]:

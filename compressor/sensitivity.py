@@ -53,10 +53,10 @@ def sensitivities(
 
 
 def noise_coefficients(
-    executor: Executor, share: float = 0.25, progress: Callable[[int, int], None] = lambda done, total: None
+    executor: Executor, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, float]:
     """KL in nats per token for noise of the size of a site's own weights, by site name, where the KL is still small: a
-    forward pass for every site, on a share of the scoring text."""
+    forward pass for every site, on one part of the scoring text."""
     teacher, student = executor.teacher, executor.student
     alphas, whole = {}, full_plan(teacher.decoder, "fp32", "fp32")
     executor.install(whole)
@@ -66,7 +66,7 @@ def noise_coefficients(
         deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
         noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
         student.install(site, whole[name], noisy)
-        alphas[name] = executor.compare(share).kl / NOISE
+        alphas[name] = executor.compare(0).kl / NOISE
         student.install(site, whole[name], dense)
         progress(index + 1, len(teacher.sites))
     return alphas

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from policies.actor_critic import ActorCritic
-from policies.base import Policy, Question
+from policies.base import Meter, Policy, Question
 from policies.dynamic_programming import DynamicProgramming
 from policies.evolution import Evolution
 from policies.greedy import Greedy
@@ -43,4 +43,4 @@ POLICIES: dict[str, Callable[[Problem, int], Policy]] = {
 }
 """Name -> (problem, seed) -> policy."""
 
-__all__ = ["POLICIES", "Policy", "Problem", "Question"]
+__all__ = ["POLICIES", "Meter", "Policy", "Problem", "Question"]

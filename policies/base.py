@@ -1,7 +1,9 @@
 """The protocol between a policy, which proposes plans, and whoever scores them.
 
-A question is a plan and the share of the scoring text to score it on: many plans on little text, few on all of it. It
-costs that share of an evaluation. Only scores on all of the text decide which plan is best.
+A question is a plan, and the part of the scoring text to score it on or none for all of it: many plans on little text,
+few on all. A part costs its share of an evaluation, and all of the text what the plan was not scored on before
+(`Meter`). Only scores on all of the text decide which plan is best. What is best on one part is in part best by
+chance, so policies go from part to part.
 
 A policy is a function of (problem, seed, history) and nothing else: `ask` doesn't change it, so asking twice without a
 `tell` in between gives the same plan, and a new policy that is told the ledger of an interrupted search goes on as
@@ -17,16 +19,33 @@ from typing import Protocol
 
 import numpy as np
 
-from compressor.plan import Plan, Score
+from compressor.plan import PARTS, Plan, Score
 from policies.problem import Problem
 
 
 @dataclass(frozen=True)
 class Question:
-    """A plan, and on which share of the scoring text it shall be scored."""
+    """A plan, and on which of the `PARTS` parts of the scoring text it shall be scored; None is all of it."""
 
     plan: Plan
-    share: float = 1.0
+    part: int | None = None
+
+
+class Meter:
+    """What questions cost, in evaluations, after those that were asked before."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Plan, set[int]] = {}
+
+    def cost(self, question: Question) -> float:
+        return 1 / PARTS if question.part is not None else 1 - len(self._parts.get(question.plan, ())) / PARTS
+
+    def add(self, question: Question) -> float:
+        """Count a question; returns its cost."""
+        cost = self.cost(question)
+        if question.part is not None:
+            self._parts.setdefault(question.plan, set()).add(question.part)
+        return cost
 
 
 class Policy(Protocol):
@@ -40,59 +59,82 @@ class Policy(Protocol):
 
 
 class History:
-    """What a policy was told, in order: `plans` as index arrays [S], `log_kl` in nats, `shares`.
+    """What a policy was told, in order: `plans` as index arrays [S], `log_kl` in nats, `parts`.
 
-    tried: how many scores were on a share below 1.
+    tried: how many scores were on a part of the text.
     """
 
     def __init__(self, problem: Problem):
         self.problem = problem
         self.plans: list[np.ndarray] = []
         self.log_kl: list[float] = []
-        self.shares: list[float] = []
+        self.parts: list[int | None] = []
         self.tried = 0
-        self._seen: dict[bytes, float] = {}
-        self._partial: dict[bytes, float] = {}
+        self._told: dict[bytes, set[int | None]] = {}
+        self._full: dict[int, np.ndarray] = {}
 
     def add(self, plan: Plan, score: Score) -> None:
         self.plans.append(self.problem.indices(plan))
         self.log_kl.append(log_kl(score))
-        self.shares.append(score.share)
-        key = _key(self.plans[-1])
-        self._seen[key] = max(score.share, self._seen.get(key, 0.0))
-        if score.share < 1.0:
+        self.parts.append(score.part)
+        self._told.setdefault(_key(self.plans[-1]), set()).add(score.part)
+        if score.part is None:
+            self._full[len(self) - 1] = np.array([held(kl) for kl in score.by_part])
+        else:
             self.tried += 1
-            self._partial[key] = self.log_kl[-1]
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def __contains__(self, indices: np.ndarray) -> bool:
-        """Whether a plan was told, on whatever share."""
-        return _key(indices) in self._seen
+        """Whether a plan was told, on whatever part."""
+        return _key(indices) in self._told
 
-    def share(self, indices: np.ndarray) -> float:
-        """The largest share on which a plan was told; 0 if it never was."""
-        return self._seen.get(_key(indices), 0.0)
+    def decided(self, indices: np.ndarray) -> bool:
+        """Whether a plan was told on all of the text."""
+        return None in self._told.get(_key(indices), ())
 
-    def partial(self, indices: np.ndarray) -> float | None:
-        """The log KL of a plan on a share below 1; None if it was never told."""
-        return self._partial.get(_key(indices))
+    def untried(self, indices: np.ndarray) -> list[int]:
+        """The parts on which a plan was not told, the one whose turn it is first."""
+        told = self._told.get(_key(indices), ())
+        return [part for p in range(PARTS) if (part := (self.tried + p) % PARTS) not in told]
+
+    def part(self) -> int:
+        """The part of the text whose turn it is to be tried on."""
+        return self.tried % PARTS
+
+    def full(self, told: int | None = None) -> list[int]:
+        """Positions of the scores on all of the text among the first `told`, all if None."""
+        return [n for n in self._full if told is None or n < told]
+
+    def levelled(self, told: int | None = None) -> np.ndarray:
+        """log KL [N] of the first `told` scores; to one on a part is added what all of the text has more than that part, mean
+        over the four best plans that were scored on all of it."""
+        log_kl_N, full = np.array(self.log_kl[:told]), self.full(told)
+        best = [n for n in sorted(full, key=lambda n: self.log_kl[n])[:4] if len(self._full[n])]
+        if best:
+            more_P = np.mean([self.log_kl[n] - self._full[n] for n in best], 0)
+            log_kl_N += [0.0 if part is None else more_P[part] for part in self.parts[:told]]
+        return log_kl_N
 
     def last_full(self) -> int:
         """Position of the newest score on all of the text; -1 if there is none."""
-        return max((n for n, share in enumerate(self.shares) if share == 1.0), default=-1)
+        return max(self._full, default=-1)
 
     def best(self) -> np.ndarray:
         """The plan [S] of least KL among those that fit and were told on all of the text, or else among all."""
-        decides_N = self.problem.fits(np.stack(self.plans)) & (np.array(self.shares) == 1.0)
+        decides_N = self.problem.fits(np.stack(self.plans)) & np.array([part is None for part in self.parts])
         return self.plans[int(np.where(decides_N if decides_N.any() else True, self.log_kl, np.inf).argmin())]
 
 
 def log_kl(score: Score) -> float:
     """log(KL in nats/token), held within 1e-6 and 100 nats; not-a-number, as an unbounded KL, counts as 100."""
-    kl = score.kl if score.kl == score.kl else inf
-    return log(min(max(kl, 1e-6), 100.0))
+    return held(score.kl)
+
+
+def held(kl: float) -> float:
+    """log(KL), within the same bounds."""
+    return log(min(max(kl if kl == kl else inf, 1e-6), 100.0))
 
 
 def generator(seed: int, number: int) -> np.random.Generator:

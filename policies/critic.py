@@ -12,7 +12,8 @@ by Gauss-Newton in the space of scores (iterated Kalman update; Bell & Cathey 19
 fitted to noisy scores from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which
 for a linear model is an exact posterior sample.
 
-A score on a share of the text is log KL + b' + beta' z, with b' and beta' of that share, and noise of its own.
+A score on a part of the text, brought to the level of all of it (`History.levelled`), is log KL + b' + beta' z, and has noise
+of its own.
 
 Departure: the noise of a score grows with its distance to the best one, because the form above is meant for good plans
 and destroyed students say little about them.
@@ -23,7 +24,7 @@ of sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import count
 
 import numpy as np
@@ -47,7 +48,7 @@ GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, flo
 OUTER_STD = (1.5, 0.2, 0.1)
 """Standard deviations of b, beta, gamma."""
 
-SHARE_STD = (0.3, 0.15)
+PART_STD = (0.05, 0.15)
 """Standard deviations of b' and beta'."""
 
 SCALES = (0.2, 0.35, 0.7, 1.0, 1.4)
@@ -57,8 +58,8 @@ NOISE = (0.01, 0.1)
 """Standard deviation of a score, in log KL: of the best plan's within the budget, and its growth for every nat of log KL away
 from it. It stands for what the form above cannot say, too."""
 
-SHARE_NOISE = 0.011
-"""Standard deviation of log KL on the share r of the text, against all of it, is this times sqrt(1/r - 1)."""
+PART_NOISE = 0.025
+"""Standard deviation of log KL on a part of the text, against all of it."""
 
 HOPS = (1, 2, 4, 8)
 """How many sites apart pairs are."""
@@ -85,12 +86,11 @@ class Critic:
         problem: Problem,
         reference: np.ndarray,
         members: int = 9,
-        shares: Sequence[float] = (),
         families: Mapping[str, float] | None = None,
     ):
-        """reference: the prior's best plan [S]; shares: those below 1 on which plans are scored; families: what
-        `families` gave after another search, the prior's mean here."""
-        self.problem, self.shares = problem, np.array(shares)
+        """reference: the prior's best plan [S]; families: what `families` gave after another search, the prior's mean
+        here."""
+        self.problem = problem
         sens_SA = problem.sensitivity_SA / (1 + problem.sensitivity_SA / CAP)
         positive = sens_SA[sens_SA > 0]
         self.floor = 1e-4 * float(np.median(positive)) if len(positive) else 1e-6
@@ -141,27 +141,23 @@ class Critic:
         self.shared |= {f"pairs: {kind}": self.eta + i for kind, i in order.items()}
         self.shared |= {name: self.outer + i for i, name in enumerate(("b", "beta", "gamma"))}
         self.partial = self.outer + len(OUTER_STD)
-        deviations = [*std, *[ETA[1]] * len(order), *OUTER_STD, *SHARE_STD * len(self.shares)]
-        self.std_F = np.array(deviations)
+        self.std_F = np.array([*std, *[ETA[1]] * len(order), *OUTER_STD, *PART_STD])
 
     def _forward(
-        self, theta_F: np.ndarray, plans_BS: np.ndarray, shares_B: np.ndarray | None = None, slopes: bool = False
+        self, theta_F: np.ndarray, plans_BS: np.ndarray, partial_B: np.ndarray | None = None, slopes: bool = False
     ) -> tuple[np.ndarray, ...]:
-        """Plans -> (log KL [B] on shares of the text, log t [B]), and the derivative of log KL by all parameters [B, F]
-        if asked for."""
+        """Plans -> (log KL [B], on a part of the text where `partial_B`, log t [B]), and the derivative of log KL by all
+        parameters [B, F] if asked for."""
         index_KBS = self.index_KSA[:, self.sites, plans_BS]
         weight_KBS = self.weight_KSA[:, self.sites, plans_BS]
         x_BS = np.exp(self.log_sens_SA[self.sites, plans_BS] + (theta_F[index_KBS] * weight_KBS).sum(0))
         root_BQ, total_B = self._total(x_BS, theta_F)
         z_B = np.log(total_B) - self.log_reference
         b, beta, gamma = theta_F[self.outer : self.partial]
-        on_BR = np.zeros((len(plans_BS), 0)) if shares_B is None else shares_B[:, None] == self.shares
-        b_R, beta_R = theta_F[self.partial :: 2], theta_F[self.partial + 1 :: 2]
-        slope_B = 1 + beta
-        y_B = self.log_reference + b + slope_B * z_B + gamma * z_B**2
-        if on_BR.size:
-            slope_B = slope_B + on_BR @ beta_R
-            y_B += on_BR @ b_R + (on_BR @ beta_R) * z_B
+        on_B = np.zeros(len(plans_BS)) if partial_B is None else partial_B.astype(float)
+        b_part, beta_part = theta_F[self.partial :]
+        slope_B = 1 + beta + on_B * beta_part
+        y_B = self.log_reference + b + on_B * b_part + slope_B * z_B + gamma * z_B**2
         if not slopes:
             return y_B, np.log(total_B)
         share_BS = x_BS.copy()
@@ -175,8 +171,7 @@ class Critic:
         for kind in range(self.outer - self.eta):
             slope_BF[:, self.eta + kind] = root_BQ[:, self.kind_Q == kind].sum(1) * by_z_B / total_B
         slope_BF[:, self.outer : self.partial] = np.stack([np.ones(rows), z_B, z_B**2], 1)
-        if on_BR.size:
-            slope_BF[:, self.partial :: 2], slope_BF[:, self.partial + 1 :: 2] = on_BR, on_BR * z_B[:, None]
+        slope_BF[:, self.partial :] = np.stack([on_B, on_B * z_B], 1)
         return y_B, np.log(total_B), slope_BF
 
     def _total(self, x_BS: np.ndarray, theta_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,13 +180,16 @@ class Critic:
         root_BQ = root_BS[:, self.first_Q] * root_BS[:, self.second_Q]
         return root_BQ, np.maximum(sum_B + root_BQ @ theta_F[self.eta : self.outer][self.kind_Q], 0.05 * sum_B)
 
-    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, shares_N: np.ndarray, rng: np.random.Generator) -> None:
-        """Fits all members to everything that was scored. The prior's common scale is the most probable of four."""
+    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, partial_N: np.ndarray, rng: np.random.Generator) -> None:
+        """Fits all members to everything that was scored. The prior's common scale is the most probable of four.
+
+        partial_N: which scores are of a part of the text.
+        """
         fits_N = self.problem.fits(plans_NS)
         best = log_kl_N[fits_N if fits_N.any() else slice(None)].min()
         noise_N = NOISE[0] + NOISE[1] * np.abs(log_kl_N - best)
-        noise_N = np.hypot(noise_N, SHARE_NOISE * np.sqrt(1 / shares_N - 1))
-        told = (plans_NS, shares_N)
+        noise_N = np.hypot(noise_N, PART_NOISE * partial_N)
+        told = (plans_NS, partial_N)
         fits = {c: self._fit_one(told, log_kl_N, noise_N, self.mean_F, c * self.std_F) for c in SCALES}
         self.scale = max(fits, key=lambda c: fits[c][1])
         std_F = self.scale * self.std_F
@@ -218,7 +216,7 @@ class Critic:
     ) -> tuple[np.ndarray, float]:
         """The most probable parameters [F] around a prior mean, and their log evidence (Laplace).
 
-        told: plans [N, S], shares [N].
+        told: plans [N, S], and which scores are of a part [N].
         """
         theta_F, best, best_loss, evidence = prior_F, prior_F, np.inf, -np.inf
         for _ in range(8):

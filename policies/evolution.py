@@ -1,8 +1,8 @@
 """Evolution by level switches: EvoPress (Sieberling et al. 2024, arXiv 2410.14649, algorithm 1).
 
 The best plan so far is the parent; a child lowers some sites and raises as many, so that the cost stays the same. The
-children of a generation are tried on a share of the text, the best of them is scored on all of it (their successive
-halving).
+children of a generation are tried on a part of the text, another one for every generation, and the best of them is
+scored on all of it (their successive halving).
 
 Departures: costs of a step differ between our sites, so of `draws` children the fullest that fits is taken; two stages
 of halving, since a score on all of the text is only some thousand tokens here. The start is the largest uniform plan
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.plan import Plan, Score
+from compressor.plan import PARTS, Plan, Score
 from policies.base import History, Question, generator
 from policies.dynamic_programming import solve
 from policies.problem import Problem
@@ -22,25 +22,25 @@ from policies.uniform import uniform_plans
 
 
 class Evolution:
-    """children: tried in a generation, each on `share` of the text; without any, one child is scored on all of it."""
+    """children: tried in a generation, each on a part of the text; without any, one child is scored on all of it."""
 
     name = "evolution"
 
-    def __init__(self, problem: Problem, seed: int = 0, children: int = 8, share: float = 0.125, draws: int = 8):
+    def __init__(self, problem: Problem, seed: int = 0, children: int = 8, draws: int = 8):
         self.problem, self.seed, self.draws, self.history = problem, seed, draws, History(problem)
-        self.children, self.share = children, share
+        self.children = children
         self.starts = [uniform_plans(problem)[0], solve(problem)]
         self.share_SA = np.where(problem.valid_SA, problem.share_SAD.sum(-1), np.nan)
 
     def ask(self) -> Question:
         history = self.history
         for indices in self.starts:
-            if history.share(indices) < 1.0:
+            if not history.decided(indices):
                 return Question(self.problem.plan(indices))
         begin = history.last_full() + 1
         tried = history.log_kl[begin:]
         if len(tried) < self.children:
-            return Question(self.problem.plan(self._child(history.best())), self.share)
+            return Question(self.problem.plan(self._child(history.best())), len(history.full()) % PARTS)
         if tried:
             return Question(self.problem.plan(history.plans[begin + int(np.argmin(tried))]))
         return Question(self.problem.plan(self._child(history.best())))

@@ -10,7 +10,7 @@ import compressor.bank
 from compressor.bank import Bank
 from compressor.errors import BankError
 from compressor.executor import Executor
-from compressor.plan import DROP, Action, Plan
+from compressor.plan import DROP, PARTS, Action, Plan
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.student import full_plan
 
@@ -127,12 +127,18 @@ def test_scores_are_kl_and_perplexity(bank, tiny, windows):
     assert score.tokens == 256 and score.share == 1.0
 
 
-def test_a_share_of_the_text_is_the_first_tokens_of_every_window(bank, tiny, windows):
+def test_parts_of_the_text_make_up_the_whole(bank, tiny, windows):
     plan = full_plan(tiny.decoder, "w4", "w8")
-    part = Executor(bank, windows[8:12]).score(plan, 0.25)
-    alone = Executor(bank, windows[8:12, :16]).score(plan)
-    assert (part.kl, part.perplexity) == pytest.approx((alone.kl, alone.perplexity), rel=1e-4)
-    assert part.tokens == alone.tokens == 64 and part.share == 0.25
+    executor = Executor(bank, windows[:12])  # the first four parts have two windows
+    whole, parts = executor.score(plan), [executor.score(plan, part) for part in range(PARTS)]
+    assert whole.by_part == pytest.approx([score.kl for score in parts], rel=1e-4)
+    assert [score.tokens for score in parts] == [128] * 4 + [64] * 4 and parts[3].share == 1 / PARTS
+    alone = Executor(bank, windows[3:12:8]).score(plan)
+    assert (parts[3].kl, parts[3].perplexity) == pytest.approx((alone.kl, alone.perplexity), rel=1e-4)
+    for known in ({3: parts[3], 6: parts[6]}, dict(enumerate(parts))):
+        completed = executor.score(plan, known=known)
+        assert completed.kl == pytest.approx(whole.kl, rel=1e-4) and completed.tokens == whole.tokens
+        assert completed.perplexity == pytest.approx(whole.perplexity, rel=1e-4)
 
 
 def test_only_differences_are_installed_and_order_does_not_matter(bank, tiny, windows, monkeypatch):

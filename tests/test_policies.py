@@ -10,7 +10,7 @@ import torch
 
 from compressor.errors import BudgetError
 from compressor.plan import Score
-from policies import POLICIES, Question
+from policies import POLICIES, Meter, Question
 from policies.actor_critic import METRICS, ActorCritic, Memory, Settings
 from policies.base import log_kl
 from policies.critic import CAP, ETA, HOPS, Critic
@@ -38,17 +38,17 @@ def one_thread():
 
 
 def play(policy, score, evaluations):
-    """Plans and scores of a search; a score on a share of the text costs that share."""
-    ledger, spent = [], 0.0
-    while spent + (question := policy.ask()).share <= evaluations:
-        ledger.append((question.plan, score(question.plan, question.share)))
+    """Plans and scores of a search; scores cost what `Meter` says."""
+    ledger, meter, spent = [], Meter(), 0.0
+    while spent + meter.cost(question := policy.ask()) <= evaluations:
+        ledger.append((question.plan, score(question.plan, question.part)))
         policy.tell(*ledger[-1])
-        spent += question.share
+        spent += meter.add(question)
     return ledger
 
 
 def best(ledger):
-    return min(score.kl for _, score in ledger if score.share == 1.0)
+    return min(score.kl for _, score in ledger if score.part is None)
 
 
 # The contract.
@@ -86,13 +86,13 @@ def test_resumes_from_any_point_of_the_ledger(name):
         for plan, result in ledger[:told]:
             policy.tell(plan, result)
         plan, score_then = ledger[told]
-        assert policy.ask() == policy.ask() == Question(plan, score_then.share)
+        assert policy.ask() == policy.ask() == Question(plan, score_then.part)
 
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_no_question_is_asked_twice(name):
     problem, score = landscape(6, blocks=6, tight=0.4)
-    questions = [(plan, result.share) for plan, result in play(POLICIES[name](problem, 0), score, 30)]
+    questions = [(plan, result.part) for plan, result in play(POLICIES[name](problem, 0), score, 30)]
     assert len(set(questions)) == len(questions)
 
 
@@ -237,7 +237,7 @@ def test_greedy_is_near_the_optimum_of_an_additive_toy(budgets):
 def test_critic_starts_as_the_surrogate_and_its_slopes_are_right():
     problem, _ = landscape(0, blocks=3, tight=0.5)
     reference = solve(problem)
-    critic = Critic(problem, reference, members=2, shares=[0.25])
+    critic = Critic(problem, reference, members=2)
     x_S = problem.sensitivity_SA[np.arange(len(reference)), reference]
     x_S = x_S / (1 + x_S / CAP)
     surrogate = x_S.sum() + ETA[0] * sum(np.sqrt(x_S[hop:] * x_S[:-hop]).sum() for hop in HOPS if hop < len(x_S))
@@ -245,10 +245,10 @@ def test_critic_starts_as_the_surrogate_and_its_slopes_are_right():
     rng = np.random.default_rng(0)
     theta_F = critic.std_F * rng.normal(size=len(critic.std_F))
     plans_BS = np.stack([problem.walk(rng.random(problem.valid_SA.shape)) for _ in range(4)])
-    shares_B = np.array([1.0, 0.25, 0.25, 1.0])
-    slope_BF = critic._forward(theta_F, plans_BS, shares_B, slopes=True)[2]
+    partial_B = np.array([False, True, True, False])
+    slope_BF = critic._forward(theta_F, plans_BS, partial_B, slopes=True)[2]
     direction_F = critic.std_F * rng.normal(size=len(critic.std_F))
-    ahead, behind = (critic._forward(theta_F + h * direction_F, plans_BS, shares_B)[0] for h in (1e-5, -1e-5))
+    ahead, behind = (critic._forward(theta_F + h * direction_F, plans_BS, partial_B)[0] for h in (1e-5, -1e-5))
     np.testing.assert_allclose(slope_BF @ direction_F, (ahead - behind) / 2e-5, rtol=1e-4)
 
 
@@ -261,7 +261,7 @@ def test_critic_ranks_plans_that_it_has_not_seen():
     truth = np.array([log_kl(score(problem.plan(p))) for p in plans])
     critic = Critic(problem, solve(problem))
     before = np.corrcoef(critic.predict(plans[60:], 0), truth[60:])[0, 1]
-    critic.fit(plans[:60], truth[:60], np.ones(60), rng)
+    critic.fit(plans[:60], truth[:60], np.zeros(60, bool), rng)
     after = np.corrcoef(critic.predict(plans[60:]).mean(0), truth[60:])[0, 1]
     assert after > max(0.85, before)
 
@@ -271,8 +271,8 @@ def test_a_uniform_plan_that_is_better_than_predicted_is_found_at_once():
     agent = ActorCritic(problem, 0)
     uniform = problem.plan(agent.uniform)
 
-    def surprising(plan, share=1.0):
-        return Score(0.01, 1.01, 1, share) if plan == uniform else score(plan, share)
+    def surprising(plan, part=None):
+        return Score(0.01, 1.01, 1, part) if plan == uniform else score(plan, part)
 
     assert best(play(agent, surprising, 3)) == 0.01
 

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from compressor.plan import DROP, Action, Format, Matrix, Plan, Score, Site
+from compressor.plan import DROP, PARTS, Action, Format, Matrix, Plan, Score, Site
 from policies.problem import Problem
 
 
 class Scorer(Protocol):
-    def __call__(self, plan: Plan, share: float = 1.0) -> Score: ...
+    def __call__(self, plan: Plan, part: int | None = None) -> Score: ...
 
 
 def tiny(
@@ -37,20 +37,22 @@ def tiny(
     limits = {name: room * float(sum(row.mean() for row in rows)) for name, rows in costs.items()}
     problem = Problem(places, menus, sensitivity, costs, dict.fromkeys(names, 0.0), limits)
 
-    def score(plan: Plan, share: float = 1.0) -> Score:
+    def score(plan: Plan, part: int | None = None) -> Score:
         x = np.array([row[i] for row, i in zip(truth, problem.indices(plan))])
         kl = float(x.sum() + interaction * np.sqrt(x[1:] * x[:-1]).sum())
-        return noisy(kl, plan, share)
+        return noisy(kl, plan, part)
 
     return problem, score
 
 
-def noisy(kl: float, plan: Plan, share: float) -> Score:
-    """Less text gives another level, and an error that is the same whenever the plan is scored on that share."""
-    if share < 1.0:
-        rng = np.random.default_rng(int(plan.digest, 16))
-        kl *= float(np.exp(0.1 + 0.011 * np.sqrt(1 / share - 1) * rng.normal()))
-    return Score(kl, float(np.exp(kl)), round(2048 * share), share)
+def noisy(kl: float, plan: Plan, part: int | None) -> Score:
+    """Every part of the text has a level of its own, and an error that is the same whenever the plan is scored on it."""
+    error_P = np.random.default_rng(int(plan.digest, 16)).normal(size=PARTS)
+    factor_P = np.exp(np.linspace(-0.1, 0.2, PARTS) + 0.025 * error_P)
+    by_part = tuple(kl * factor_P / factor_P.mean())
+    if part is not None:
+        return Score(by_part[part], float(np.exp(by_part[part])), 256, part)
+    return Score(kl, float(np.exp(kl)), 2048, by_part=by_part)
 
 
 def site(kind: str, layer: int, units: int, hidden: int = 64) -> Site:
@@ -123,10 +125,10 @@ def landscape(
     limits = {name: fixed[name] + factor * full[name] for name, factor in (limits or {"bytes": tight}).items()}
     problem = Problem(tuple(places), tuple(menus), tuple(sensitivity), costs, fixed, limits)
 
-    def score(plan: Plan, share: float = 1.0) -> Score:
+    def score(plan: Plan, part: int | None = None) -> Score:
         x = np.array([row[i] for row, i in zip(truth, problem.indices(plan))])
         t = x.sum() + 0.5 * np.sqrt(x[1:] * x[:-1]).sum()
         kl = float(12 * (1 - np.exp(-(t + 0.05 * t * t) / 12)))
-        return noisy(kl, plan, share)
+        return noisy(kl, plan, part)
 
     return problem, score
