@@ -10,9 +10,12 @@ reward -log KL at the end.
 
 A round: fit the critic to the ledger; improve the actor on walks that the critic scores (advantage = return - V,
 entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
-2024) propose in imagination; ask for the plans of least predicted log KL, none of them run before. Rounds alternate: one
-tries some plans on a part of the text each, chosen half by the mean and half by a posterior sample of its own (Thompson
-1933, tempered); the next one asks for the plan of least mean on all of it, and only such a score can win.
+2024) propose in imagination, within trust regions around the best plan from half of its sites down to a few (as in TuRBO,
+Eriksson et al. 2019, but all sizes at once). What is proposed minimises the mean moved half-way to a posterior sample of
+its own (Thompson 1933, tempered), and is tried on a part of the text.
+
+Then a race (Maron & Moore 1994): as long as some plan that was tried is expected to be better than the best one, by the
+critic and by its own scores, it is tried on its next part. One that stays ahead on all of them is the new best.
 
 Never worse: the first plan on all of the text is that of dynamic programming; the uniform plan of least sensitivity is
 compared with it on a part, and scored on all of it if it is ahead.
@@ -47,7 +50,6 @@ from policies.uniform import uniform_plans
 
 METRICS = {
     "scored": "scores in the ledger when the round began",
-    "radius": "sites on which the round's plans may differ from the best plan",
     "critic_error": "root mean square error of the critic's fit to the scores on all of the text, in log KL",
     "critic_scale": "the most probable common scale of the critic's corrections; 1 is the prior's own",
     "spread": "mean standard deviation over the ensemble of the proposals' predictions, in log KL",
@@ -94,19 +96,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Settings:
-    """tempered: plans of dynamic programming on perturbed sensitivities
-    that the warm-up tries. tries: plans tried in a round. boldness: weight of a posterior sample against the mean in
-    such a try. steps, walks: of the actor's training.
-    rounds, children: of the search in imagination. members: of the critic's ensemble.
+    """tempered: plans of dynamic programming on perturbed sensitivities that the warm-up tries. tries: plans tried in a
+    round. boldness: weight of a posterior sample against the mean in a try. nearest: sites of the smallest trust region.
+    steps, walks: of the actor's training. rounds, children: of the search in imagination. members: of the critic's
+    ensemble.
     """
 
-    tempered: int = 8
+    tempered: int = 6
     tries: int = 4
     boldness: float = 0.5
-    nearest: int = 6
-    radius: int = 61
-    retries: int = 2
-    enough: int = 3
+    nearest: int = 3
     steps: int = 12
     walks: int = 48
     rounds: int = 40
@@ -137,24 +136,23 @@ class ActorCritic:
         sites = np.arange(len(problem.sites))
         self.uniform = min(uniform_plans(problem), key=lambda plan_S: problem.sensitivity_SA[sites, plan_S].sum())
         self.log: list[dict[str, float]] = []
+        self._fitted = 0, Critic(problem, self.reference, self.settings.members, self.start.families)
         self._proposals: tuple[int, list[np.ndarray]] = (-1, [])
 
     def ask(self) -> Question:
         question = self._warm_up()
         if question is not None:
             return question
-        problem, history, settings = self.problem, self.history, self.settings
-        told = len(history)
-        slot = (history.tried - 1 - settings.tempered) % (settings.tries + settings.retries)
-        if slot == 0 and (sure := self._believed(told, sure=True)) is not None:
-            return Question(problem.plan(sure))
-        if slot >= settings.tries and (likely := self._believed(told)) is not None:
-            return Question(problem.plan(likely), history.untried(likely)[0])
-        begin = told - min(slot, settings.tries)
+        history = self.history
+        slot = (history.tried_plans - 1 - self.settings.tempered) % self.settings.tries
+        if slot == 0 and (hoped := self._hoped()) is not None:
+            untried = history.untried(hoped)
+            return Question(self.problem.plan(hoped), untried[0] if untried else None)
+        begin = len(history) - slot
         if self._proposals[0] != begin:
             self._proposals = begin, self._propose(begin)
         untold = (plan_S for plan_S in self._proposals[1] if plan_S not in history)
-        return Question(problem.plan(next(untold, history.best())), history.part())
+        return Question(self.problem.plan(next(untold, history.best())), history.part())
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
@@ -162,8 +160,8 @@ class ActorCritic:
     def memory(self) -> Memory:
         """What everything told so far leaves to another search."""
         told = len(self.history)
+        critic = self._critic(told)
         rng = generator(self.seed, told)
-        critic = self._critic(told, rng)
         actor, _ = self._actor(critic, rng)
         return Memory(critic.families(), actor.weights())
 
@@ -191,39 +189,33 @@ class ActorCritic:
         log_kl_N = self.history.levelled(max(programmed, uniform) + 1)
         return bool(log_kl_N[uniform] < log_kl_N[programmed])
 
-    def _believed(self, told: int, sure: bool = False) -> np.ndarray | None:
-        """Of the plans that were only tried, the one of which most is hoped; or, if it has to be `sure`, the one of least
-        expected log KL, provided that this is below the best plan's and was seen on enough parts. None if there is none.
+    def _hoped(self) -> np.ndarray | None:
+        """Of the plans that were only tried, the one of least expected log KL, if this is below the best plan's.
 
         The expectation is the critic's, moved to the mean of the plan's scores as far as `MISFIT` against their noise says.
         """
-        history = self.history
+        history, told = self.history, len(self.history)
         plans_NS, log_kl_N, partial_N = self._told(told)
-        open_N = np.array([not history.decided(p) and len(history.untried(p)) > 0 for p in plans_NS])
-        open_N &= self.problem.fits(plans_NS)
+        fits_N = self.problem.fits(plans_NS)
+        open_N = fits_N & [not history.decided(plan_S) for plan_S in plans_NS]
         if not open_N.any():
             return None
         plans_PS, place_N = np.unique(plans_NS[open_N], axis=0, return_inverse=True)
         count_P = np.bincount(place_N.ravel())
         seen_P = np.bincount(place_N.ravel(), log_kl_N[open_N]) / count_P
-        predicted_P = self._critic(told, generator(self.seed, told)).predict(plans_PS).mean(0)
-        precision_P = count_P / PART_NOISE**2
-        deviation_P = (1 / MISFIT**2 + precision_P) ** -0.5
-        expected_P = predicted_P + (seen_P - predicted_P) * precision_P * deviation_P**2
-        if not sure:
-            return plans_PS[(expected_P - deviation_P).argmin()]
-        best = log_kl_N[~partial_N & self.problem.fits(plans_NS)].min(initial=np.inf)
-        expected_P[count_P < self.settings.enough] = np.inf
-        return plans_PS[expected_P.argmin()] if expected_P.min() < best else None
+        predicted_P = self._critic(told).predict(plans_PS).mean(0)
+        expected_P = predicted_P + (seen_P - predicted_P) / (1 + (PART_NOISE / MISFIT) ** 2 / count_P)
+        likely = expected_P.argmin()
+        return plans_PS[likely] if expected_P[likely] < log_kl_N[fits_N & ~partial_N].min() else None
 
     def _propose(self, begin: int) -> list[np.ndarray]:
         """The fresh plans of a round, in the order in which they are asked for, and some to spare."""
-        settings, problem, history = self.settings, self.problem, self.history
+        settings, problem, best_S = self.settings, self.problem, self.history.best()
         plans_NS, log_kl_N, partial_N = self._told(begin)
         seen = {plan_S.tobytes() for plan_S in plans_NS}
         rng = generator(self.seed, begin)
 
-        critic = self._critic(begin, rng)
+        critic = self._critic(begin)
         predicted_N = critic.predict(plans_NS).mean(0)
         actor, metrics = self._actor(critic, rng)
         walks_BS = actor.walk(256).plans_BS
@@ -232,26 +224,25 @@ class ActorCritic:
         from_actor = 0
         ranked_N = predicted_N.argsort()
         elite_PS = plans_NS[ranked_N[problem.fits(plans_NS[ranked_N])][:6]]
-        best_S = history.best()
-        radius = self._radius(begin)
         for slot in range(settings.tries):
-            acquire = acquisition(critic, 1 + (begin + slot) % (settings.members - 1), settings.boldness)
-            programmed_S = solve(problem, critic.terms_ESA[1 + (begin + slot) % (settings.members - 1)], width=300)
-            pool_PS = np.concatenate([best_S[None], elite_PS, programmed_S[None], walks_BS])
-            origin_P = np.arange(len(pool_PS)) > len(elite_PS) + 1
-            near_P = (pool_PS != best_S).sum(1) <= radius
-            pool_PS, origin_P = pool_PS[near_P], origin_P[near_P]
-            ranked_PS, origin_P = exchange(problem, pool_PS, origin_P, acquire, settings, rng, best_S, radius)
-            unseen = [(p, o) for p, o in zip(ranked_PS, origin_P) if p.tobytes() not in seen]
-            proposals += [p for p, _ in unseen[:1]]
-            seen |= {p.tobytes() for p, _ in unseen[:1]}
-            from_actor += sum(int(o) for _, o in unseen[:1])
-        spare = [p for p, _ in unseen[1:]] + [random_plan(problem, rng) for _ in range(50)]
-        predicted_EB = critic.predict(np.stack(proposals or [history.best()]))
+            member = 1 + (begin + slot) % (settings.members - 1)
+            region = Region(problem, best_S, max(len(problem.sites) >> (slot + 1), settings.nearest))
+            programmed_S = solve(problem, critic.terms_ESA[member], width=300)
+            pool_PS, origin_P = region.reach(
+                np.concatenate([elite_PS, programmed_S[None], walks_BS]), len(elite_PS), rng
+            )
+            ranked_PS, origin_P = exchange(
+                region, pool_PS, origin_P, acquisition(critic, member, settings.boldness), settings, rng
+            )
+            fresh = [(p, o) for p, o in zip(ranked_PS, origin_P) if p.tobytes() not in seen]
+            proposals += [p for p, _ in fresh[:1]]
+            seen |= {p.tobytes() for p, _ in fresh[:1]}
+            from_actor += sum(int(o) for _, o in fresh[:1])
+        spare = [p for p, _ in fresh[1:]] + [random_plan(problem, rng) for _ in range(50)]
+        predicted_EB = critic.predict(np.stack(proposals or [best_S]))
         self.log.append(
             {
                 "scored": begin,
-                "radius": radius,
                 "critic_error": float(np.sqrt(np.mean((predicted_N - log_kl_N)[~partial_N] ** 2))),
                 "critic_scale": critic.scale,
                 "spread": float(predicted_EB.std(0).mean()),
@@ -263,29 +254,19 @@ class ActorCritic:
         )
         return proposals + [p for p in spare if p.tobytes() not in seen]
 
-    def _radius(self, begin: int) -> int:
-        """On how many sites a proposal of the round may differ from the best plan: half as many after every full score
-        that was no better, twice as many after one that was."""
-        radius, least = self.settings.radius, np.inf
-        for number in self.history.full(begin):
-            log_kl = self.history.log_kl[number]
-            if np.isfinite(least):
-                radius = radius * 2 if log_kl < least else radius // 2
-            radius = min(max(radius, self.settings.nearest), len(self.problem.sites))
-            least = min(least, log_kl)
-        return radius
-
     def _told(self, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first `begin` plans [N, S] that were told, their levelled log KL, and which are of a part of the text [N]."""
         history = self.history
         partial_N = np.array([part is not None for part in history.parts[:begin]])
         return np.stack(history.plans[:begin]), history.levelled(begin), partial_N
 
-    def _critic(self, begin: int, rng: np.random.Generator) -> Critic:
-        """A critic that is fitted to the first `begin` scores."""
-        critic = Critic(self.problem, self.reference, self.settings.members, self.start.families)
-        critic.fit(*self._told(begin), rng)
-        return critic
+    def _critic(self, told: int) -> Critic:
+        """A critic that is fitted to the first `told` scores."""
+        if self._fitted[0] != told:
+            critic = Critic(self.problem, self.reference, self.settings.members, self.start.families)
+            critic.fit(*self._told(told), generator(self.seed, told))
+            self._fitted = told, critic
+        return self._fitted[1]
 
     def _actor(self, critic: Critic, rng: np.random.Generator) -> tuple[Actor, dict[str, float]]:
         """An actor after a policy gradient on walks that the critic scores, and its part of `METRICS`."""
@@ -309,23 +290,42 @@ def acquisition(critic: Critic, member: int, boldness: float) -> Callable[[np.nd
     return acquire
 
 
+@dataclass(frozen=True)
+class Region:
+    """The plans within the budget that differ from a centre [S] on at most `radius` sites."""
+
+    problem: Problem
+    centre_S: np.ndarray
+    radius: int
+
+    def holds(self, plans_BS: np.ndarray) -> np.ndarray:
+        """bool [B]."""
+        return ((plans_BS != self.centre_S).sum(1) <= self.radius) & self.problem.fits(plans_BS)
+
+    def reach(self, plans_BS: np.ndarray, others: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The centre, and of every plan as many random sites as the radius allows, put into the centre, as far as that is
+        within the budget; and marks [B], false for the centre and for what comes from the first `others` plans."""
+        order_BS = np.where(plans_BS != self.centre_S, rng.random(plans_BS.shape), 2.0).argsort(1).argsort(1)
+        nearer_BS = np.where(order_BS < self.radius, plans_BS, self.centre_S)
+        fits_B = self.holds(nearer_BS)
+        plans_PS = np.concatenate([self.centre_S[None], nearer_BS[fits_B]])
+        return plans_PS, np.append(False, np.flatnonzero(fits_B) >= others)
+
+
 def exchange(
-    problem: Problem,
+    region: Region,
     plans_PS: np.ndarray,
     origin_P: np.ndarray,
     acquire: Callable[[np.ndarray], np.ndarray],
     settings: Settings,
     rng: np.random.Generator,
-    centre_S: np.ndarray,
-    radius: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Evolution in imagination: children change one to three sites of a parent, must fit, and differ from `centre_S` on at
-    most `radius` sites.
+    """Evolution in imagination: children change one to three sites of a parent and must lie in the region.
 
     acquire: plans [B, S] -> what is minimised [B]. origin_P: a mark that children inherit.
     Returns the survivors, best first, and their marks.
     """
-    sizes_S, count = problem.valid_SA.sum(1), len(problem.sites)
+    sizes_S, count = region.problem.valid_SA.sum(1), len(region.problem.sites)
     values_P = acquire(plans_PS)
     for _ in range(settings.rounds):
         keep = unique_best(plans_PS, values_P, 24)
@@ -338,11 +338,11 @@ def exchange(
             fresh = rng.integers(sizes_S[sites])
             changed = (rng.random(settings.children) < (1.0, 0.9, 0.3)[change]) & (sizes_S[sites] > 1)
             children_BS[rows[changed], sites[changed]] = fresh[changed]
-        fits = problem.fits(children_BS) & ((children_BS != centre_S).sum(1) <= radius)
-        if fits.any():
-            plans_PS = np.concatenate([plans_PS, children_BS[fits]])
-            values_P = np.concatenate([values_P, acquire(children_BS[fits])])
-            origin_P = np.concatenate([origin_P, origin_P[parents[fits]]])
+        inside = region.holds(children_BS)
+        if inside.any():
+            plans_PS = np.concatenate([plans_PS, children_BS[inside]])
+            values_P = np.concatenate([values_P, acquire(children_BS[inside])])
+            origin_P = np.concatenate([origin_P, origin_P[parents[inside]]])
     keep = unique_best(plans_PS, values_P, 24)
     return plans_PS[keep], origin_P[keep]
 

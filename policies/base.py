@@ -61,7 +61,7 @@ class Policy(Protocol):
 class History:
     """What a policy was told, in order: `plans` as index arrays [S], `log_kl` in nats, `parts`.
 
-    tried: how many scores were on a part of the text.
+    tried: how many scores were on a part of the text; tried_plans: how many plans were told on a part first.
     """
 
     def __init__(self, problem: Problem):
@@ -69,7 +69,7 @@ class History:
         self.plans: list[np.ndarray] = []
         self.log_kl: list[float] = []
         self.parts: list[int | None] = []
-        self.tried = 0
+        self.tried = self.tried_plans = 0
         self._told: dict[bytes, set[int | None]] = {}
         self._full: dict[int, np.ndarray] = {}
 
@@ -77,7 +77,9 @@ class History:
         self.plans.append(self.problem.indices(plan))
         self.log_kl.append(log_kl(score))
         self.parts.append(score.part)
-        self._told.setdefault(_key(self.plans[-1]), set()).add(score.part)
+        told = self._told.setdefault(_key(self.plans[-1]), set())
+        self.tried_plans += score.part is not None and not told
+        told.add(score.part)
         if score.part is None:
             self._full[len(self) - 1] = np.array([held(kl) for kl in score.by_part])
         else:

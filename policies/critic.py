@@ -51,10 +51,10 @@ OUTER_STD = (1.5, 0.2, 0.1)
 PART_STD = (0.05, 0.15)
 """Standard deviations of b' and beta'."""
 
-SCALES = (0.2, 0.35, 0.7, 1.0, 1.4)
+SCALES = (0.2, 0.35, 0.7)
 """Common scales of the corrections' deviations, among which the scores choose."""
 
-NOISE = (0.01, 0.1)
+NOISE = (0.02, 0.3)
 """Standard deviation of a score, in log KL: of the best plan's within the budget, and its growth for every nat of log KL away
 from it. It stands for what the form above cannot say, too."""
 
@@ -181,7 +181,7 @@ class Critic:
         return root_BQ, np.maximum(sum_B + root_BQ @ theta_F[self.eta : self.outer][self.kind_Q], 0.05 * sum_B)
 
     def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, partial_N: np.ndarray, rng: np.random.Generator) -> None:
-        """Fits all members to everything that was scored. The prior's common scale is the most probable of four.
+        """Fits all members to everything that was scored. The prior's common scale is the most probable one of `SCALES`.
 
         partial_N: which scores are of a part of the text.
         """
