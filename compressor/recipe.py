@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from compressor.errors import RecipeError
-from compressor.plan import Format
+from compressor.plan import PARTS, Format
 
 PolicyName = Literal[
     "uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "ppo", "actor_critic"
@@ -272,9 +272,9 @@ class SearchSection(Section):
     policy: PolicyName = "actor_critic"
     """Policy whose best plan becomes the student, unless a rival's is better."""
     evaluations: Count = 64
-    """Plans that each policy may have scored; one that is tried on a share of the tokens counts as that share."""
+    """Passes over the tokens that each policy may spend; a plan that is tried on an eighth of them costs an eighth."""
     tokens: Count = 2048
-    """Calibration tokens that score a plan, the same for every plan."""
+    """Calibration tokens that score a plan, the same for every plan; at least eight windows, cut if it takes that."""
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64")
@@ -446,6 +446,8 @@ class Recipe(Section):
         if search.tokens < data.sequence_length:
             least = f"data.sequence_length = {data.sequence_length}"
             yield f"search.tokens = {search.tokens}: expected at least {least}; raise it or shorten the windows"
+        if search.tokens < 2 * PARTS:
+            yield f"search.tokens = {search.tokens}: expected at least {2 * PARTS}, two for each of {PARTS} parts; raise it"
         if search.tokens > data.calibration_tokens:
             most = f"data.calibration_tokens = {data.calibration_tokens}"
             yield f"search.tokens = {search.tokens}: expected at most {most}; lower it or take more calibration tokens"

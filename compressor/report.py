@@ -572,7 +572,7 @@ def _search_part(report: Report) -> str:
     head = ("policy", "evaluations", *(f"best KL of {mark}" for mark in marks), "KL to the best", "found at")
     return (
         "## The search\n\nThe policies at the same budget and the same number of evaluations; KL on the calibration "
-        "tokens of the search. A plan that was tried on a share of them cost that share of an evaluation and cannot win.\n\n"
+        "tokens of the search. A plan that was tried on an eighth of them cost an eighth of an evaluation and cannot win.\n\n"
         "![Best KL so far against evaluations](search.png)\n\n"
         + table(head, rows)
         + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best.\n\n"

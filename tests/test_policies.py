@@ -11,7 +11,7 @@ import torch
 from compressor.errors import BudgetError
 from compressor.plan import Score
 from policies import POLICIES, Meter, Question
-from policies.actor_critic import METRICS, ActorCritic, Memory, Settings
+from policies.actor_critic import METRICS, ActorCritic, Memory, Region, Settings
 from policies.base import log_kl
 from policies.critic import CAP, ETA, HOPS, Critic
 from policies.dynamic_programming import solve
@@ -275,6 +275,32 @@ def test_a_uniform_plan_that_is_better_than_predicted_is_found_at_once():
         return Score(0.01, 1.01, 1, part) if plan == uniform else score(plan, part)
 
     assert best(play(agent, surprising, 3)) == 0.01
+
+
+def test_only_what_stayed_ahead_on_every_part_is_scored_on_all():
+    """And such a score costs nothing more, so the warm-up's two are the only ones that are paid for whole."""
+    problem, score = landscape(1, blocks=4, tight=0.4)
+    agent = ActorCritic(problem, 0, Settings(tempered=3))
+    trials, meter = play(agent, score, 14), Meter()
+    whole = [
+        cost for plan, result in trials if (cost := meter.add(Question(plan, result.part))) and result.part is None
+    ]
+    assert len(whole) <= 2
+    completed = [result.kl for _, result in trials if result.part is None][len(whole) :]
+    assert completed and min(completed) == best(trials)
+
+
+def test_a_region_holds_plans_within_the_budget_that_are_near():
+    problem, _ = landscape(2, blocks=5, tight=0.5)
+    rng = np.random.default_rng(0)
+    centre_S = solve(problem)
+    plans_BS = np.stack([problem.walk(rng.random(problem.valid_SA.shape)) for _ in range(40)])
+    region = Region(problem, centre_S, 3)
+    near_PS, marks_P = region.reach(plans_BS, 10, rng)
+    assert (near_PS[0] == centre_S).all() and 20 < len(near_PS) <= 41 and not marks_P[0]
+    assert 0 < marks_P.sum() <= 30 and region.holds(near_PS).all() and problem.fits(near_PS).all()
+    assert ((near_PS[1:] != centre_S).sum(1) == 3).all()
+    assert not region.holds(plans_BS).any()
 
 
 def test_log_explains_every_metric_and_memory_carries_over(tmp_path):

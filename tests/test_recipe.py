@@ -138,6 +138,10 @@ def test_a_missing_key_says_what_it_means():
         ({"search": {"tokens": 20000}}, "search.tokens = 20000: expected at most data.calibration_tokens = 16384"),
         ({"search": {"tokens": 100}}, "search.tokens = 100: expected at least data.sequence_length = 512"),
         (
+            {"search": {"tokens": 12}, "data": {"sequence_length": 8}},
+            "search.tokens = 12: expected at least 16, two for each of 8 parts",
+        ),
+        (
             {"search": {"embedding_formats": ["int8"]}},
             "search.embedding_formats = ['int8']: int8 quantizes activations",
         ),
