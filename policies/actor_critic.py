@@ -102,7 +102,7 @@ class Settings:
     ensemble.
     """
 
-    tempered: int = 6
+    tempered: int = 8
     tries: int = 4
     boldness: float = 0.5
     nearest: int = 3

@@ -1,0 +1,223 @@
+"""What a user would deploy instead, side by side with a run's student: the same teacher, one machine, one protocol.
+
+    python benchmarks/deployment.py recipes/benchmark-25.yaml runs/benchmark-25 --gguf q8_0.gguf q4_k_m.gguf q4_1.gguf
+
+The run must be finished. Rivals, made from the recipe's teacher and kept in OUT/rivals:
+
+    fp32             the teacher in ONNX Runtime, by our export
+    quantize_dynamic onnxruntime.quantization's int8 of that
+    genai int4       ONNX Runtime GenAI's model builder, int4 for this device (needs onnxruntime-genai)
+    *.gguf           llama.cpp (needs llama-cpp-python); made of the teacher by llama.cpp's own tools, and given here
+
+Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
+texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
+`--rounds`; ratios are to the student of the same round. `of bandwidth`: bytes of a token's weights over the time of a token,
+as a share of the bandwidth with which torch sums a large array. llama.cpp's prefill computes the last token's logits only,
+all others those of every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+
+from compressor import pipeline
+from compressor.export import BenchCalls, OnnxDecoder
+from compressor.files import write_json_atomic
+from compressor.measure import Target, cores, opened, time_models, versions
+from compressor.progress import LineProgress
+from compressor.recipe import Recipe
+from compressor.stages import Stages
+from eval.memory import peak_growth_bytes
+from eval.perplexity import Quality, compare
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One deployed model: a folder for ONNX Runtime, or a GGUF file for llama.cpp."""
+
+    path: Path
+    target: Target
+
+    @property
+    def size_bytes(self) -> int:
+        """Graph and weights, without tokenizer and configuration."""
+        files = [self.path] if self.path.is_file() else self.path.glob("model.onnx*")
+        return sum(file.stat().st_size for file in files)
+
+    @contextmanager
+    def logits(self, length: int) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+        """Token ids [L], at most `length` -> logits [L, V]."""
+        if self.path.is_dir():
+            with OnnxDecoder(self.path, self.target.device, self.target.threads) as decoder:
+                yield decoder.logits
+        else:
+            model = self._llama(length, logits_all=True)
+
+            def logits(ids: np.ndarray) -> np.ndarray:
+                model.reset()
+                model.eval(ids.tolist())
+                return model.scores[: len(ids)]
+
+            yield logits
+            model.close()
+
+    @contextmanager
+    def calls(self) -> Iterator[BenchCalls]:
+        """To be timed: the prefill of an empty cache, and a token on a filled one."""
+        target = self.target
+        if self.path.is_dir():
+            with opened(self.path, target) as calls:
+                yield calls
+        else:
+            model = self._llama(max(target.prefill_tokens, target.context) + 1)
+            ids = np.random.default_rng(0).integers(0, model.n_vocab(), max(target.prefill_tokens, target.context) + 1)
+
+            def prefill() -> None:
+                model.reset()
+                model.eval(ids[: target.prefill_tokens].tolist())
+
+            def decode() -> None:
+                model.n_tokens = target.context  # `eval` drops what lies behind
+                model.eval([int(ids[0])])
+
+            model.eval(ids[: target.context].tolist())
+            yield BenchCalls(prefill, decode, lambda: None)
+            model.close()
+
+    def _llama(self, context: int, logits_all: bool = False):
+        from llama_cpp import Llama
+
+        threads = self.target.threads or cores()
+        return Llama(
+            str(self.path),
+            n_ctx=context,
+            n_batch=context,
+            n_ubatch=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_gpu_layers=0 if self.target.device == "cpu" else -1,
+            logits_all=logits_all,
+            verbose=False,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--gguf", nargs="*", type=Path, default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    progress = LineProgress(sys.stderr)
+    recipe = Recipe.load(options.recipe)
+    run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", progress))
+    student = options.out / recipe.export.folder
+    if not (student / "model.onnx").is_file():
+        raise SystemExit(f"expected the student of a finished run in {student}; run compress {options.recipe} first")
+    folders = {STUDENT: student} | rivals(Path(recipe.model.path), options.out, run.target.device)
+    folders |= {f"llama.cpp {path.stem}": path for path in options.gguf}
+    engines = {name: Engine(path, run.target) for name, path in folders.items()}
+
+    quality = score(engines, run)
+    with run.stages.timed("timing") as report:
+        times = time_models(
+            {name: engine.calls for name, engine in engines.items()}, rounds=options.rounds, progress=report
+        )
+    memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
+    bandwidth = bytes_per_second()
+    ours = times[STUDENT]
+    rows = []
+    for name, engine in engines.items():
+        prefill, decode = times[name].prefill, times[name].decode
+        rows.append(
+            {
+                "model": name,
+                "MB": engine.size_bytes / 1e6,
+                "perplexity": quality[name].perplexity,
+                "KL": quality[name].kl,
+                "prefill ms": prefill.median_ms,
+                "× student": prefill.median_ms / ours.prefill.median_ms,
+                "decode ms": decode.median_ms,
+                "× student ": decode.median_ms / ours.decode.median_ms,
+                "of bandwidth": engine.size_bytes / (decode.median_ms / 1e3) / bandwidth,
+                "peak MB": memory[name] / 1e6,
+            }
+        )
+    print(
+        f"teacher: perplexity {quality['teacher'].perplexity:.2f}; bandwidth {bandwidth / 1e9:.1f} GB/s; {versions()}\n"
+    )
+    print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(v if isinstance(v, str) else f"{v:.3g}" for v in row.values()) + " |")
+    write_json_atomic(options.out / "deployment.json", rows)
+
+
+def rivals(teacher: Path, out: Path, device: str) -> dict[str, Path]:
+    """Folders of the rivals in ONNX Runtime, made where they are missing."""
+    import onnxruntime.quantization
+
+    fp32, dynamic, int4 = out / "stages" / "anchor-fp32", out / "rivals" / "dynamic", out / "rivals" / "genai-int4"
+    if not dynamic.exists():
+        draft = dynamic.with_name("dynamic.draft")
+        draft.mkdir(parents=True, exist_ok=True)
+        onnxruntime.quantization.quantize_dynamic(fp32 / "model.onnx", draft / "model.onnx")
+        draft.rename(dynamic)
+    if not int4.exists():
+        draft = int4.with_name("genai-int4.draft")
+        build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", device]
+        subprocess.run([*build, "-i", str(teacher), "-o", str(draft), "-c", str(draft / "cache")], check=True)
+        draft.rename(int4)
+    return {"fp32": fp32, "quantize_dynamic": dynamic, "genai int4": int4}
+
+
+def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
+    """Perplexity and KL of every engine over all evaluation texts; open one at a time."""
+    network = run.teacher.network
+    windows_NL = run.texts.evaluation_NL.numpy()
+
+    @torch.no_grad()
+    def teacher(ids_L: np.ndarray) -> np.ndarray:
+        return network.logits(network.hidden(torch.from_numpy(ids_L)[None]))[0].float().cpu().numpy()
+
+    found: dict[str, Quality] = {}
+    for name, engine in engines.items():
+        with run.stages.timed(f"quality: {name}") as report, engine.logits(windows_NL.shape[1]) as logits:
+            found |= compare(teacher, {name: logits}, windows_NL, lambda done, total: report(done, total))
+    return found
+
+
+def use(engine: Engine) -> None:
+    """What peak memory is measured of: one prefill and eight tokens."""
+    with engine.calls() as calls:
+        calls.prefill()
+        for _ in range(8):
+            calls.decode()
+
+
+def bytes_per_second(size: int = 1 << 30, repeats: int = 5) -> float:
+    """How fast torch sums a large array, the best of some."""
+    array, best = torch.ones(size // 4), np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        array.sum()
+        best = min(best, time.perf_counter() - start)
+    return size / best
+
+
+if __name__ == "__main__":
+    main()
