@@ -146,14 +146,14 @@ def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path
     assert ours[: len(before)] == before and len(ours) > len(before)
 
 
-def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, tiny_folder, tmp_path):
+def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, tiny_folder, tmp_path, monkeypatch):
     out, _, _ = finished
+    monkeypatch.setattr("policies.actor_critic.tempered", None)  # the warm-up's tries are known: calling it would fail
     search = {**recipe(tiny_folder).to_dict()["search"], "reuse": str(out), "rivals": ["dynamic_programming"]}
     again = pipeline.compress(recipe(tiny_folder, search=search, budget={"bytes": "40%"}), tmp_path / "again")
     assert all(trial.size_bytes <= again.budget[0].limit for trial in again.trials)
     ours = [trial for trial in again.trials if trial.policy == "actor_critic"]
     assert ours[-1].index == 6
-    assert [trial.share for trial in ours[:6]].count(1.0) == 2  # the warm-up's tries are known
 
 
 def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folder, tmp_path, monkeypatch):

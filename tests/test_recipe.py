@@ -138,7 +138,7 @@ def test_a_missing_key_says_what_it_means():
         ({"search": {"tokens": 20000}}, "search.tokens = 20000: expected at most data.calibration_tokens = 16384"),
         ({"search": {"tokens": 100}}, "search.tokens = 100: expected at least data.sequence_length = 512"),
         (
-            {"search": {"tokens": 12}, "data": {"sequence_length": 8}},
+            {"search": {"tokens": 12}, "data": {"calibration": ["a"], "evaluation": ["b"], "sequence_length": 8}},
             "search.tokens = 12: expected at least 16, two for each of 8 parts",
         ),
         (
