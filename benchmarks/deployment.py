@@ -129,7 +129,9 @@ def main() -> None:
     student = options.out / recipe.export.folder
     if not (student / "model.onnx").is_file():
         raise SystemExit(f"expected the student of a finished run in {student}; run compress {options.recipe} first")
-    folders = {STUDENT: student} | rivals(Path(recipe.model.path), options.out, run.target.device)
+    folders = {STUDENT: student} | rivals(
+        Path(recipe.model.path), options.out, run.target.device, run.teacher.network.decoder.head_dim
+    )
     folders |= {f"llama.cpp {path.stem}": path for path in options.gguf}
     engines = {name: Engine(path, run.target) for name, path in folders.items()}
 
@@ -167,9 +169,11 @@ def main() -> None:
     write_json_atomic(options.out / "deployment.json", rows)
 
 
-def rivals(teacher: Path, out: Path, device: str) -> dict[str, Path]:
+def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Path]:
     """Folders of the rivals in ONNX Runtime, made where they are missing."""
+    import onnx
     import onnxruntime.quantization
+    from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
     fp32, dynamic, int4 = out / "stages" / "anchor-fp32", out / "rivals" / "dynamic", out / "rivals" / "genai-int4"
     if not dynamic.exists():
@@ -181,6 +185,9 @@ def rivals(teacher: Path, out: Path, device: str) -> dict[str, Path]:
         draft = int4.with_name("genai-int4.draft")
         build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", device]
         subprocess.run([*build, "-i", str(teacher), "-o", str(draft), "-c", str(draft / "cache")], check=True)
+        graph = onnx.load(draft / "model.onnx", load_external_data=False)
+        make_dim_param_fixed(graph.graph, "kv_cache_dim", head_dim)  # GenAI has it from its configuration
+        onnx.save(graph, draft / "model.onnx")
         draft.rename(int4)
     return {"fp32": fp32, "quantize_dynamic": dynamic, "genai int4": int4}
 
