@@ -11,7 +11,7 @@ The run must be finished. Rivals, made from the recipe's teacher and kept in OUT
 
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
 texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
-`--rounds`; ratios are to the student of the same round. `of bandwidth`: bytes of a token's weights over the time of a token,
+`--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token,
 as a share of the bandwidth with which torch sums a large array. llama.cpp's prefill computes the last token's logits only,
 all others those of every token.
 """
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from compressor.files import write_json_atomic
 from compressor.measure import Target, cores, opened, time_models, versions
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.report import number, table
 from compressor.stages import Stages
 from eval.memory import peak_growth_bytes
 from eval.perplexity import Quality, compare
@@ -163,9 +164,7 @@ def main() -> None:
     print(
         f"teacher: perplexity {quality['teacher'].perplexity:.2f}; bandwidth {bandwidth / 1e9:.1f} GB/s; {versions()}\n"
     )
-    print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(v if isinstance(v, str) else f"{v:.3g}" for v in row.values()) + " |")
+    print(table(list(rows[0]), [[v if isinstance(v, str) else number(v) for v in row.values()] for row in rows]))
     write_json_atomic(options.out / "deployment.json", rows)
 
 
@@ -193,19 +192,11 @@ def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Pa
 
 
 def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
-    """Perplexity and KL of every engine over all evaluation texts; open one at a time."""
-    network = run.teacher.network
+    """Perplexity and KL of the teacher and of every engine over all evaluation texts."""
     windows_NL = run.texts.evaluation_NL.numpy()
-
-    @torch.no_grad()
-    def teacher(ids_L: np.ndarray) -> np.ndarray:
-        return network.logits(network.hidden(torch.from_numpy(ids_L)[None]))[0].float().cpu().numpy()
-
-    found: dict[str, Quality] = {}
-    for name, engine in engines.items():
-        with run.stages.timed(f"quality: {name}") as report, engine.logits(windows_NL.shape[1]) as logits:
-            found |= compare(teacher, {name: logits}, windows_NL, lambda done, total: report(done, total))
-    return found
+    with run.stages.timed("quality") as report, ExitStack() as stack:
+        models = {name: stack.enter_context(engine.logits(windows_NL.shape[1])) for name, engine in engines.items()}
+        return compare(run.teacher.network.array_logits, models, windows_NL, report)
 
 
 def use(engine: Engine) -> None:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from compressor.files import write_bytes_atomic
 from compressor.plan import PARTS, Action, Matrix, Score, Site
 from policies import POLICIES, Meter, Problem, Question
+from policies.critic import PART_NOISE
 from policies.dynamic_programming import perturbed, solve
 
 FILE = Path(__file__).with_suffix(".npz")
@@ -177,7 +178,7 @@ class Landscape:
         indices = self.problem.indices(question.plan)
         found = self.recorded.get(indices.astype(np.int8).tobytes())
         log_kl = float(self.log_kl(indices[None])[0]) if found is None else found
-        error_P = 0.025 * np.random.default_rng(int(question.plan.digest, 16)).normal(size=PARTS)
+        error_P = PART_NOISE * np.random.default_rng(int(question.plan.digest, 16)).normal(size=PARTS)
         by_part = tuple(np.exp(log_kl + error_P)) if question.part is None else ()
         kl = float(np.exp(log_kl + (0.0 if question.part is None else error_P[question.part])))
         return Score(kl, float(np.exp(min(kl, 100.0))), 2048, question.part, by_part)
@@ -242,11 +243,11 @@ def compare(bits: float, policies: Sequence[str], seeds: int, evaluations: int) 
 
 def search(name: str, problem: Problem, seed: int, evaluations: int, landscape: Landscape) -> float:
     """The least KL on all of the text that a policy finds."""
-    policy, meter, spent, least = POLICIES[name](problem, seed), Meter(), 0.0, float("inf")
-    while spent + meter.cost(question := policy.ask()) <= evaluations + 1e-9:
+    policy, meter, least = POLICIES[name](problem, seed), Meter(), float("inf")
+    while meter.allows(question := policy.ask(), evaluations):
         score = landscape.score(question)
         policy.tell(question.plan, score)
-        spent += meter.add(question)
+        meter.add(question)
         least = min(least, score.kl) if question.part is None else least
     return least
 

@@ -127,7 +127,7 @@ def distill(
     if checkpoint.exists():
         start, curve, best = trainer.restore(checkpoint.read_bytes(), student)
     else:
-        curve.held_out.append((0, float(held_out.compare(network)[0].mean())))
+        curve.held_out.append((0, held_out.kl(network)))
     best_kl = min(kl for _, kl in curve.held_out)
     order = _visits(len(tokens_NL), settings)
     last_saved = time.monotonic()
@@ -135,7 +135,7 @@ def distill(
         batch_BL = tokens_NL[order[step * settings.sequences : (step + 1) * settings.sequences]]
         curve.losses.append(trainer.step(teacher, batch_BL, step))
         if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
-            kl = float(held_out.compare(network)[0].mean())
+            kl = held_out.kl(network)
             curve.held_out.append((step + 1, kl))
             if kl < best_kl:
                 best_kl, best, curve.kept_step = kl, trainer.student(), step + 1

@@ -61,14 +61,13 @@ class Executor:
     def compare(self, part: int | None = None, known: Mapping[int, Score] = MappingProxyType({})) -> Score:
         """The student as it is, against the teacher; arguments as in `score`."""
         count, length = self.tokens_NL.shape
-        wanted = [n for n in range(count) if (n % PARTS == part if part is not None else n % PARTS not in known)]
+        wanted = [n for n in range(count) if part in (None, n % PARTS)]
+        fresh = [n for n in wanted if n % PARTS not in known]
         kl_N, nll_N = np.zeros(count), np.zeros(count)
-        if wanted:
-            kl_N[wanted], nll_N[wanted] = self._reference.compare(self.student, wanted)
-        if part is None:
-            for tried, score in known.items():
-                kl_N[tried::PARTS], nll_N[tried::PARTS] = score.kl, math.log(score.perplexity)
-            wanted = list(range(count))
+        for tried, score in known.items():
+            kl_N[tried::PARTS], nll_N[tried::PARTS] = score.kl, math.log(score.perplexity)
+        if fresh:
+            kl_N[fresh], nll_N[fresh] = self._reference.compare(self.student, fresh)
         by_part = tuple(float(kl_N[p::PARTS].mean()) for p in range(PARTS)) if part is None and count >= PARTS else ()
         perplexity = math.exp(min(nll_N[wanted].mean(), 700))
         return Score(max(float(kl_N[wanted].mean()), 0.0), perplexity, len(wanted) * length, part, by_part)
@@ -86,6 +85,10 @@ class Reference:
             p_LV = log_p_LV.exp()
             self.probabilities.append(p_LV)
             self.negative_entropies_L.append((p_LV * log_p_LV).sum(-1, dtype=torch.float64))
+
+    def kl(self, student: Network) -> float:
+        """KL from the teacher in nats per token, over all windows."""
+        return max(float(self.compare(student)[0].mean()), 0.0)
 
     @torch.no_grad()
     def compare(self, student: Network, windows: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -239,6 +240,11 @@ class Network:
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
         return self.model.lm_head(hidden_BLD)
+
+    @torch.no_grad()
+    def array_logits(self, ids_L: np.ndarray) -> np.ndarray:
+        """Token ids [L] -> logits [L, V], for `eval.perplexity`."""
+        return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
 
     def greedy(self, ids_L: Tensor, new_tokens: int, eos: int | None = None) -> list[int]:
         """At most `new_tokens` greedy tokens behind `ids_L`, without a cache; ends behind `eos`."""

@@ -322,7 +322,7 @@ def choose(run: Run, trials: Searches) -> list[Finalist]:
     asks for more than one."""
     vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
     every, wanted = [trial for told in trials.values() for trial in told], run.recipe.distill
-    kls = {plan: score.kl for plan, score in every if score.share == 1.0}
+    kls = {plan: score.kl for plan, score in every if score.part is None}
     plans = finalists(every, wanted.finalists if wanted.steps else 1)
     if len(plans) < 2:
         return [Finalist(plans[0], kls[plans[0]])]

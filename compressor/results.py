@@ -91,11 +91,7 @@ def collect(
 
 def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict[str, Quality]]:
     """Perplexity and KL on every evaluation text, each model as it is deployed: model -> text -> quality."""
-    network, texts = run.teacher.network, run.texts.evaluation
-
-    @torch.no_grad()
-    def teacher(ids_L: np.ndarray) -> np.ndarray:
-        return network.logits(network.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
+    teacher, texts = run.teacher.network.array_logits, run.texts.evaluation
 
     def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
         decoders = {key: OnnxDecoder(folder, run.target.device, run.target.threads) for key, folder in folders.items()}

@@ -81,13 +81,13 @@ def run_policy(
 ) -> Trials:
     """Let a policy ask until its questions have cost `evaluations` passes over the scoring text.
 
-    The first question that would cost more than is left (`Meter`) ends the search. What the ledger
-    holds already is told, not scored again. earlier: scores of other searches, told first; they are not in the result.
+    The first question that would cost more than is left (`Meter`) ends the search. What the ledger holds already is told,
+    not scored again. earlier: scores of other searches, told first; they are not in the result.
     """
     for plan, result in earlier:
         policy.tell(plan, result)
     trials: list[tuple[Plan, Score]] = []
-    meter, spent = Meter(), 0.0
+    meter = Meter()
     entries = ledger.entries()
     while True:
         resumed = len(trials) < len(entries)
@@ -97,21 +97,24 @@ def run_policy(
             scorer.known[question] = result
         else:
             question = policy.ask()
-        if spent + meter.cost(question) > evaluations + 1e-9:
+        if not meter.allows(question, evaluations):
             return trials
         result = scorer(question)
         if not resumed:
             ledger.add(question.plan, result)
-        spent += meter.add(question)
+        meter.add(question)
         policy.tell(question.plan, result)
         trials.append((question.plan, result))
-        progress(int(spent), evaluations, f"{policy.name}: best KL {best(trials)[1].kl:.4f}")
+        progress(int(meter.spent), evaluations, f"{policy.name}: best KL {best(trials)[1].kl:.4f}")
 
 
 def spent(trials: Trials) -> list[float]:
     """Evaluations that a search had spent after each of its trials."""
-    meter, total = Meter(), 0.0
-    return [total := total + meter.add(Question(plan, score.part)) for plan, score in trials]
+    meter, after = Meter(), []
+    for plan, score in trials:
+        meter.add(Question(plan, score.part))
+        after.append(meter.spent)
+    return after
 
 
 def best(trials: Trials) -> tuple[Plan, Score]:
@@ -130,7 +133,7 @@ def finalists(trials: Iterable[tuple[Plan, Score]], most: int) -> list[Plan]:
     found: list[Plan] = []
     for plan, score in sorted(trials, key=lambda trial: trial[1].kl):
         unlike = all(len(plan.diff(other)) * 10 >= len(plan) for other in found)
-        if score.share == 1.0 and unlike and len(found) < most:
+        if score.part is None and unlike and len(found) < most:
             found.append(plan)
     return found
 

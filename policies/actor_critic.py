@@ -136,7 +136,7 @@ class ActorCritic:
         sites = np.arange(len(problem.sites))
         self.uniform = min(uniform_plans(problem), key=lambda plan_S: problem.sensitivity_SA[sites, plan_S].sum())
         self.log: list[dict[str, float]] = []
-        self._fitted = 0, Critic(problem, self.reference, self.settings.members, self.start.families)
+        self._fitted = 0, Critic(problem, self.reference, settings.members, self.start.families)
         self._proposals: tuple[int, list[np.ndarray]] = (-1, [])
 
     def ask(self) -> Question:
@@ -180,7 +180,7 @@ class ActorCritic:
         return None
 
     def _uniform_is_ahead(self) -> bool:
-        """Of dynamic programming's plan, by its first score, which is one on a part."""
+        """Of dynamic programming's plan, by the first score of each, as levels were then."""
         plans = self.history.plans
         programmed, uniform = (
             next(n for n, plan_S in enumerate(plans) if (plan_S == wanted_S).all())
@@ -228,9 +228,8 @@ class ActorCritic:
             member = 1 + (begin + slot) % (settings.members - 1)
             region = Region(problem, best_S, max(len(problem.sites) >> (slot + 1), settings.nearest))
             programmed_S = solve(problem, critic.terms_ESA[member], width=300)
-            pool_PS, origin_P = region.reach(
-                np.concatenate([elite_PS, programmed_S[None], walks_BS]), len(elite_PS), rng
-            )
+            others_PS = np.concatenate([elite_PS, programmed_S[None]])
+            pool_PS, origin_P = region.reach(np.concatenate([others_PS, walks_BS]), len(others_PS), rng)
             ranked_PS, origin_P = exchange(
                 region, pool_PS, origin_P, acquisition(critic, member, settings.boldness), settings, rng
             )
@@ -261,12 +260,12 @@ class ActorCritic:
         return np.stack(history.plans[:begin]), history.levelled(begin), partial_N
 
     def _critic(self, told: int) -> Critic:
-        """A critic that is fitted to the first `told` scores."""
-        if self._fitted[0] != told:
-            critic = Critic(self.problem, self.reference, self.settings.members, self.start.families)
+        """The critic, fitted to the first `told` scores."""
+        fitted, critic = self._fitted
+        if fitted != told:
             critic.fit(*self._told(told), generator(self.seed, told))
             self._fitted = told, critic
-        return self._fitted[1]
+        return critic
 
     def _actor(self, critic: Critic, rng: np.random.Generator) -> tuple[Actor, dict[str, float]]:
         """An actor after a policy gradient on walks that the critic scores, and its part of `METRICS`."""

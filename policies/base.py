@@ -32,10 +32,18 @@ class Question:
 
 
 class Meter:
-    """What questions cost, in evaluations, after those that were asked before."""
+    """What questions cost, in evaluations, after those that were asked before.
+
+    spent: by all questions so far.
+    """
 
     def __init__(self) -> None:
+        self.spent = 0.0
         self._parts: dict[Plan, set[int]] = {}
+
+    def allows(self, question: Question, evaluations: float) -> bool:
+        """Whether a question can be asked within so many evaluations in all."""
+        return self.spent + self.cost(question) <= evaluations + 1e-9
 
     def cost(self, question: Question) -> float:
         return 1 / PARTS if question.part is not None else 1 - len(self._parts.get(question.plan, ())) / PARTS
@@ -45,6 +53,7 @@ class Meter:
         cost = self.cost(question)
         if question.part is not None:
             self._parts.setdefault(question.plan, set()).add(question.part)
+        self.spent += cost
         return cost
 
 
@@ -104,6 +113,10 @@ class History:
     def part(self) -> int:
         """The part of the text whose turn it is to be tried on."""
         return self.tried % PARTS
+
+    def generation_part(self) -> int:
+        """The part on which a generation is tried, all of it on the same one; a score on all of the text ends it."""
+        return len(self._full) % PARTS
 
     def full(self, told: int | None = None) -> list[int]:
         """Positions of the scores on all of the text among the first `told`, all if None."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.plan import PARTS, Plan, Score
+from compressor.plan import Plan, Score
 from policies.base import History, Question, generator
 from policies.dynamic_programming import solve
 from policies.problem import Problem
@@ -40,7 +40,7 @@ class Evolution:
         begin = history.last_full() + 1
         tried = history.log_kl[begin:]
         if len(tried) < self.children:
-            return Question(self.problem.plan(self._child(history.best())), len(history.full()) % PARTS)
+            return Question(self.problem.plan(self._child(history.best())), history.generation_part())
         if tried:
             return Question(self.problem.plan(history.plans[begin + int(np.argmin(tried))]))
         return Question(self.problem.plan(self._child(history.best())))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.plan import PARTS, Plan, Score
+from compressor.plan import Plan, Score
 from policies.actor import Actor, Training
 from policies.base import History, Question, generator
 from policies.dynamic_programming import solve
@@ -47,7 +47,7 @@ class Ppo:
         if self._proposals[0] != begin:
             self._proposals = begin, self._walks(begin)
         untold = (indices for indices in self._proposals[1] if indices not in history)
-        return Question(problem.plan(next(untold, self.reference)), len(history.full()) % PARTS)
+        return Question(problem.plan(next(untold, self.reference)), history.generation_part())
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

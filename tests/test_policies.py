@@ -39,11 +39,11 @@ def one_thread():
 
 def play(policy, score, evaluations):
     """Plans and scores of a search; scores cost what `Meter` says."""
-    ledger, meter, spent = [], Meter(), 0.0
-    while spent + meter.cost(question := policy.ask()) <= evaluations:
+    ledger, meter = [], Meter()
+    while meter.allows(question := policy.ask(), evaluations):
         ledger.append((question.plan, score(question.plan, question.part)))
         policy.tell(*ledger[-1])
-        spent += meter.add(question)
+        meter.add(question)
     return ledger
 
 
