@@ -39,10 +39,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compressor.plan import Plan, Score
+from compressor.plan import PARTS, Plan, Score
 from policies.actor import Actor, Training
 from policies.base import History, Question, generator
-from policies.critic import PART_NOISE, Critic
+from policies.critic import Critic, part_noise
 from policies.dynamic_programming import solve, tempered
 from policies.problem import Problem
 from policies.random import random_plan
@@ -144,15 +144,19 @@ class ActorCritic:
         if question is not None:
             return question
         history = self.history
-        slot = (history.tried_plans - 1 - self.settings.tempered) % self.settings.tries
+        slot = (history.tried - 1 - self.settings.tempered) % self.settings.tries
         if slot == 0 and (hoped := self._hoped()) is not None:
-            untried = history.untried(hoped)
-            return Question(self.problem.plan(hoped), untried[0] if untried else None)
+            return self._next(hoped)
         begin = len(history) - slot
         if self._proposals[0] != begin:
             self._proposals = begin, self._propose(begin)
         untold = (plan_S for plan_S in self._proposals[1] if plan_S not in history)
-        return Question(self.problem.plan(next(untold, history.best())), history.part())
+        return self._next(next(untold, history.best()))
+
+    def _next(self, plan_S: np.ndarray) -> Question:
+        """A plan on its next part, or on all of the text when it was told on all parts."""
+        untried = self.history.untried(plan_S)
+        return Question(self.problem.plan(plan_S), untried[0] if untried else None)
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)
@@ -172,46 +176,28 @@ class ActorCritic:
         if not history.decided(self.reference):
             return Question(problem.plan(self.reference))
         if self.uniform not in history:
-            return Question(problem.plan(self.uniform), history.part())
-        if not history.decided(self.uniform) and self._uniform_is_ahead():
-            return Question(problem.plan(self.uniform))
+            return self._next(self.uniform)
         if history.tried < 1 + self.settings.tempered:
-            return Question(problem.plan(tempered(problem, self.seed, history)), history.part())
+            return self._next(tempered(problem, self.seed, history))
         return None
-
-    def _uniform_is_ahead(self) -> bool:
-        """Of dynamic programming's plan, by the first score of each, as levels were then."""
-        plans = self.history.plans
-        programmed, uniform = (
-            next(n for n, plan_S in enumerate(plans) if (plan_S == wanted_S).all())
-            for wanted_S in (self.reference, self.uniform)
-        )
-        log_kl_N = self.history.levelled(max(programmed, uniform) + 1)
-        return bool(log_kl_N[uniform] < log_kl_N[programmed])
 
     def _hoped(self) -> np.ndarray | None:
         """Of the plans that were only tried, the one of least expected log KL, if this is below the best plan's.
 
         The expectation is the critic's, moved to the mean of the plan's scores as far as `MISFIT` against their noise says.
         """
-        history, told = self.history, len(self.history)
-        plans_NS, log_kl_N, partial_N = self._told(told)
-        fits_N = self.problem.fits(plans_NS)
-        open_N = fits_N & [not history.decided(plan_S) for plan_S in plans_NS]
-        if not open_N.any():
-            return None
-        plans_PS, place_N = np.unique(plans_NS[open_N], axis=0, return_inverse=True)
-        count_P = np.bincount(place_N.ravel())
-        seen_P = np.bincount(place_N.ravel(), log_kl_N[open_N]) / count_P
+        told = len(self.history)
+        plans_PS, log_kl_P, parts_P = self.history.estimates(told)
         predicted_P = self._critic(told).predict(plans_PS).mean(0)
-        expected_P = predicted_P + (seen_P - predicted_P) / (1 + (PART_NOISE / MISFIT) ** 2 / count_P)
-        likely = expected_P.argmin()
-        return plans_PS[likely] if expected_P[likely] < log_kl_N[fits_N & ~partial_N].min() else None
+        trust_P = 1 / (1 + (part_noise(parts_P) / MISFIT) ** 2)
+        expected_P = predicted_P + trust_P * (log_kl_P - predicted_P)
+        likely = np.where(self.problem.fits(plans_PS), expected_P, np.inf).argmin()
+        return plans_PS[likely] if not self.history.decided(plans_PS[likely]) else None
 
     def _propose(self, begin: int) -> list[np.ndarray]:
         """The fresh plans of a round, in the order in which they are asked for, and some to spare."""
         settings, problem, best_S = self.settings, self.problem, self.history.best()
-        plans_NS, log_kl_N, partial_N = self._told(begin)
+        plans_NS, log_kl_N, parts_N = self.history.estimates(begin)
         seen = {plan_S.tobytes() for plan_S in plans_NS}
         rng = generator(self.seed, begin)
 
@@ -242,28 +228,22 @@ class ActorCritic:
         self.log.append(
             {
                 "scored": begin,
-                "critic_error": float(np.sqrt(np.mean((predicted_N - log_kl_N)[~partial_N] ** 2))),
+                "critic_error": float(np.sqrt(np.mean((predicted_N - log_kl_N)[parts_N == PARTS] ** 2))),
                 "critic_scale": critic.scale,
                 "spread": float(predicted_EB.std(0).mean()),
                 "predicted": float(predicted_EB.mean(0).min()),
-                "best": float(log_kl_N[~partial_N].min()),
+                "best": float(log_kl_N[parts_N == PARTS].min()),
                 **metrics,
                 "from_actor": from_actor,
             }
         )
         return proposals + [p for p in spare if p.tobytes() not in seen]
 
-    def _told(self, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first `begin` plans [N, S] that were told, their levelled log KL, and which are of a part of the text [N]."""
-        history = self.history
-        partial_N = np.array([part is not None for part in history.parts[:begin]])
-        return np.stack(history.plans[:begin]), history.levelled(begin), partial_N
-
     def _critic(self, told: int) -> Critic:
         """The critic, fitted to the first `told` scores."""
         fitted, critic = self._fitted
         if fitted != told:
-            critic.fit(*self._told(told), generator(self.seed, told))
+            critic.fit(*self.history.estimates(told), generator(self.seed, told))
             self._fitted = told, critic
         return critic
 

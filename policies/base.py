@@ -22,6 +22,10 @@ import numpy as np
 from compressor.plan import PARTS, Plan, Score
 from policies.problem import Problem
 
+LUCK = 0.1
+"""How much better than the best plan, as a share, one part may say that a plan is on the others: one that repairs what is broken
+on that part, as an attention sink that was lost, gains there alone."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -70,7 +74,7 @@ class Policy(Protocol):
 class History:
     """What a policy was told, in order: `plans` as index arrays [S], `log_kl` in nats, `parts`.
 
-    tried: how many scores were on a part of the text; tried_plans: how many plans were told on a part first.
+    tried: how many plans were told on a part first.
     """
 
     def __init__(self, problem: Problem):
@@ -78,7 +82,7 @@ class History:
         self.plans: list[np.ndarray] = []
         self.log_kl: list[float] = []
         self.parts: list[int | None] = []
-        self.tried = self.tried_plans = 0
+        self.tried = 0
         self._told: dict[bytes, set[int | None]] = {}
         self._full: dict[int, np.ndarray] = {}
 
@@ -87,12 +91,10 @@ class History:
         self.log_kl.append(log_kl(score))
         self.parts.append(score.part)
         told = self._told.setdefault(_key(self.plans[-1]), set())
-        self.tried_plans += score.part is not None and not told
+        self.tried += score.part is not None and not told
         told.add(score.part)
         if score.part is None:
             self._full[len(self) - 1] = np.array([held(kl) for kl in score.by_part])
-        else:
-            self.tried += 1
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -106,13 +108,9 @@ class History:
         return None in self._told.get(_key(indices), ())
 
     def untried(self, indices: np.ndarray) -> list[int]:
-        """The parts on which a plan was not told, the one whose turn it is first."""
-        told = self._told.get(_key(indices), ())
-        return [part for p in range(PARTS) if (part := (self.tried + p) % PARTS) not in told]
-
-    def part(self) -> int:
-        """The part of the text whose turn it is to be tried on."""
-        return self.tried % PARTS
+        """The parts on which a plan was not told, the one on which the best plan does worst first."""
+        told, best_P = self._told.get(_key(indices), ()), self._best_by_part()
+        return [part for part in (-best_P).argsort(kind="stable").tolist() if part not in told]
 
     def generation_part(self) -> int:
         """The part on which a generation is tried, all of it on the same one; a score on all of the text ends it."""
@@ -122,15 +120,27 @@ class History:
         """Positions of the scores on all of the text among the first `told`, all if None."""
         return [n for n in self._full if told is None or n < told]
 
-    def levelled(self, told: int | None = None) -> np.ndarray:
-        """log KL [N] of the first `told` scores; to one on a part is added what all of the text has more than that part, mean
-        over the four best plans that were scored on all of it."""
-        log_kl_N, full = np.array(self.log_kl[:told]), self.full(told)
-        best = [n for n in sorted(full, key=lambda n: self.log_kl[n])[:4] if len(self._full[n])]
-        if best:
-            more_P = np.mean([self.log_kl[n] - self._full[n] for n in best], 0)
-            log_kl_N += [0.0 if part is None else more_P[part] for part in self.parts[:told]]
-        return log_kl_N
+    def estimates(self, told: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the first `told` scores say: every plan once [N, S], its log KL on all of the text [N], and on how many parts it
+        was scored [N].
+
+        Where a plan was not scored it has the best plan's KL times its ratio to the best plan on the parts where it was
+        (geometric mean, each held above 1 - `LUCK`).
+        """
+        known: dict[bytes, np.ndarray] = {}
+        for plan_S, value, part in zip(self.plans[:told], self.log_kl[:told], self.parts[:told]):
+            known_P = known.setdefault(_key(plan_S), np.full(PARTS, np.nan))
+            known_P[slice(None) if part is None else part] = value
+        plans_NS = np.stack([np.frombuffer(key, np.int16) for key in known]).astype(int)
+        known_NP, best_P = np.stack(list(known.values())), self._best_by_part(told)
+        ratio_N1 = np.nanmean(np.maximum(known_NP - best_P, log(1 - LUCK)), axis=1, keepdims=True)
+        assumed_NP = np.where(np.isnan(known_NP), best_P + ratio_N1, known_NP)
+        return plans_NS, np.log(np.exp(assumed_NP).mean(1)), (~np.isnan(known_NP)).sum(1)
+
+    def _best_by_part(self, told: int | None = None) -> np.ndarray:
+        """log KL [P] on every part of the best plan that fits and was scored on all of them; 0 if there is none."""
+        full = [n for n in self.full(told) if len(self._full[n]) and self.problem.fits(self.plans[n])]
+        return self._full[min(full, key=lambda n: self.log_kl[n])] if full else np.zeros(PARTS)
 
     def last_full(self) -> int:
         """Position of the newest score on all of the text; -1 if there is none."""

@@ -29,7 +29,7 @@ from itertools import count
 
 import numpy as np
 
-from compressor.plan import Action, Format, Site
+from compressor.plan import PARTS, Action, Format, Site
 from policies.problem import Problem
 
 GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, float]]]] = {
@@ -60,6 +60,12 @@ from it. It stands for what the form above cannot say, too."""
 
 PART_NOISE = 0.025
 """Standard deviation of log KL on a part of the text, against all of it."""
+
+
+def part_noise(parts_N: np.ndarray) -> np.ndarray:
+    """Standard deviation [N] of what scores on so many parts say of log KL on all of the text (`History.estimates`)."""
+    return PART_NOISE * np.sqrt(1 / parts_N - 1 / PARTS)
+
 
 HOPS = (1, 2, 4, 8)
 """How many sites apart pairs are."""
@@ -180,16 +186,16 @@ class Critic:
         root_BQ = root_BS[:, self.first_Q] * root_BS[:, self.second_Q]
         return root_BQ, np.maximum(sum_B + root_BQ @ theta_F[self.eta : self.outer][self.kind_Q], 0.05 * sum_B)
 
-    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, partial_N: np.ndarray, rng: np.random.Generator) -> None:
+    def fit(self, plans_NS: np.ndarray, log_kl_N: np.ndarray, parts_N: np.ndarray, rng: np.random.Generator) -> None:
         """Fits all members to everything that was scored. The prior's common scale is the most probable one of `SCALES`.
 
-        partial_N: which scores are of a part of the text.
+        parts_N: on how many parts of the text they were scored.
         """
         fits_N = self.problem.fits(plans_NS)
         best = log_kl_N[fits_N if fits_N.any() else slice(None)].min()
         noise_N = NOISE[0] + NOISE[1] * np.abs(log_kl_N - best)
-        noise_N = np.hypot(noise_N, PART_NOISE * partial_N)
-        told = (plans_NS, partial_N)
+        noise_N = np.hypot(noise_N, part_noise(parts_N))
+        told = (plans_NS, parts_N < PARTS)
         fits = {c: self._fit_one(told, log_kl_N, noise_N, self.mean_F, c * self.std_F) for c in SCALES}
         self.scale = max(fits, key=lambda c: fits[c][1])
         std_F = self.scale * self.std_F

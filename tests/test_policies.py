@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from compressor.errors import BudgetError
-from compressor.plan import Score
+from compressor.plan import PARTS, Score
 from policies import POLICIES, Meter, Question
 from policies.actor_critic import METRICS, ActorCritic, Memory, Region, Settings
-from policies.base import log_kl
+from policies.base import LUCK, History, log_kl
 from policies.critic import CAP, ETA, HOPS, Critic
 from policies.dynamic_programming import solve
 from policies.greedy import best_actions
@@ -261,7 +261,7 @@ def test_critic_ranks_plans_that_it_has_not_seen():
     truth = np.array([log_kl(score(problem.plan(p))) for p in plans])
     critic = Critic(problem, solve(problem))
     before = np.corrcoef(critic.predict(plans[60:], 0), truth[60:])[0, 1]
-    critic.fit(plans[:60], truth[:60], np.zeros(60, bool), rng)
+    critic.fit(plans[:60], truth[:60], np.full(60, PARTS), rng)
     after = np.corrcoef(critic.predict(plans[60:]).mean(0), truth[60:])[0, 1]
     assert after > max(0.85, before)
 
@@ -288,6 +288,24 @@ def test_only_what_stayed_ahead_on_every_part_is_scored_on_all():
     assert len(whole) <= 2
     completed = [result.kl for _, result in trials if result.part is None][len(whole) :]
     assert completed and min(completed) == best(trials)
+
+
+def test_a_part_says_little_of_the_others_where_a_plan_repairs_what_is_broken_on_it():
+    problem, _ = landscape(1, blocks=3, tight=0.5)
+    best_S, repaired_S, worse_S = (problem.walk(np.random.default_rng(n).random(problem.valid_SA.shape)) for n in range(3))
+    history, kl_P = History(problem), np.array([1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    history.add(problem.plan(best_S), Score(kl_P.mean(), 3.0, 800, by_part=tuple(kl_P)))
+    assert history.untried(repaired_S)[0] == 3  # where the best plan does worst
+    history.add(problem.plan(repaired_S), Score(1.0, 3.0, 100, 3))
+    history.add(problem.plan(worse_S), Score(2.2, 3.0, 100, 3))
+    plans_NS, log_kl_N, parts_N = history.estimates()
+    assert (plans_NS == [best_S, repaired_S, worse_S]).all() and list(parts_N) == [PARTS, 1, 1]
+    expected = [kl_P.mean(), (1.0 + 7 * (1 - LUCK)) / 8, 1.1 * kl_P.mean()]
+    np.testing.assert_allclose(np.exp(log_kl_N), expected)
+    for part in history.untried(repaired_S):
+        history.add(problem.plan(repaired_S), Score(0.99, 3.0, 100, part))
+    assert history.untried(repaired_S) == []
+    np.testing.assert_allclose(np.exp(history.estimates()[1][1]), (1.0 + 7 * 0.99) / 8)
 
 
 def test_a_region_holds_plans_within_the_budget_that_are_near():
