@@ -12,13 +12,14 @@ A round: fit the critic to the ledger; improve the actor on walks that the criti
 entropy bonus); let the actor, dynamic programming and level switches around the best plans (EvoPress, Sieberling et al.
 2024) propose in imagination, within trust regions around the best plan from half of its sites down to a few (as in TuRBO,
 Eriksson et al. 2019, but all sizes at once). What is proposed minimises the mean moved half-way to a posterior sample of
-its own (Thompson 1933, tempered), and is tried on a part of the text.
+its own (Thompson 1933, tempered), and is tried on a part of the text: the one on which the best plan does worst. What a plan
+breaks, as the attention sink of a window (Xiao et al. 2023), it breaks on some parts only, and mending it pays most.
 
 Then a race (Maron & Moore 1994): as long as some plan that was tried is expected to be better than the best one, by the
 critic and by its own scores, it is tried on its next part. One that stays ahead on all of them is the new best.
 
-Never worse: the first plan on all of the text is that of dynamic programming; the uniform plan of least sensitivity is
-compared with it on a part, and scored on all of it if it is ahead.
+Never worse: the first plan on all of the text is that of dynamic programming; the first in the race against it is the uniform
+plan of least sensitivity.
 
 Departures: no bootstrapped targets (walks are short and imagined, so the return is known); networks are trained anew
 every round from the ledger alone, so that an interrupted search resumes exactly; the features are relative
@@ -182,9 +183,9 @@ class ActorCritic:
         return None
 
     def _hoped(self) -> np.ndarray | None:
-        """Of the plans that were only tried, the one of least expected log KL, if this is below the best plan's.
+        """The plan [S] of least expected log KL, if it was not yet scored on all of the text.
 
-        The expectation is the critic's, moved to the mean of the plan's scores as far as `MISFIT` against their noise says.
+        The expectation is the critic's, moved to what the plan's scores say as far as `MISFIT` against their noise allows.
         """
         told = len(self.history)
         plans_PS, log_kl_P, parts_P = self.history.estimates(told)

@@ -23,7 +23,7 @@ from compressor.plan import PARTS, Plan, Score
 from policies.problem import Problem
 
 LUCK = 0.1
-"""How much better than the best plan, as a share, one part may say that a plan is on the others: one that repairs what is broken
+"""How much better than the best plan, as a share, one part may say that a plan is on the others: one that mends what was broken
 on that part, as an attention sink that was lost, gains there alone."""
 
 
@@ -121,8 +121,8 @@ class History:
         return [n for n in self._full if told is None or n < told]
 
     def estimates(self, told: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the first `told` scores say: every plan once [N, S], its log KL on all of the text [N], and on how many parts it
-        was scored [N].
+        """What the first `told` scores say: every plan once [N, S], its log KL on all of the text [N], and on how many parts
+        it was scored [N].
 
         Where a plan was not scored it has the best plan's KL times its ratio to the best plan on the parts where it was
         (geometric mean, each held above 1 - `LUCK`).

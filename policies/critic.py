@@ -12,8 +12,7 @@ by Gauss-Newton in the space of scores (iterated Kalman update; Bell & Cathey 19
 fitted to noisy scores from a prior mean drawn from the prior (randomized maximum likelihood, Oliver et al. 1996), which
 for a linear model is an exact posterior sample.
 
-A score on a part of the text, brought to the level of all of it (`History.levelled`), is log KL + b' + beta' z, and has noise
-of its own.
+What scores on some parts say of all of the text (`History.estimates`) is log KL + b' + beta' z, and has noise of its own.
 
 Departure: the noise of a score grows with its distance to the best one, because the form above is meant for good plans
 and destroyed students say little about them.
@@ -59,13 +58,7 @@ NOISE = (0.02, 0.3)
 from it. It stands for what the form above cannot say, too."""
 
 PART_NOISE = 0.025
-"""Standard deviation of log KL on a part of the text, against all of it."""
-
-
-def part_noise(parts_N: np.ndarray) -> np.ndarray:
-    """Standard deviation [N] of what scores on so many parts say of log KL on all of the text (`History.estimates`)."""
-    return PART_NOISE * np.sqrt(1 / parts_N - 1 / PARTS)
-
+"""Standard deviation of log KL on a part of the text, against what all of it says of that part."""
 
 HOPS = (1, 2, 4, 8)
 """How many sites apart pairs are."""
@@ -253,6 +246,11 @@ class Critic:
         z_B = np.log(total_B) - self.log_reference
         b, beta, gamma = theta_F[self.outer : self.partial]
         return self.log_reference + b + (1 + beta) * z_B + gamma * z_B**2
+
+
+def part_noise(parts_N: np.ndarray) -> np.ndarray:
+    """Standard deviation [N] of log KL on all of the text, as estimated from so many parts of it."""
+    return PART_NOISE * np.sqrt(1 / parts_N - 1 / PARTS)
 
 
 def _bits(action: Action) -> int:

@@ -292,7 +292,9 @@ def test_only_what_stayed_ahead_on_every_part_is_scored_on_all():
 
 def test_a_part_says_little_of_the_others_where_a_plan_repairs_what_is_broken_on_it():
     problem, _ = landscape(1, blocks=3, tight=0.5)
-    best_S, repaired_S, worse_S = (problem.walk(np.random.default_rng(n).random(problem.valid_SA.shape)) for n in range(3))
+    best_S, repaired_S, worse_S = (
+        problem.walk(np.random.default_rng(n).random(problem.valid_SA.shape)) for n in range(3)
+    )
     history, kl_P = History(problem), np.array([1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     history.add(problem.plan(best_S), Score(kl_P.mean(), 3.0, 800, by_part=tuple(kl_P)))
     assert history.untried(repaired_S)[0] == 3  # where the best plan does worst
