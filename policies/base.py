@@ -23,8 +23,8 @@ from compressor.plan import PARTS, Plan, Score
 from policies.problem import Problem
 
 LUCK = 0.1
-"""How much better than the best plan, as a share, one part may say that a plan is on the others: one that mends what was broken
-on that part, as an attention sink that was lost, gains there alone."""
+"""How much better than the best plan, as a share, one part may say that a plan is on the others: one that mends what was
+broken on that part, as an attention sink that was lost, gains there alone."""
 
 
 @dataclass(frozen=True)
