@@ -12,8 +12,8 @@ The run must be finished. Rivals, made from the recipe's teacher and kept in OUT
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
 texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
 `--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token,
-as a share of the bandwidth with which torch sums a large array. llama.cpp's prefill computes the last token's logits only,
-all others those of every token.
+as a share of the bandwidth with which torch sums a large array. A prefill ends with the logits of the last token, but for
+GenAI's graph, which has those of every token.
 """
 
 from __future__ import annotations

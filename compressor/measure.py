@@ -39,6 +39,7 @@ class Target:
             "threads": self.threads,
             "runtime": f"onnxruntime {runtime_version()}",
             "prefill_tokens": self.prefill_tokens,
+            "prefill_logits": 1,
             "context": self.context,
         }
 
@@ -106,7 +107,7 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     """The teacher in torch, as calls to be timed; on the network's device, with torch's own number of threads."""
     ids_BL = torch.zeros(1, target.prefill_tokens, dtype=torch.int64)
     step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
-    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)), step, lambda: None)
+    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)[:, -1:]), step, lambda: None)
 
 
 def peak_memory_bytes(folder: Path, target: Target) -> int:
@@ -116,7 +117,7 @@ def peak_memory_bytes(folder: Path, target: Target) -> int:
 
 def _use(folder: Path, target: Target) -> None:
     with OnnxDecoder(folder, target.device, target.threads) as decoder:
-        _, cache = decoder.prefill(np.zeros(target.prefill_tokens, np.int64))
+        _, cache = decoder.prefill(np.zeros(target.prefill_tokens, np.int64), keep=1)
         for _ in range(8):
             _, cache = decoder.step(0, cache)
 

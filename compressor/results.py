@@ -310,7 +310,8 @@ def _protocol(run: Run) -> str:
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
         f"({', '.join(run.texts.evaluation)}), every token but "
         f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it. Prefill: "
-        f"{target.prefill_tokens} tokens into an empty cache. Decode: one token behind {target.context} cached ones. "
+        f"{target.prefill_tokens} tokens into an empty cache, to the logits of the last. Decode: one token behind "
+        f"{target.context} cached ones. "
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
         "growth of resident memory in a fresh process over loading, one prefill and eight decoded tokens."
     )

@@ -11,6 +11,7 @@ import torch
 
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes, layout, read_student, site_stack
+from compressor.export.graph import KEEP
 from compressor.export.runtime import check_provider
 from compressor.folder import save_folder
 from compressor.model import load_teacher
@@ -160,6 +161,20 @@ def test_prefill_and_steps_give_the_logits_of_the_whole(seed, formats, tolerance
         assert np.array_equal(model.step(IDS[-1], before)[0], parts[-1]), "a step changed the cache it was given"
 
 
+def test_the_logits_of_the_last_tokens_alone_are_those_of_the_whole(tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        whole, cache = model.prefill(IDS)
+        for keep in (1, 3, len(IDS)):
+            logits, shorter = model.prefill(IDS, keep)
+            assert logits.shape[0] == keep and distance(logits, whole[-keep:]) < 1e-6
+            assert distance(model.step(1, shorter)[0], model.step(1, cache)[0]) < 1e-6
+        # runtimes that do not know this input need not feed it
+        assert {value.name for value in model._session.get_inputs()} >= {"input_ids", "attention_mask"}
+        assert KEEP not in {value.name for value in model._session.get_inputs()}
+
+
 def test_generate_is_greedy_and_ends_at_eos(tmp_path):
     decoder = tiny()
     made = student(decoder, uniform(decoder, "fp32"))
@@ -306,7 +321,7 @@ def test_a_closed_decoder_says_so(tmp_path):
     export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
     with OnnxDecoder(tmp_path, threads=1) as model:
         calls = model.bench_callables(prefill_tokens=8, context=5)
-        assert calls.prefill()[0].shape == (8, decoder.vocabulary)
+        assert calls.prefill()[0].shape == (1, decoder.vocabulary)
         assert calls.decode()[1].length == calls.decode()[1].length == 6
     with pytest.raises(RuntimeTargetError, match="closed"):
         model.logits(IDS)
@@ -321,5 +336,6 @@ def test_stacks_run_for_every_kind_of_site(name, tied):
             calls = site_stack(decoder, site, Action(site.units, name), 2, prefill_tokens=8, context=5, threads=1)
             for call, length in ((calls.prefill, 8), (calls.decode, 1)):
                 output = call()[0].numpy()
-                assert output.shape[:2] == (1, length) and np.isfinite(output).all()
+                has_logits = site.layer is None and (tied or site.kind == "head")
+                assert output.shape[:2] == (1, 1 if has_logits else length) and np.isfinite(output).all()
             calls.close()

@@ -23,6 +23,9 @@ from compressor.student import Decoder
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
 
+KEEP = "num_logits_to_keep"
+"""Input with a default (an initializer that may be overridden), int64 scalar: logits of so many last positions; 0 is all."""
+
 Store = Callable[[str, np.ndarray], ir.TensorProtocol]
 """(name, array) -> the tensor, in memory or in a data file."""
 
@@ -58,6 +61,11 @@ class GraphBuilder:
 
     def input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
         self.inputs.append(ir.val(name, dtype, shape))
+        return self.inputs[-1]
+
+    def default(self, name: str, array: np.ndarray) -> ir.Value:
+        """An input that need not be fed."""
+        self.inputs.append(self.small(name, array))
         return self.inputs[-1]
 
     def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
@@ -146,6 +154,13 @@ def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.V
         return rows
     bounds = {"slice_start": 0, "slice_stop": weight.columns, "slice_axis": 2}
     return b.op("Slice", [rows, *(b.small(k, np.array([v], np.int64)) for k, v in bounds.items())], f"{name}.out")
+
+
+def last(b: GraphBuilder, x: ir.Value, keep: ir.Value) -> ir.Value:
+    """The `keep` last positions of x [B, S, D], all if it is 0: what is behind it costs a fraction of a prefill then."""
+    one, end = b.small("one", np.array([1], np.int64)), b.small("end_of_sequence", np.array([2**63 - 1], np.int64))
+    start = b.op("Reshape", [b.op("Neg", [keep], f"{x.name}.start"), one], f"{x.name}.starts")
+    return b.op("Slice", [x, start, end, one], f"{x.name}.last")
 
 
 # -- sub-layers --
@@ -262,8 +277,8 @@ def decoder_model(
 
     Inputs: input_ids [B, S] int64; attention_mask [B, past + S] int64;
     past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] float32, i numbers the attentions that are left: the
-    names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps.
-    Outputs: logits [B, S, V] float32; present.{i}.key and .value.
+    names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps; `KEEP`, which need not be fed.
+    Outputs: logits [B, S, V] float32, or of the last positions only (`KEEP`); present.{i}.key and .value.
     """
     b = GraphBuilder(store)
     ids = b.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
@@ -282,10 +297,10 @@ def decoder_model(
             attention(b, stream, site.layer, next(caches), heads, decoder.head_dim, matrices, gain, positions)
         else:
             feed_forward(b, stream, site.layer, matrices, gain)
-    x = stream.norm("norm", vectors["norm"])
+    x = last(b, stream.norm("norm", vectors["norm"]), b.default(KEEP, np.array(0, np.int64)))
     name = "embedding" if decoder.tied else "head"
     logits = linear(b, x, name, table if decoder.tied else matrices((name,)), "logits")
-    b.output(logits, "logits", ["batch", "sequence", decoder.vocabulary])
+    b.output(logits, "logits", ["batch", "kept", decoder.vocabulary])
     return b.model()
 
 
@@ -293,8 +308,8 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
     """`copies` repetitions of one site, each with its own tensors; for timing.
 
     attention, ffn: norm, site, residual in a chain; input `x` [B, S, D], mask and caches as in the whole model.
-    embedding: lookup and final norm from `input_ids`, and the head's product where the table is tied.
-    head: final norm of `x` and product.
+    embedding: lookup and final norm from `input_ids`, and the head's product at the last position where the table is tied.
+    head: final norm of `x` and product at the last position.
     """
     b = GraphBuilder(store)
     gain = np.ones(decoder.hidden, np.float32)
@@ -309,7 +324,7 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
             x = embedding(b, source, name, weight) if kind == "embedding" else source
             y = Stream(b, x, decoder.norm_epsilon).norm(f"{name}.norm", gain)
             if kind == "head" or decoder.tied:
-                y = linear(b, y, name, weight, f"{name}.logits")
+                y = linear(b, last(b, y, b.small("keep", np.array(1, np.int64))), name, weight, f"{name}.logits")
             b.output(y, f"{name}.end", ["batch", "sequence", "width"])
         return b.model()
     stream = Stream(b, source, decoder.norm_epsilon)

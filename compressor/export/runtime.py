@@ -18,7 +18,7 @@ import onnxruntime as ort
 from compressor.errors import RuntimeTargetError
 from compressor.export.exact import exact_graph
 from compressor.export.files import GRAPH_FILE
-from compressor.export.graph import stack_model
+from compressor.export.graph import KEEP, stack_model
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
 from compressor.student import Decoder
@@ -68,6 +68,7 @@ class _Runner:
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         self._cache_shapes = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
         self._has_mask = "attention_mask" in inputs
+        self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def past(self, length: int, rng: np.random.Generator | None = None) -> dict[str, ort.OrtValue]:
@@ -79,15 +80,20 @@ class _Runner:
         return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()}
 
     def run(
-        self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int
+        self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int, keep: int = 0
     ) -> tuple[ort.OrtValue, dict[str, ort.OrtValue]]:
-        """Feed `array` [1, S, ...] as input `name`; (first output, in host memory; cache inputs of the next run)."""
+        """Feed `array` [1, S, ...] as input `name`; (first output, in host memory; cache inputs of the next run).
+
+        keep: logits of so many last positions, all if it is 0 or if the graph is an older one that cannot choose.
+        """
         if self._session is None:
             raise RuntimeTargetError("this session is closed; open the folder again")
         binding = self._session.io_binding()
         binding.bind_cpu_input(name, array)
         if self._has_mask:
             binding.bind_cpu_input("attention_mask", np.ones((1, past_length + array.shape[1]), np.int64))
+        if keep and self._can_keep:
+            binding.bind_ortvalue_input(KEEP, ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64)))
         for key, value in past.items():
             binding.bind_ortvalue_input(key, value)
         for output in self._outputs:
@@ -119,7 +125,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class BenchCalls:
-    """Two calls without arguments, to be timed: a prefill of an empty cache, and one decoded token on a filled one."""
+    """Two calls without arguments, to be timed: a prefill of an empty cache to the logits of its last token, and one decoded
+    token on a filled one."""
 
     prefill: Callable[[], object]
     decode: Callable[[], object]
@@ -150,20 +157,20 @@ class OnnxDecoder(_Runner):
         """The execution provider that runs this model."""
         return self._session.get_providers()[0]
 
-    def prefill(self, ids: np.ndarray) -> tuple[np.ndarray, Cache]:
-        """Token ids [S] -> (logits [S, V], cache)."""
-        return self.extend(ids, Cache(0, self.past(0)))
+    def prefill(self, ids: np.ndarray, keep: int = 0) -> tuple[np.ndarray, Cache]:
+        """Token ids [S] -> (logits [S, V], or of the `keep` last positions only, cache)."""
+        return self.extend(ids, Cache(0, self.past(0)), keep)
 
     def step(self, token: int, cache: Cache) -> tuple[np.ndarray, Cache]:
         """One more token -> (logits [V], the longer cache); `cache` stays as it is."""
         logits, cache = self.extend(np.array([token]), cache)
         return logits[0], cache
 
-    def extend(self, ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
-        """More tokens [S] behind `cache` -> (logits [S, V], the longer cache)."""
+    def extend(self, ids: np.ndarray, cache: Cache, keep: int = 0) -> tuple[np.ndarray, Cache]:
+        """More tokens [S] behind `cache` -> (logits [S, V], or of the `keep` last positions only, the longer cache)."""
         ids = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
-        logits, values = self.run("input_ids", ids, cache.values, cache.length)
-        return logits.numpy()[0], Cache(cache.length + ids.shape[1], values)
+        logits, values = self.run("input_ids", ids, cache.values, cache.length, keep)
+        return logits.numpy()[0][-keep:], Cache(cache.length + ids.shape[1], values)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Token ids [S] -> logits [S, V]."""
@@ -171,7 +178,7 @@ class OnnxDecoder(_Runner):
 
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
         """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
-        logits, cache = self.prefill(ids)
+        logits, cache = self.prefill(ids, keep=1)
         made = [int(logits[-1].argmax())]
         while len(made) < new_tokens and made[-1] != eos:
             logits_V, cache = self.step(made[-1], cache)
@@ -179,12 +186,15 @@ class OnnxDecoder(_Runner):
         return made[:new_tokens]
 
     def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
-        """Calls to be timed: `prefill_tokens` tokens at once, and one token behind `context` cached ones."""
+        """Calls to be timed: `prefill_tokens` tokens at once to the logits of the last, and one token behind `context` cached
+        ones."""
         vocabulary = self._session.get_outputs()[0].shape[-1]
         rng = np.random.default_rng(0)
         ids = rng.integers(0, vocabulary, max(prefill_tokens, context))
         cache = self.prefill(ids[:context])[1] if context else Cache(0, self.past(0))
-        return BenchCalls(lambda: self.prefill(ids[:prefill_tokens]), lambda: self.step(int(ids[0]), cache), self.close)
+        return BenchCalls(
+            lambda: self.prefill(ids[:prefill_tokens], keep=1), lambda: self.step(int(ids[0]), cache), self.close
+        )
 
 
 def site_stack(
