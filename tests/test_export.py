@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from compressor.errors import BankError, RuntimeTargetError
-from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes, layout, read_student, site_stack
+from compressor.export import (
+    OnnxDecoder,
+    export_onnx,
+    export_random,
+    exported_bytes,
+    fixed_bytes,
+    layout,
+    read_student,
+    site_stack,
+)
 from compressor.export.graph import KEEP
 from compressor.export.runtime import check_provider
 from compressor.folder import save_folder
@@ -314,6 +323,17 @@ def test_genai_reads_the_folder(seed, tiny_folder, tmp_path):
         generator.generate_next_token()
     with OnnxDecoder(tmp_path) as decoder:
         assert list(generator.get_sequence(0)) == ids + decoder.generate(np.array(ids), 12)
+
+
+def test_a_model_with_random_weights_has_the_shape_and_size_of_the_plan(tmp_path):
+    decoder = tiny()
+    plan = drawn(decoder, 3)
+    export_random(decoder, plan, tmp_path / "random")
+    export_onnx(student(decoder, plan), tmp_path / "student")
+    assert exported_bytes(tmp_path / "random") == exported_bytes(tmp_path / "student")
+    read_student(tmp_path / "random", decoder, plan)
+    with OnnxDecoder(tmp_path / "random", threads=1) as model:
+        assert model.logits(IDS).shape == (len(IDS), decoder.vocabulary)
 
 
 def test_a_closed_decoder_says_so(tmp_path):

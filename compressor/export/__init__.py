@@ -8,7 +8,7 @@ exact.py     the same graph without the rounding of activations, to compare with
 runtime.py   sessions on the device asked for, generation, calls to be timed
 """
 
-from compressor.export.files import export_onnx, exported_bytes, fixed_bytes, read_student
+from compressor.export.files import export_onnx, export_random, exported_bytes, fixed_bytes, read_student
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
 from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, site_stack
@@ -18,6 +18,7 @@ __all__ = [
     "Cache",
     "OnnxDecoder",
     "export_onnx",
+    "export_random",
     "exported_bytes",
     "fixed_bytes",
     "genai_config",

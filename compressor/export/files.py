@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import BankError
-from compressor.export.graph import decoder_model
+from compressor.export.graph import Matrices, decoder_model
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Plan, aligned
 from compressor.quantize import Weight
@@ -31,15 +31,38 @@ def export_onnx(student: Student, folder: Path) -> None:
 
     A reader never sees a graph with another export's weights: the old graph goes first, the new one comes last.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    graph_path, data_path = folder / GRAPH_FILE, folder / DATA_FILE
-    data_draft, graph_draft = (path.with_name(f".{path.name}.draft") for path in (data_path, graph_path))
 
     def matrices(names: tuple[str, ...]) -> Stored:
         return Stored.of(Weight.concatenate([student.matrices[name] for name in names]))
 
     vectors = {name: vector.detach().float().numpy() for name, vector in student.vectors.items()}
+    _write(student.decoder, student.plan, matrices, vectors, Path(folder))
+
+
+def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
+    """Write a model of a plan's shape with random weights, for timing."""
+    rng, shapes, formats = np.random.default_rng(0), {}, {}
+    for site in decoder.sites():
+        for matrix in site.matrices:
+            shapes[matrix.name] = matrix.shape(plan[site.name].keep, site.units)
+            formats[matrix.name] = Format.parse(plan[site.name].format)
+
+    def matrices(names: tuple[str, ...]) -> Stored:
+        return Stored.random(formats[names[0]], sum(shapes[name][0] for name in names), shapes[names[0]][1], rng)
+
+    gain = np.ones(decoder.hidden, np.float32)
+    _write(decoder, plan, matrices, _gains(decoder, gain), Path(folder))
+
+
+def _gains(decoder: Decoder, gain: np.ndarray) -> dict[str, np.ndarray]:
+    """The same gain for every norm."""
+    return {"norm": gain} | {f"{site.name}.norm": gain for site in decoder.sites() if site.layer is not None}
+
+
+def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[str, np.ndarray], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    graph_path, data_path = folder / GRAPH_FILE, folder / DATA_FILE
+    data_draft, graph_draft = (path.with_name(f".{path.name}.draft") for path in (data_path, graph_path))
     try:
         with open(data_draft, "wb") as data:
 
@@ -49,7 +72,7 @@ def export_onnx(student: Student, folder: Path) -> None:
                 data.write(np.ascontiguousarray(array).data)
                 return tensor
 
-            model = decoder_model(student.decoder, student.plan, matrices, vectors, store)
+            model = decoder_model(decoder, plan, matrices, vectors, store)
             data.flush()
             os.fsync(data.fileno())
         graph_draft.write_bytes(_serialize(model))
@@ -112,8 +135,7 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
-    gain = np.broadcast_to(np.float32(0), (decoder.hidden,))
-    gains = {"norm": gain} | {f"{site.name}.norm": gain for site in sites if site.layer is not None}
+    gains = _gains(decoder, np.broadcast_to(np.float32(0), (decoder.hidden,)))
     return len(_serialize(decoder_model(decoder, plan, matrices, gains, store)))
 
 

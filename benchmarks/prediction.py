@@ -1,0 +1,100 @@
+"""How well the latency table predicts whole models: random plans, predicted and measured.
+
+    python benchmarks/prediction.py recipes/benchmark-controllers.yaml runs/prediction --plans 12
+
+The plans are of the recipe's menu, each with formats and widths of its own, so that they differ in size and not only in
+order; their weights are random. They are timed as reports time models: one open at a time, in turns. The table is the one of
+the run in OUT, made if it isn't there. Prints a line a plan; writes OUT/prediction.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+
+from compressor import pipeline
+from compressor.export import export_random, exported_bytes
+from compressor.files import write_json_atomic
+from compressor.measure import opened, time_models
+from compressor.plan import Action, Plan, Site
+from compressor.progress import LineProgress
+from compressor.recipe import Recipe
+from compressor.stages import Stages
+
+PHASES = ("prefill", "decode")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    progress = LineProgress(sys.stderr)
+    run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
+    latency = pipeline.measure_latency(run)
+    decoder, folder = run.teacher.network.decoder, options.out / "prediction"
+    plans = {f"plan {n}": drawn(decoder.sites(), run.menu, np.random.default_rng(n)) for n in range(options.plans)}
+    try:
+        for name, plan in plans.items():
+            export_random(decoder, plan, folder / name)
+        with run.stages.timed("timing") as report:
+            models = {name: partial(opened, folder / name, run.target) for name in plans}
+            times = time_models(models, rounds=options.rounds, progress=report)
+        rows = []
+        for name, plan in plans.items():
+            predicted, measured = latency.model.predict(plan), times[name]
+            row: dict[str, str | float] = {"plan": name, "MB": exported_bytes(folder / name) / 1e6}
+            for phase in PHASES:
+                row[f"{phase} predicted"] = getattr(predicted, phase)
+                row[f"{phase} measured"] = getattr(measured, phase).median_ms
+                row[f"{phase} error"] = row[f"{phase} predicted"] / row[f"{phase} measured"] - 1
+            rows.append(row)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(table(rows))
+    write_json_atomic(options.out / "prediction.json", rows)
+
+
+def drawn(sites: Sequence[Site], menu: Mapping[str, Sequence[Action]], rng: np.random.Generator) -> Plan:
+    """Every site's action by a weight of its format and of its width, which are drawn once a plan."""
+    formats = sorted({action.format for actions in menu.values() for action in actions})
+    by_format = dict(zip(formats, rng.dirichlet(np.full(len(formats), 0.5)), strict=True))
+    narrowness = rng.exponential(2.0)
+    chosen = []
+    for site in sites:
+        weights_A = np.array([by_format[a.format] * np.exp(narrowness * a.keep / site.units) for a in menu[site.name]])
+        chosen.append((site.name, menu[site.name][rng.choice(len(weights_A), p=weights_A / weights_A.sum())]))
+    return Plan(tuple(chosen))
+
+
+def table(rows: Sequence[Mapping[str, str | float]]) -> str:
+    """Markdown, and the errors' median and largest size."""
+    lines = [
+        "| plan | MB | prefill predicted | measured | error | decode predicted | measured | error |",
+        "| --- " * 8 + "|",
+    ]
+    for row in rows:
+        cells = [str(row["plan"]), f"{row['MB']:.1f}"]
+        for phase in PHASES:
+            cells += [f"{row[f'{phase} {what}']:.2f}" for what in ("predicted", "measured")]
+            cells.append(f"{row[f'{phase} error']:+.1%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    for phase in PHASES:
+        sizes = np.abs([float(row[f"{phase} error"]) for row in rows])
+        lines.append(f"\n{phase}: size of the error, median {np.median(sizes):.1%}, largest {sizes.max():.1%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
