@@ -22,7 +22,7 @@ from compressor import actions, distill, report, results
 from compressor.bank import Bank
 from compressor.errors import GateError, RecipeError
 from compressor.executor import Executor
-from compressor.export import exported_bytes, fixed_bytes, site_stack
+from compressor.export import check_formats, exported_bytes, fixed_bytes, site_stack
 from compressor.files import write_bytes_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
@@ -147,8 +147,13 @@ def target_of(recipe: Recipe) -> Target:
 
 
 def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) -> Run:
-    """Load the teacher and the texts, and take the teacher's statistics."""
-    model = recipe.model
+    """Load the teacher and the texts, and take the teacher's statistics.
+
+    Raises:
+        RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
+    """
+    model, target = recipe.model, target_of(recipe)
+    check_formats(recipe.search.formats, recipe.search.embedding_formats, target.device)
     with stages.timed("teacher"):
         teacher = load_teacher(
             model.path, gguf=model.gguf, revision=model.revision, trust_remote_code=trust_remote_code
@@ -160,7 +165,7 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
-    return Run(recipe, out, stages, target_of(recipe), teacher, texts, bank, menu)
+    return Run(recipe, out, stages, target, teacher, texts, bank, menu)
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:

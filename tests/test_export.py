@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -12,12 +13,15 @@ import torch
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.export import (
     OnnxDecoder,
+    check_formats,
     export_onnx,
     export_random,
     exported_bytes,
     fixed_bytes,
     layout,
+    open_session,
     read_student,
+    runtime,
     site_stack,
 )
 from compressor.export.graph import KEEP
@@ -291,9 +295,9 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
 def test_the_wrong_provider_is_an_error(tmp_path):
     decoder = tiny()
     export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
-    with pytest.raises(RuntimeTargetError, match="runs on CPUExecutionProvider; do this"):
-        check_provider(["CPUExecutionProvider"], "CUDAExecutionProvider", "do this")
-    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "CUDAExecutionProvider", "do this")
+    with pytest.raises(RuntimeTargetError, match="runs on CPUExecutionProvider; install"):
+        check_provider(["CPUExecutionProvider"], "CUDAExecutionProvider")
+    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "CUDAExecutionProvider")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(RuntimeTargetError, match=r"expected CUDAExecutionProvider.*set target.device: cpu"):
             OnnxDecoder(tmp_path, device="cuda")
@@ -334,6 +338,24 @@ def test_a_model_with_random_weights_has_the_shape_and_size_of_the_plan(tmp_path
     read_student(tmp_path / "random", decoder, plan)
     with OnnxDecoder(tmp_path / "random", threads=1) as model:
         assert model.logits(IDS).shape == (len(IDS), decoder.vocabulary)
+
+
+def test_formats_that_the_runtime_refuses_are_named(monkeypatch):
+    check_formats(FORMATS, ("fp32", "fp16", "w8", "w4b256", "w2"))
+
+    def without_two_bits(model, *rest):
+        if b"bits" in model and any(node.i == 2 for node in _attributes(model, "bits")):
+            raise RuntimeTargetError("ONNX Runtime refused a graph in memory: no kernel")
+        return open_session(model, *rest)
+
+    monkeypatch.setattr(runtime, "open_session", without_two_bits)
+    with pytest.raises(RuntimeTargetError, match=r"cannot run w2 \(ffn\), w2b64 \(embedding\) on cpu.*no kernel"):
+        check_formats(("w4", "w2", "int8"), ("w4", "w2b64"))
+
+
+def _attributes(model: bytes, name: str) -> list[onnx.AttributeProto]:
+    nodes = onnx.load_model_from_string(model).graph.node
+    return [attribute for node in nodes for attribute in node.attribute if attribute.name == name]
 
 
 def test_a_closed_decoder_says_so(tmp_path):

@@ -5,7 +5,7 @@ Knows nothing of plans beyond what a stack of sites needs; times nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from compressor.student import Decoder
 Device = Literal["cpu", "cuda"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+REMEDY = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
 
 
 def open_session(model: Path | bytes, device: Device = "cpu", threads: int | None = None) -> ort.InferenceSession:
@@ -34,10 +35,7 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
     Raises:
         RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one.
     """
-    wanted = PROVIDERS[device]
-    remedy = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
-    if wanted not in ort.get_available_providers():
-        raise RuntimeTargetError(f"expected {wanted}; this onnxruntime has {ort.get_available_providers()}; {remedy}")
+    wanted = available_provider(device)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # a session that waits must not spin on the cores that another one is timed on
@@ -49,14 +47,53 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         what = model if isinstance(model, Path) else "a graph in memory"
         raise RuntimeTargetError(f"ONNX Runtime refused {what}: {str(error).strip().splitlines()[0]}") from error
-    check_provider(session.get_providers(), wanted, remedy)
+    check_provider(session.get_providers(), wanted)
     return session
 
 
-def check_provider(providers: list[str], wanted: str, remedy: str) -> None:
+def available_provider(device: Device) -> str:
+    """Name of the execution provider for `device`.
+
+    Raises:
+        RuntimeTargetError: this ONNX Runtime doesn't have it.
+    """
+    wanted, available = PROVIDERS[device], ort.get_available_providers()
+    if wanted not in available:
+        raise RuntimeTargetError(f"expected {wanted}; this onnxruntime has {available}; {REMEDY}")
+    return wanted
+
+
+def check_provider(providers: list[str], wanted: str) -> None:
     """Raise RuntimeTargetError unless `wanted` comes first: onnxruntime-gpu falls back to CPU without a word."""
     if providers[0] != wanted:
-        raise RuntimeTargetError(f"expected {wanted}, the session runs on {providers[0]}; {remedy}")
+        raise RuntimeTargetError(f"expected {wanted}, the session runs on {providers[0]}; {REMEDY}")
+
+
+def check_formats(formats: Sequence[str], table_formats: Sequence[str], device: Device = "cpu") -> None:
+    """Run a feed-forward and a table of a few weights in every format that is offered for them.
+
+    Raises:
+        RuntimeTargetError: ONNX Runtime refuses some; they are named.
+    """
+    available_provider(device)
+    frequencies = tuple(10000.0 ** (-i / 32) for i in range(32))
+    probe = Decoder(1, 256, 4, 2, 64, 256, 256, 64, 1e-5, frequencies, 1.0, tied=True)
+    table, _, feed_forward = probe.sites()
+    refused: dict[str, str] = {}
+    for site, names in ((feed_forward, formats), (table, table_formats)):
+        for name in names:
+            action = Action(site.units, name)
+            try:
+                calls = site_stack(probe, site, action, 1, prefill_tokens=2, context=0, device=device, threads=1)
+                calls.prefill()
+                calls.close()
+            except Exception as error:  # ONNX Runtime's exceptions have no common base
+                refused[f"{name} ({site.kind})"] = str(error).strip().splitlines()[0]
+    if refused:
+        raise RuntimeTargetError(
+            f"onnxruntime {ort.__version__} cannot run {', '.join(refused)} on {device}: take them out of search.formats and "
+            f"search.embedding_formats. It says: {next(iter(refused.values()))}"
+        )
 
 
 class _Runner:
