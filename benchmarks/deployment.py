@@ -5,14 +5,14 @@
 The run must be finished. Rivals, made from the recipe's teacher and kept in OUT/rivals:
 
     fp32             the teacher in ONNX Runtime, by our export
-    quantize_dynamic onnxruntime.quantization's int8 of that
+    quantize_dynamic onnxruntime.quantization's int8 of that, its products first put as plain MatMul, as general exporters do
     genai int4       ONNX Runtime GenAI's model builder, int4 for this device (needs onnxruntime-genai)
     *.gguf           llama.cpp (needs llama-cpp-python); made of the teacher by llama.cpp's own tools, and given here
 
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
 texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
-`--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token,
-as a share of the bandwidth with which torch sums a large array. A prefill ends with the logits of the last token, but for
+`--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token, as a share of the bandwidth
+with which torch sums a large array, which takes its turns, too. A prefill ends with the logits of the last token, but for
 GenAI's graph, which has those of every token.
 """
 
@@ -22,7 +22,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
 import torch
 
 from compressor import pipeline
@@ -45,6 +46,8 @@ from eval.memory import peak_growth_bytes
 from eval.perplexity import Quality, compare
 
 STUDENT = "student"
+SUMMED = 1 << 30
+"""Bytes of the array whose sum says what memory gives."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,10 @@ def main() -> None:
 
     quality = score(engines, run)
     with run.stages.timed("timing") as report:
-        times = time_models(
-            {name: engine.calls for name, engine in engines.items()}, rounds=options.rounds, progress=report
-        )
+        timed = {name: engine.calls for name, engine in engines.items()} | {"memory": summing}
+        times = time_models(timed, rounds=options.rounds, progress=report)
     memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
-    bandwidth = bytes_per_second()
+    bandwidth = SUMMED / (times["memory"].decode.median_ms / 1e3)
     ours = times[STUDENT]
     rows = []
     for name, engine in engines.items():
@@ -178,7 +180,11 @@ def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Pa
     if not dynamic.exists():
         draft = dynamic.with_name("dynamic.draft")
         draft.mkdir(parents=True, exist_ok=True)
-        onnxruntime.quantization.quantize_dynamic(fp32 / "model.onnx", draft / "model.onnx")
+        with_plain_products(fp32 / "model.onnx", draft / "plain.onnx")
+        options = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of what ONNX Runtime's own operators give
+        onnxruntime.quantization.quantize_dynamic(draft / "plain.onnx", draft / "model.onnx", extra_options=options)
+        for file in draft.glob("plain.onnx*"):
+            file.unlink()
         draft.rename(dynamic)
     if not int4.exists():
         draft = int4.with_name("genai-int4.draft")
@@ -189,6 +195,26 @@ def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Pa
         onnx.save(graph, draft / "model.onnx")
         draft.rename(int4)
     return {"fp32": fp32, "quantize_dynamic": dynamic, "genai int4": int4}
+
+
+def with_plain_products(source: Path, target: Path) -> None:
+    """A copy of an fp32 graph with MatMul and weights [in, out] for FusedMatMul, which quantize_dynamic leaves alone."""
+    model = ir.load(source)
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type == "FusedMatMul":
+            x, weight = node.inputs
+            name = f"{weight.name}.transposed"
+            array = np.ascontiguousarray(weight.const_value.numpy().T)
+            graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+            product = ir.node("MatMul", [x, graph.initializers[name]])
+            graph.insert_before(node, product)
+            node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+            for attribute in ("name", "type", "shape"):
+                setattr(product.outputs[0], attribute, getattr(node.outputs[0], attribute))
+            graph.remove(node, safe=True)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)  # and the weights that nothing reads any more
+    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
@@ -207,14 +233,11 @@ def use(engine: Engine) -> None:
             calls.decode()
 
 
-def bytes_per_second(size: int = 1 << 30, repeats: int = 5) -> float:
-    """How fast torch sums a large array, the best of some."""
-    array, best = torch.ones(size // 4), np.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        array.sum()
-        best = min(best, time.perf_counter() - start)
-    return size / best
+@contextmanager
+def summing() -> Iterator[BenchCalls]:
+    """The sum of `SUMMED` bytes, to be timed: what reading memory takes."""
+    array = torch.ones(SUMMED // 4)
+    yield BenchCalls(array.sum, array.sum, lambda: None)
 
 
 if __name__ == "__main__":
