@@ -1,6 +1,6 @@
 """The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
 
-model.onnx, model.onnx.data    see `compressor.export`
+model.onnx, model.onnx_data    see `compressor.export`
 plan.json                      an action for every site
 config.json, tokenizer files   the teacher's
 genai_config.json              what ONNX Runtime GenAI reads beside the tokenizer files
@@ -29,12 +29,24 @@ def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
     """Export `student` into `folder`, with the teacher's configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     teacher.network.save_configuration(folder)
-    teacher.tokenizer.save_pretrained(folder)
+    _save_tokenizer(teacher.tokenizer, folder)
     export_onnx(student, folder)
     network = teacher.network
     genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
     write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers saves it, but a class that only its version 5 knows goes by the name that it had before, which
+    transformers.js knows, too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    configuration = json.loads(path.read_text())
+    if configuration.get("tokenizer_class") == "TokenizersBackend":
+        configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
+        configuration["model_input_names"] = tokenizer.model_input_names
+        write_text_atomic(path, json.dumps(configuration, indent=2))
 
 
 def load(folder: str | Path) -> nn.Module:

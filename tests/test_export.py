@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.export import (
@@ -232,7 +234,7 @@ def test_size_bound_is_tight_in_the_data_file(name, tmp_path):
     export_onnx(student(decoder, plan), tmp_path)
     sites = sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
     norms = 5 * 4 * decoder.hidden
-    data = (tmp_path / "model.onnx.data").stat().st_size
+    data = (tmp_path / "model.onnx_data").stat().st_size
     # fused matrices share their padding, exact int8 needs no zero points
     zeros = sum(m.rows for s in decoder.sites() if s.layer is not None for m in s.matrices) if name == "int8" else 0
     assert sites + norms - 12 * 5 * ALIGNMENT - 2 * zeros <= data <= sites + norms + 5 * ALIGNMENT
@@ -272,7 +274,7 @@ def test_an_export_replaces_the_earlier_one_and_leaves_no_drafts(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for name in ("fp32", "w4"):
         export_onnx(student(decoder, uniform(decoder, name)), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data", "tokenizer.json"]
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path):
@@ -286,7 +288,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     with pytest.raises(BankError, match="the plan says fp16"):
         export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
         read_student(tmp_path, decoder, uniform(decoder, "fp16"))
-    data = tmp_path / "model.onnx.data"
+    data = tmp_path / "model.onnx_data"
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(BankError, match="bytes, its graph says"):
         read_student(tmp_path, decoder, plan)
@@ -303,6 +305,25 @@ def test_the_wrong_provider_is_an_error(tmp_path):
             OnnxDecoder(tmp_path, device="cuda")
     with pytest.raises(RuntimeTargetError, match="expected an exported model at"):
         OnnxDecoder(tmp_path / "nowhere")
+
+
+def test_other_runtimes_find_the_names_that_they_look_for(tiny_folder, tmp_path):
+    """transformers.js makes empty caches from the shapes in the graph, in which it knows only `batch_size`."""
+    teacher = load_teacher(tiny_folder)
+    decoder = teacher.network.decoder
+    save_folder(student(decoder, uniform(decoder, "w8")), teacher, tmp_path)
+    shapes = {value.name: value.shape for value in open_session(tmp_path / "model.onnx").get_inputs()}
+    assert shapes.pop("input_ids")[0] == shapes.pop("attention_mask")[0] == "batch_size"
+    assert shapes == {
+        f"past_key_values.{i}.{part}": ["batch_size", decoder.kv_heads, "past", decoder.head_dim]
+        for i in range(decoder.layers)
+        for part in ("key", "value")
+    }
+    configuration = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert configuration["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert configuration["model_input_names"] == ["input_ids", "attention_mask"]
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("ab")["input_ids"] == teacher.tokenizer("ab")["input_ids"]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -206,7 +206,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_pa
     assert [t.digest for t in again.trials if t.policy != "x"] == [t.digest for t in report.trials]
     assert [t.kl for t in again.trials] == [t.kl for t in report.trials]
     assert again.plan == report.plan and again.distillation == report.distillation
-    assert (killed / "onnx" / "model.onnx.data").read_bytes() == (out / "onnx" / "model.onnx.data").read_bytes()
+    assert (killed / "onnx" / "model.onnx_data").read_bytes() == (out / "onnx" / "model.onnx_data").read_bytes()
 
 
 def test_the_gate_raises_after_everything_is_written(finished, tiny_folder):

@@ -2,7 +2,7 @@
 
 layout.py    a weight matrix as the arrays its kernel reads; whether int8 products saturate on this processor
 graph.py     the graph: every sub-layer a function, the whole model, stacks of one site for timing
-files.py     model.onnx and model.onnx.data: written, promised in bytes, read back
+files.py     model.onnx and model.onnx_data: written, promised in bytes, read back
 genai.py     the configuration with which ONNX Runtime GenAI runs that graph
 exact.py     the same graph without the rounding of activations, to compare with torch
 runtime.py   sessions on the device asked for, generation, calls to be timed

@@ -1,4 +1,4 @@
-"""The exported folder: model.onnx (graph) and model.onnx.data (weights), written, read back, and their size promised.
+"""The exported folder: model.onnx (graph) and model.onnx_data (weights), written, read back, and their size promised.
 
 Every tensor starts at a multiple of `plan.ALIGNMENT` in the data file and is written as soon as it is made, so
 that no more than one site's bytes are in memory.
@@ -23,7 +23,7 @@ from compressor.quantize import Weight
 from compressor.student import Decoder, Student
 
 GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+DATA_FILE = "model.onnx_data"
 
 
 def export_onnx(student: Student, folder: Path) -> None:

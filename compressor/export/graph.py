@@ -241,7 +241,7 @@ def attention(
     x = stream.norm(f"{name}.norm", gain)
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     past = [
-        b.input(f"past_key_values.{cache}.{part}", ir.DataType.FLOAT, ["batch", heads[1], "past", head_dim])
+        b.input(f"past_key_values.{cache}.{part}", ir.DataType.FLOAT, ["batch_size", heads[1], "past", head_dim])
         for part in ("key", "value")
     ]
     mixed, key, value = b.node(
@@ -251,8 +251,8 @@ def attention(
         [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
         {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1},
     )
-    b.output(key, f"present.{cache}.key", ["batch", heads[1], "total", head_dim])
-    b.output(value, f"present.{cache}.value", ["batch", heads[1], "total", head_dim])
+    b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
+    b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"))
 
 
@@ -281,8 +281,8 @@ def decoder_model(
     Outputs: logits [B, S, V] float32, or of the last positions only (`KEEP`); present.{i}.key and .value.
     """
     b = GraphBuilder(store)
-    ids = b.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-    mask = b.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+    ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
+    mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
     table = matrices(("embedding",))
     stream = Stream(b, embedding(b, ids, "embedding", table), decoder.norm_epsilon)
     positions, caches = None, count()
@@ -300,7 +300,7 @@ def decoder_model(
     x = last(b, stream.norm("norm", vectors["norm"]), b.default(KEEP, np.array(0, np.int64)))
     name = "embedding" if decoder.tied else "head"
     logits = linear(b, x, name, table if decoder.tied else matrices((name,)), "logits")
-    b.output(logits, "logits", ["batch", "kept", decoder.vocabulary])
+    b.output(logits, "logits", ["batch_size", "kept", decoder.vocabulary])
     return b.model()
 
 
@@ -314,9 +314,9 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
     b = GraphBuilder(store)
     gain = np.ones(decoder.hidden, np.float32)
     if kind == "embedding":
-        source = b.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        source = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     else:
-        source = b.input("x", ir.DataType.FLOAT, ["batch", "sequence", decoder.hidden])
+        source = b.input("x", ir.DataType.FLOAT, ["batch_size", "sequence", decoder.hidden])
     if kind in ("embedding", "head"):
         for copy in range(copies):
             name = f"{kind}.{copy}"
@@ -325,15 +325,15 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
             y = Stream(b, x, decoder.norm_epsilon).norm(f"{name}.norm", gain)
             if kind == "head" or decoder.tied:
                 y = linear(b, last(b, y, b.small("keep", np.array(1, np.int64))), name, weight, f"{name}.logits")
-            b.output(y, f"{name}.end", ["batch", "sequence", "width"])
+            b.output(y, f"{name}.end", ["batch_size", "sequence", "width"])
         return b.model()
     stream = Stream(b, source, decoder.norm_epsilon)
     if kind == "attention":
-        positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch", "total"]))
+        positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"]))
     for copy in range(copies):
         if kind == "attention":
             attention(b, stream, copy, copy, decoder.heads_of(action), decoder.head_dim, matrices, gain, positions)
         else:
             feed_forward(b, stream, copy, matrices, gain)
-    b.output(stream.end(), "end", ["batch", "sequence", decoder.hidden])
+    b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])
     return b.model()
