@@ -28,9 +28,9 @@ from compressor.measure import opened, time_models
 from compressor.plan import Action, Plan, Site
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.report import number, table
 from compressor.stages import Stages
-
-PHASES = ("prefill", "decode")
+from eval.latency import PHASES
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
             rows.append(row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(table(rows))
+    print_table(rows)
     write_json_atomic(options.out / "prediction.json", rows)
 
 
@@ -78,22 +78,16 @@ def drawn(sites: Sequence[Site], menu: Mapping[str, Sequence[Action]], rng: np.r
     return Plan(tuple(chosen))
 
 
-def table(rows: Sequence[Mapping[str, str | float]]) -> str:
+def print_table(rows: Sequence[Mapping[str, str | float]]) -> None:
     """Markdown, and the errors' median and largest size."""
-    lines = [
-        "| plan | MB | prefill predicted | measured | error | decode predicted | measured | error |",
-        "| --- " * 8 + "|",
+    cells = [
+        [f"{v:+.1%}" if name.endswith("error") else v if isinstance(v, str) else number(v) for name, v in row.items()]
+        for row in rows
     ]
-    for row in rows:
-        cells = [str(row["plan"]), f"{row['MB']:.1f}"]
-        for phase in PHASES:
-            cells += [f"{row[f'{phase} {what}']:.2f}" for what in ("predicted", "measured")]
-            cells.append(f"{row[f'{phase} error']:+.1%}")
-        lines.append("| " + " | ".join(cells) + " |")
+    print(table(list(rows[0]), cells))
     for phase in PHASES:
         sizes = np.abs([float(row[f"{phase} error"]) for row in rows])
-        lines.append(f"\n{phase}: size of the error, median {np.median(sizes):.1%}, largest {sizes.max():.1%}")
-    return "\n".join(lines)
+        print(f"\n{phase}: size of the error, median {np.median(sizes):.1%}, largest {sizes.max():.1%}")
 
 
 if __name__ == "__main__":

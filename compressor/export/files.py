@@ -7,8 +7,8 @@ that no more than one site's bytes are in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +41,22 @@ def export_onnx(student: Student, folder: Path) -> None:
 
 def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
     """Write a model of a plan's shape with random weights, for timing."""
-    rng, shapes, formats = np.random.default_rng(0), {}, {}
+    matrices = _made(decoder, plan, partial(Stored.random, rng=np.random.default_rng(0)))
+    _write(decoder, plan, matrices, _gains(decoder, np.ones(decoder.hidden, np.float32)), Path(folder))
+
+
+def _made(decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, int, int], Stored]) -> Matrices:
+    """The matrices of a plan, each made from its format, rows and columns."""
+    shapes, formats = {}, {}
     for site in decoder.sites():
         for matrix in site.matrices:
             shapes[matrix.name] = matrix.shape(plan[site.name].keep, site.units)
             formats[matrix.name] = Format.parse(plan[site.name].format)
 
     def matrices(names: tuple[str, ...]) -> Stored:
-        return Stored.random(formats[names[0]], sum(shapes[name][0] for name in names), shapes[names[0]][1], rng)
+        return make(formats[names[0]], sum(shapes[name][0] for name in names), shapes[names[0]][1])
 
-    gain = np.ones(decoder.hidden, np.float32)
-    _write(decoder, plan, matrices, _gains(decoder, gain), Path(folder))
+    return matrices
 
 
 def _gains(decoder: Decoder, gain: np.ndarray) -> dict[str, np.ndarray]:
@@ -125,18 +130,13 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     names = {"attention": attention, "ffn": ffn, "embedding": table, "head": table}
     sites = decoder.sites()
     plan = {site.name: Action(site.units, names[site.kind]) for site in sites}
-    formats = {matrix.name: Format.parse(names[site.kind]) for site in sites for matrix in site.matrices}
-    shapes = {matrix.name: (matrix.rows, matrix.columns) for site in sites for matrix in site.matrices}
     largest = sum(site.parameters for site in sites) * 4
-
-    def matrices(parts: tuple[str, ...]) -> Stored:
-        return Stored.blank(formats[parts[0]], sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
 
     def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
     gains = _gains(decoder, np.broadcast_to(np.float32(0), (decoder.hidden,)))
-    return len(_serialize(decoder_model(decoder, plan, matrices, gains, store)))
+    return len(_serialize(decoder_model(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)))
 
 
 def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:

@@ -228,7 +228,7 @@ class OnnxDecoder(_Runner):
         vocabulary = self._session.get_outputs()[0].shape[-1]
         rng = np.random.default_rng(0)
         ids = rng.integers(0, vocabulary, max(prefill_tokens, context))
-        cache = self.prefill(ids[:context])[1] if context else Cache(0, self.past(0))
+        cache = self.prefill(ids[:context], keep=1)[1] if context else Cache(0, self.past(0))
         return BenchCalls(
             lambda: self.prefill(ids[:prefill_tokens], keep=1), lambda: self.step(int(ids[0]), cache), self.close
         )
