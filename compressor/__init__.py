@@ -12,11 +12,12 @@ text.py          windows of tokens                         prune.py        pruni
 model.py         the one file that knows architectures     calibrate.py    what one look at the teacher tells
 bank.py          variants, made once and kept              sensitivity.py  predicted KL of every action
 executor.py      puts plans into the student, scores them  search.py       policies against the executor
-ledger.py        every plan that was scored                distill.py      recovery
+ledger.py        every plan that was scored                reconstruct.py  recovery in closed form
 export/          the one package that knows ONNX           folder.py       what is deployed, and back into torch
-measure.py       exported students, timed and weighed      results.py      from measurements to the report
-report.py        the page and the pictures                 estimate.py     what a run would take
-cli.py           the command line                          progress.py, files.py, stages.py, errors.py
+distill.py       recovery by training                      results.py      from measurements to the report
+measure.py       exported students, timed and weighed      report.py       the page and the pictures
+estimate.py      what a run would take                     cli.py          the command line
+progress.py, files.py, stages.py, errors.py
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -27,7 +26,7 @@ from compressor.files import write_bytes_atomic
 from compressor.model import Network
 from compressor.plan import Action, Format, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
-from compressor.quantize import Weight, damped, gptq, round_to_nearest, store_float
+from compressor.quantize import Weight, damped, quantize, quantize_together
 from compressor.student import Student, matrices_from, matrix_tensors
 
 VERSION = 1
@@ -146,6 +145,10 @@ class Bank:
         matrices: dict[str, Weight] = {}
         for name, action in plan.items():
             matrices |= self.variant(self.teacher.sites[name], action)
+        return self.student(plan, matrices)
+
+    def student(self, plan: Plan, matrices: dict[str, Weight]) -> Student:
+        """A plan's student with these matrices and the teacher's norm gains."""
         dropped = {f"{name}.norm" for name, action in plan.items() if action.keep == 0}
         gains = self.teacher.vectors()
         vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if name not in dropped}
@@ -155,26 +158,20 @@ class Bank:
 
     def _make(self, site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
         dense = self.pruned(site, keep)
-        if fmt.kind == "float":
-            return {name: store_float(w, fmt) for name, w in dense.items()}
-        if fmt.kind == "dynamic" or self.quantizer == "nearest":
-            return {name: round_to_nearest(w, fmt) for name, w in dense.items()}
+        if fmt.kind != "blockwise" or self.quantizer == "nearest":
+            return {name: quantize(w, fmt) for name, w in dense.items()}
         if site.layer is None:
             return {name: self._quantize_table(site, w, fmt) for name, w in dense.items()}
-        weights = {}
+        weights: dict[str, Weight] = {}
         for matrices, hessian in self._readers(site, keep):
-            together = gptq(torch.cat([dense[name] for name in matrices]), hessian, fmt, damping=0)
-            row = 0
-            for name in matrices:
-                weights[name] = together.rows(row, row + len(dense[name]))
-                row += len(dense[name])
+            weights |= quantize_together({name: dense[name] for name in matrices}, fmt, hessian)
         return weights
 
     def _quantize_table(self, site: Site, w: Tensor, fmt: Format) -> Weight:
         """Embedding and head: what an output reads of the head is a product, so GPTQ serves there and in a tied table."""
         if site.name == "embedding" and not self.teacher.decoder.tied:
-            return round_to_nearest(w, fmt)
-        return gptq(w, damped(self.statistics().second_moment("head.in"), DAMPING), fmt, damping=0)
+            return quantize(w, fmt)
+        return quantize(w, fmt, damped(self.statistics().second_moment("head.in"), DAMPING))
 
     def _readers(self, site: Site, keep: int) -> list[tuple[list[str], Tensor]]:
         """(matrices that share an input, its damped second moment) of a site with `keep` units."""

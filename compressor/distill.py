@@ -1,13 +1,16 @@
-"""Distillation: the student's weights move on their grids until its predictions come back to the teacher's.
+"""Distillation: the student is trained, on the grids that are deployed, until its predictions come back to the teacher's.
 
     loss = a KL(p_T || p_S) t^2  +  b mean over blocks |h_S - h_T|^2 / |h_T|^2      p at temperature t
 
-Source: Hinton et al. 2015 (logits), Sun et al. 2019, "Patient Knowledge Distillation" (hidden states). Quantized
-matrices keep a latent float copy; the forward pass rounds it to its grid and gradients pass straight through
-(Bengio et al. 2013). Scales and zero points stay, so the result lies on the grid that is deployed.
+Source: Hinton et al. 2015 (logits), Sun et al. 2019, "Patient Knowledge Distillation" (hidden states). What is trained,
+beside the norm gains:
 
-Trained: all matrices of attention and feed-forward, and the norm gains. The embedding and the head stay as they are.
-A student is kept only if its KL on held-out text fell.
+    scales    those of all quantized matrices; codes stay. Chen et al. 2024, "EfficientQAT", section 3.3. Departures: relative
+              changes, so that one learning rate suits all scales, and gains as well
+    weights   latent float copies of all matrices; the forward pass rounds them to their grids, gradients pass straight
+              through (Bengio et al. 2013). Scales and zero points stay
+
+The embedding and the head stay as they are. A student is kept only if its KL on held-out text fell.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load, save
@@ -34,18 +38,25 @@ CHECKPOINT_SECONDS = 60
 """Least time between two checkpoints, which hold three times the trained weights."""
 
 
+Train = Literal["scales", "weights"]
+
+LEARNING_RATES: dict[Train, float] = {"scales": 1e-3, "weights": 1e-4}
+"""Peak learning rates that suit most students: a relative change a step, and an absolute one."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How long and how hard to train.
 
-    steps: optimizer steps; sequences: sequences a step; learning_rate: peak, linear warm-up over `warmup` steps,
-    then cosine to a tenth; kl_weight, hidden_weight: the a and b of the loss; check_every: steps between two looks at
-    the held-out text.
+    steps: optimizer steps; train: what is trained; sequences: sequences a step; learning_rate: peak, linear warm-up over
+    `warmup` steps, then cosine to a tenth; kl_weight, hidden_weight: the a and b of the loss; check_every: steps between
+    two looks at the held-out text.
     """
 
     steps: int
+    train: Train = "scales"
     sequences: int = 1
-    learning_rate: float = 2e-5
+    learning_rate: float = 1e-3
     warmup: int = 5
     kl_weight: float = 1.0
     hidden_weight: float = 0.0
@@ -73,6 +84,20 @@ class Curve:
         return cls(data["losses"], [(step, kl) for step, kl in data["held_out"]], data["kept_step"])
 
 
+class Scaled(nn.Module):
+    """A parametrization that scales what was given by 1 + a trained change, one for every scale of a grid or every value."""
+
+    def __init__(self, grid: Grid | None, like: Tensor):
+        super().__init__()
+        self.format = grid.format if grid else None
+        self.change = nn.Parameter(torch.zeros_like(grid.scales if grid else like, device=like.device))
+
+    def forward(self, given: Tensor) -> Tensor:
+        if self.format is None:
+            return given * (1 + self.change)
+        return Grid(self.format, 1 + self.change, torch.zeros_like(self.change)).values(given)
+
+
 class OnGrid(nn.Module):
     """A parametrization that rounds the latent weight to its grid, straight-through for gradients."""
 
@@ -97,6 +122,13 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
             network.module(name).weight.copy_(gain)
 
 
+def loaded(teacher: Network, student: Student) -> Network:
+    """A network of its own with a student's weights."""
+    network = teacher.copy()
+    load_student(student, network)
+    return network
+
+
 def distill(
     teacher: Network,
     student: Student,
@@ -118,8 +150,7 @@ def distill(
     Returns:
         The best student on held-out text (the given one if none was better), and the curve.
     """
-    network = teacher.copy()
-    load_student(student, network)
+    network = loaded(teacher, student)
     trainer = _Trainer(network, student, settings)
     held_out = Reference(teacher, held_out_NL)
     curve, best = Curve(), student
@@ -155,24 +186,33 @@ def _visits(sequences: int, settings: Settings) -> Tensor:
 
 
 class _Trainer:
-    """The student in training: latent weights, optimizer, and how to take a step, save and restore."""
+    """The student in training: what is trained, the optimizer, and how to take a step, save and restore."""
 
     def __init__(self, network: Network, student: Student, settings: Settings):
         self.network, self.given, self.settings = network, student, settings
         self.parameters: dict[str, nn.Parameter] = {}
-        for name, weight in student.matrices.items():
-            if name in ("embedding", "head"):
-                continue
-            module = network.module(name)
-            self.parameters[name] = module.weight
-            if weight.grid is not None:
-                grid = Grid(weight.format, weight.grid.scales.to(network.device), weight.grid.zeros.to(network.device))
-                parametrize.register_parametrization(module, "weight", OnGrid(grid), unsafe=True)
-                self.parameters[name] = module.parametrizations.weight.original
-        self.parameters |= {name: network.module(name).weight for name in student.vectors}
+        train = self._train_scales if settings.train == "scales" else self._train_weights
+        for name in [*student.matrices, *student.vectors]:
+            if name not in ("embedding", "head"):
+                train(name, network.module(name))
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
+
+    def _train_scales(self, name: str, module: Any) -> None:
+        grid = self.given.matrices[name].grid if name in self.given.matrices else None
+        if grid or name in self.given.vectors:
+            scaled = Scaled(grid, module.weight)
+            parametrize.register_parametrization(module, "weight", scaled, unsafe=True)
+            self.parameters[name] = scaled.change
+
+    def _train_weights(self, name: str, module: Any) -> None:
+        grid = self.given.matrices[name].grid if name in self.given.matrices else None
+        self.parameters[name] = module.weight
+        if grid:
+            here = Grid(grid.format, grid.scales.to(module.weight), grid.zeros.to(module.weight))
+            parametrize.register_parametrization(module, "weight", OnGrid(here), unsafe=True)
+            self.parameters[name] = module.parametrizations.weight.original
 
     def step(self, teacher: Network, batch_BL: Tensor, step: int) -> float:
         """One optimizer step; returns the loss."""
@@ -201,16 +241,21 @@ class _Trainer:
     @torch.no_grad()
     def student(self) -> Student:
         """The weights of this moment, on their grids."""
-        matrices = dict(self.given.matrices)
-        for name, given in self.given.matrices.items():
-            if name in self.parameters:
-                latent = self.parameters[name].detach().cpu()
-                matrices[name] = (
-                    store_float(latent.clone(), given.format)
-                    if given.grid is None
-                    else Weight.on_grid(given.grid, latent)
-                )
-        vectors = {name: self.parameters[name].detach().cpu().clone() for name in self.given.vectors}
+        matrices, vectors = dict(self.given.matrices), dict(self.given.vectors)
+        for name, parameter in self.parameters.items():
+            trained = parameter.detach().cpu()
+            if self.settings.train == "scales":
+                trained = 1 + trained
+                if name in vectors:
+                    vectors[name] = vectors[name] * trained
+                elif grid := matrices[name].grid:
+                    matrices[name] = replace(matrices[name], scales=grid.scales * trained)
+            elif name in vectors:
+                vectors[name] = trained.clone()
+            elif grid := matrices[name].grid:
+                matrices[name] = Weight.on_grid(grid, trained)
+            else:
+                matrices[name] = store_float(trained.clone(), matrices[name].format)
         return Student(self.given.decoder, self.given.plan, matrices, vectors)
 
     def state(self, step: int, curve: Curve, best: Student) -> bytes:
@@ -218,7 +263,7 @@ class _Trainer:
         tensors = {}
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state[parameter]
-            tensors[f"latent/{name}"] = parameter.detach()
+            tensors[f"trained/{name}"] = parameter.detach()
             tensors[f"first/{name}"], tensors[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         if curve.kept_step:
             tensors |= {f"best/{name}": tensor for name, tensor in best.tensors().items()}
@@ -235,7 +280,7 @@ class _Trainer:
         state = json.loads(bytes(tensors["curve"].tolist()))
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"latent/{name}"])
+                parameter.copy_(tensors[f"trained/{name}"])
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(state["step"])),
                     "exp_avg": tensors[f"first/{name}"].to(parameter.device),

@@ -67,8 +67,14 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     probabilities = 4 * search.tokens * decoder.vocabulary
     noise = len(sites) * forward(search.tokens) / PARTS if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
-    tried = distill.finalists if distill.steps and distill.finalists > 1 else 0
-    steps = distill.steps + tried * distill.finalist_steps
+    tried = distill.finalists if (distill.steps or distill.reconstruct) and distill.finalists > 1 else 0
+    steps = distill.steps + tried * min(distill.finalist_steps, distill.steps)
+    fits = (1 + tried) * distill.reconstruct
+    fitting = (
+        4 * forward(data.calibration_tokens)
+        + 2 * forward(search.tokens)
+        + QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
+    )
     return [
         StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
         StageEstimate("sensitivity", making + noise, weights + moments),
@@ -78,6 +84,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
             1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
             2 * weights + moments + probabilities,
         ),
+        StageEstimate("reconstruct", fits * fitting, 3 * weights + moments if fits else 0),
         StageEstimate("distill", 7 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),
         StageEstimate("export and measure", 4 * forward(data.evaluation_tokens) + 60, weights + 2 * fp32_bytes),
     ]

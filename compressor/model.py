@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -269,6 +269,10 @@ class Network:
 
         return step
 
+    def stream(self, ids_NL: Tensor) -> Stream:
+        """These windows in front of the first block."""
+        return Stream(self, ids_NL)
+
     # -- weights --
 
     def matrix(self, name: str) -> nn.Parameter:
@@ -372,3 +376,85 @@ class Network:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+class _Seen(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class Stream:
+    """Windows on their way through a network, block by block.
+
+    hidden_NLD: the residual stream in front of block `layer`; on the network's device.
+    """
+
+    BATCH = 4
+    """Windows that run together."""
+
+    def __init__(self, network: Network, ids_NL: Tensor):
+        self._network, self._blocks = network, network.model.model.layers
+        self.layer = 0
+        self._options: dict = {}
+
+        def begin(_module: nn.Module, arguments: tuple, named: dict) -> None:
+            batches.append(arguments[0] if arguments else named.pop("hidden_states"))
+            self._options = named  # positions and mask are those of every block and batch
+            raise _Seen
+
+        batches: list[Tensor] = []
+        with self._watching({self._blocks[0]: begin}, with_kwargs=True):
+            for ids_BL in ids_NL.to(network.device).split(1):
+                with suppress(_Seen):
+                    network.model.model(ids_BL, use_cache=False)
+        self.hidden_NLD = torch.cat(batches)
+
+    def inputs(self, *names: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """What some matrices or norms of the next block read, batch by batch: (windows, name -> x_BLI). The last name is
+        the one that the block reaches last: it runs no further."""
+        for windows in self._batches():
+            seen: dict[str, Tensor] = {}
+            with self._seeing(names, seen, stop=True), suppress(_Seen):
+                self._run(windows)
+            yield windows, seen
+
+    def advance(self, *names: str) -> dict[str, Tensor]:
+        """Pass the next block; what some of its matrices or norms read on the way, name -> x_NLI."""
+        passed, found = [], []
+        for windows in self._batches():
+            seen: dict[str, Tensor] = {}
+            with self._seeing(names, seen):
+                passed.append(self._run(windows))
+            found.append(seen)
+        self.hidden_NLD = torch.cat(passed)
+        self.layer += 1
+        return {name: torch.cat([seen[name] for seen in found]) for name in names}
+
+    def _batches(self) -> Iterator[slice]:
+        return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
+
+    def _run(self, windows: slice) -> Tensor:
+        output = self._blocks[self.layer](self.hidden_NLD[windows], **self._options)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _seeing(self, names: Sequence[str], seen: dict[str, Tensor], stop: bool = False) -> Iterator[None]:
+        def hook(name: str) -> Callable[[nn.Module, tuple], None]:
+            def see(_module: nn.Module, arguments: tuple) -> None:
+                seen[name] = arguments[0]
+                if stop and name == names[-1]:
+                    raise _Seen
+
+            return see
+
+        with self._watching({self._network.module(name): hook(name) for name in names}):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def _watching(hooks: Mapping[nn.Module, Callable], **options: bool) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(hook, **options) for module, hook in hooks.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

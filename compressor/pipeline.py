@@ -1,6 +1,6 @@
 """The main job, top to bottom:
 
-recipe -> teacher, text -> bank -> sensitivities, latency -> search -> student -> distilled -> ONNX -> measured report
+recipe -> teacher, text -> bank -> sensitivities, latency -> search -> student, recovered -> ONNX -> measured report
 
 Every stage keeps its result in the run's folder under a key of what it was made from, so the same call goes on where
 the last one stopped.
@@ -8,7 +8,6 @@ the last one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from compressor import actions, distill, report, results
 from compressor.bank import Bank
 from compressor.errors import GateError, RecipeError
-from compressor.executor import Executor
+from compressor.executor import Executor, Reference
 from compressor.export import check_formats, exported_bytes, fixed_bytes, site_stack
 from compressor.files import write_bytes_atomic
 from compressor.folder import save_folder
@@ -31,6 +30,7 @@ from compressor.model import Teacher, load_teacher
 from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
+from compressor.reconstruct import reconstruct
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
@@ -57,9 +57,9 @@ def compress(
     problem = pose(run, sensitivity, latency)
     trials = search(run, problem)
     chosen = choose(run, trials)
-    student, curve = recover(run, chosen[0].plan)
-    folders = export(run, problem, trials, student)
-    result = results.collect(run, problem, latency, trials, chosen, student, curve, folders)
+    recovery = recover(run, chosen[0].plan, recipe.distill.steps)
+    folders = export(run, problem, trials, recovery.student)
+    result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
     report.write(result, out)
     _check(result, out / recipe.export.folder)
     return result
@@ -323,67 +323,78 @@ class Finalist:
 
 
 def choose(run: Run, trials: Searches) -> list[Finalist]:
-    """The plans that came into question, the student's first: ranks change in distillation, so it is tried, if the recipe
-    asks for more than one."""
+    """The plans that came into question, the student's first: ranks change in recovery, so it is tried, if the recipe asks
+    for more than one."""
     vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
     every, wanted = [trial for told in trials.values() for trial in told], run.recipe.distill
     kls = {plan: score.kl for plan, score in every if score.part is None}
-    plans = finalists(every, wanted.finalists if wanted.steps else 1)
+    plans = finalists(every, wanted.finalists if wanted.steps or wanted.reconstruct else 1)
     if len(plans) < 2:
         return [Finalist(plans[0], kls[plans[0]])]
-    settings = _distill_settings(run, wanted.finalist_steps)
-    found = []
-    for number, plan in enumerate(plans):
-        key, train = _training(run, plan, settings)
-
-        def make(report_progress, train=train) -> float:
-            _, curve = train(report_progress)
-            return min(kl for _, kl in curve.held_out)
-
-        found.append(Finalist(plan, kls[plan], run.stages.value(f"finalist-{number + 1}", key, make)))
+    found = [
+        Finalist(plan, kls[plan], recover(run, plan, min(wanted.finalist_steps, wanted.steps), f"finalist-{number}").kl)
+        for number, plan in enumerate(plans, 1)
+    ]
     return sorted(found, key=lambda finalist: finalist.recovered_kl or 0.0)
 
 
-def recover(run: Run, plan: Plan) -> tuple[Student, distill.Curve | None]:
-    """The plan's student, distilled if the recipe says so; without distillation there is no curve."""
-    steps = run.recipe.distill.steps
+@dataclass(frozen=True)
+class Recovery:
+    """A plan's student after its recovery, and the KL on held-out text (nats per token) of its variants as they come from the
+    bank, after reconstruction, and along the training; None where there was none."""
+
+    student: Student
+    kl_before: float | None
+    kl_reconstructed: float | None
+    curve: distill.Curve | None
+
+    @property
+    def kl(self) -> float | None:
+        """Of the student."""
+        if self.curve:
+            return min(kl for _, kl in self.curve.held_out)
+        return min((kl for kl in (self.kl_before, self.kl_reconstructed) if kl is not None), default=None)
+
+
+def recover(run: Run, plan: Plan, steps: int, name: str = "student") -> Recovery:
+    """Reconstruct a plan's student and train it, as far as the recipe wants it; stages are called after `name`."""
+    wanted, decoder = run.recipe.distill, run.teacher.network.decoder
+    texts = (run.texts.calibration_NL, run.texts.held_out_NL)
+    made_of = [run.bank.key, plan.digest, *(tokens_digest(text) for text in texts)]
+
+    def rebuild(report_progress) -> tuple[Student, list[float]]:
+        held_out = Reference(run.teacher.network, texts[1])
+        students = [run.bank.realize(plan), reconstruct(run.bank, plan, texts[0], report_progress)]
+        kls = [held_out.kl(distill.loaded(run.teacher.network, student)) for student in students]
+        return students[int(np.argmin(kls))], kls
+
+    before, rebuilt = None, None
+    if wanted.reconstruct:
+        student, (before, rebuilt) = run.stages.student(f"{name}-reconstructed", key_of(*made_of), decoder, rebuild)
+    else:
+        student = run.bank.realize(plan)
     if not steps:
-        return run.bank.realize(plan), None
-    key, train = _training(run, plan, _distill_settings(run, steps))
-
-    def make(report_progress) -> tuple[Student, dict]:
-        student, curve = train(report_progress)
-        return student, curve.to_dict()
-
-    student, curve = run.stages.student("distill", key, run.teacher.network.decoder, make)
-    return student, distill.Curve.from_dict(curve)
-
-
-def _distill_settings(run: Run, steps: int) -> distill.Settings:
-    wanted = run.recipe.distill
-    return distill.Settings(
+        return Recovery(student, before, rebuilt, None)
+    settings = distill.Settings(
         steps=steps,
+        train=wanted.train,
         sequences=max(1, wanted.batch_tokens // run.recipe.data.sequence_length),
-        learning_rate=wanted.learning_rate,
+        learning_rate=wanted.learning_rate or distill.LEARNING_RATES[wanted.train],
         warmup=wanted.warmup,
         kl_weight=wanted.kl_weight,
         hidden_weight=wanted.hidden_weight,
         temperature=wanted.temperature,
         seed=wanted.seed,
     )
+    key = key_of(*made_of, settings.to_dict(), wanted.reconstruct)
 
-
-def _training(run: Run, plan: Plan, settings: distill.Settings) -> tuple[str, Callable]:
-    """A key of what is trained and on what, and the training as a function of a reporter."""
-    texts = (run.texts.calibration_NL, run.texts.held_out_NL)
-    key = key_of(run.bank.key, plan.digest, settings.to_dict(), [tokens_digest(text) for text in texts])
-
-    def train(report_progress) -> tuple[Student, distill.Curve]:
+    def train(report_progress) -> tuple[Student, dict]:
         checkpoint = run.out / "stages" / f"distill-{key}.part"
-        given = run.bank.realize(plan)
-        return distill.distill(run.teacher.network, given, *texts, settings, checkpoint, report_progress)
+        trained, curve = distill.distill(run.teacher.network, student, *texts, settings, checkpoint, report_progress)
+        return trained, curve.to_dict()
 
-    return key, train
+    student, curve = run.stages.student(f"{name}-distilled", key, decoder, train)
+    return Recovery(student, before, rebuilt, distill.Curve.from_dict(curve))
 
 
 def export(run: Run, problem: Problem, trials: Searches, student: Student) -> dict[str, Path]:

@@ -238,6 +238,28 @@ def round_to_nearest(w_OI: Tensor, format: Format) -> Weight:
     return Weight.on_grid(find_grid(w_OI, format), w_OI)
 
 
+def quantize(w_OI: Tensor, format: Format, hessian_II: Tensor | None = None) -> Weight:
+    """The matrix in any format: blockwise by GPTQ where the (damped) second moment of its input is given, else to the nearest
+    values."""
+    if format.kind == "float":
+        return store_float(w_OI, format)
+    if format.kind == "dynamic" or hessian_II is None:
+        return round_to_nearest(w_OI, format)
+    return gptq(w_OI, hessian_II, format, damping=0)
+
+
+def quantize_together(
+    dense: Mapping[str, Tensor], format: Format, hessian_II: Tensor | None = None
+) -> dict[str, Weight]:
+    """Matrices that read one input, as `quantize` does, with one factorization for all of them."""
+    stacked = quantize(torch.cat(list(dense.values())), format, hessian_II)
+    weights, row = {}, 0
+    for name, w_OI in dense.items():
+        weights[name] = stacked.rows(row, row + len(w_OI))
+        row += len(w_OI)
+    return weights
+
+
 def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01) -> Weight:
     """Quantize column by column; what rounding a column loses is taken up by the columns not yet rounded.
 

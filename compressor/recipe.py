@@ -317,10 +317,14 @@ class SearchSection(Section):
 
 
 class DistillSection(Section):
-    """Recovery of the student by training against the teacher on calibration text."""
+    """Recovery of the student on calibration text: a fit of every block in closed form, then training against the teacher."""
 
+    reconstruct: bool = True
+    """Whether every matrix is first fitted to what the student lets it read, block by block; kept where it helps."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps; 0 turns distillation off."""
+    """Optimizer steps of the training; 0 turns it off."""
+    train: Literal["scales", "weights"] = "scales"
+    """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids."""
     finalists: Count = 1
     """Plans of the search, its best and others that differ from it on a tenth of the sites, that are trained for
     `finalist_steps`; the one of least KL on held-out text then is the student's. With 1 it is the search's best plan."""
@@ -328,8 +332,8 @@ class DistillSection(Section):
     """Optimizer steps of a finalist."""
     batch_tokens: Count = 2048
     """Tokens in a step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; when absent, 1e-3 for scales (their relative change) and 1e-4 for weights."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate rises to its peak."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0

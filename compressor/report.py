@@ -142,20 +142,21 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class DistillPoint:
+class RecoveryPoint:
     step: int
     loss: float
     held_out_kl: float | None = None
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Recovery: KL on held-out calibration tokens before and after, and whether the trained weights were kept."""
+class Recovery:
+    """KL on held-out calibration tokens: of the plan's variants as they are, after reconstruction (None if there was none),
+    and of the student; what made it no better was not kept. curve: the training, empty if there was none."""
 
-    curve: tuple[DistillPoint, ...]
     kl_before: float
+    kl_reconstructed: float | None
     kl_after: float
-    kept: bool
+    curve: tuple[RecoveryPoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Report:
     budget: tuple[BudgetLine, ...]
     trials: tuple[Trial, ...]
     plan: tuple[PlanEntry, ...]
-    distillation: Distillation | None = None
+    recovery: Recovery | None = None
     parity: Parity | None = None
     samples: tuple[Sample, ...] = ()
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -390,7 +391,7 @@ def markdown(report: Report) -> str:
         _plan_part(report),
         _search_part(report),
         _finalists_part(report),
-        _distillation_part(report),
+        _recovery_part(report),
         _samples_part(report),
         _measured_part(report),
         _reproduce_part(report),
@@ -585,23 +586,26 @@ def _finalists_part(report: Report) -> str:
         return ""
     rows = [(f.digest, f.other_sites, number(f.kl), number(f.recovered_kl)) for f in report.finalists]
     head = ("plan", "sites unlike the student's", "KL in the search", "KL on held-out text, recovered")
-    note = "Ranks change in distillation: these plans were trained shortly, and the first became the student's."
+    note = "Ranks change in recovery: these plans had a short one, and the first became the student's."
     return f"### Finalists\n\n{note}\n\n{table(head, rows)}"
 
 
-def _distillation_part(report: Report) -> str:
-    recovery = report.distillation
+def _recovery_part(report: Report) -> str:
+    recovery = report.recovery
     if recovery is None:
         return ""
+    stages = [(f"the plan's variants have {number(recovery.kl_before)}", recovery.kl_before)]
+    if recovery.kl_reconstructed is not None:
+        stages.append((f"reconstruction gives {number(recovery.kl_reconstructed)}", recovery.kl_reconstructed))
+    if recovery.curve:
+        trained = min((p.held_out_kl for p in recovery.curve if p.held_out_kl is not None), default=math.inf)
+        stages.append((f"{recovery.curve[-1].step} steps of distillation {number(trained)}", trained))
+    best, told = math.inf, []
+    for text, kl in stages:
+        told.append(text if kl < best else f"{text}, which is no gain and was **not kept**")
+        best = min(best, kl)
     change = 100 * (recovery.kl_after / recovery.kl_before - 1) if recovery.kl_before else 0.0
-    last = recovery.curve[-1].step if recovery.curve else 0
-    kept = (
-        "The trained weights were kept." if recovery.kept else "That is no gain: the trained weights were **not kept**."
-    )
-    text = (
-        f"## Distillation\n\n{last} steps took the KL on held-out calibration tokens from {number(recovery.kl_before)} "
-    )
-    text += f"to {number(recovery.kl_after)} ({change:+.0f}%). {kept}"
+    text = f"## Recovery\n\nKL on held-out calibration tokens: {'; '.join(told)} ({change:+.0f}% in all)."
     return text + ("\n\n![Loss and held-out KL against steps](distillation.png)" if recovery.curve else "")
 
 
@@ -679,8 +683,8 @@ def figures(report: Report) -> dict[str, Figure]:
         made["quality.png"] = _quality_figure(report)
     if report.plan:
         made["plan.png"] = _plan_figure(report)
-    if report.distillation and report.distillation.curve:
-        made["distillation.png"] = _distillation_figure(report.distillation)
+    if report.recovery and report.recovery.curve:
+        made["distillation.png"] = _distillation_figure(report.recovery)
     return made
 
 
@@ -844,7 +848,7 @@ def _bar(axes: Axes, place: float, entry: PlanEntry) -> None:
     axes.barh(place, entry.keep / entry.units, height=0.8, color=_colour(entry.format))
 
 
-def _distillation_figure(recovery: Distillation) -> Figure:
+def _distillation_figure(recovery: Recovery) -> Figure:
     figure = _figure(7.5, 3.6)
     axes = figure.add_subplot()
     axes.plot(

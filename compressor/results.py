@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compressor import measure, report
-from compressor.distill import Curve, load_student
+from compressor.distill import load_student
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.plan import Plan
@@ -26,7 +26,7 @@ from eval.perplexity import Quality, compare
 from policies import Problem
 
 if TYPE_CHECKING:
-    from compressor.pipeline import Finalist, Latency, Run, Searches
+    from compressor.pipeline import Finalist, Latency, Recovery, Run, Searches
 
 SAMPLE_TOKENS = 32
 """Greedy tokens of a sample; torch and ONNX Runtime must agree on them."""
@@ -52,12 +52,12 @@ def collect(
     latency: Latency,
     trials: Searches,
     chosen: Sequence[Finalist],
-    student: Student,
-    curve: Curve | None,
+    recovery: Recovery,
     folders: dict[str, Path],
 ) -> report.Report:
     """Measure the exported folders and write down what the run found."""
-    weights = key_of(student.plan.digest, run.bank.key, curve and curve.to_dict(), folders)
+    student, curve = recovery.student, recovery.curve
+    weights = key_of(student.plan.digest, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)
     times = _times(run, folders, weights)
     memory = _memory(run, folders, weights)
@@ -78,7 +78,7 @@ def collect(
             for f in chosen
             if f.recovered_kl is not None
         ),
-        distillation=_distillation(curve),
+        recovery=_recovery(recovery),
         parity=parity,
         samples=samples,
         stage_seconds=dict(run.stages.seconds),
@@ -268,12 +268,17 @@ def _next_better(problem: Problem, place: int, index: int) -> report.Alternative
     return report.Alternative(str(menu[found]), extra, float(sensitivity[found]))
 
 
-def _distillation(curve: Curve | None) -> report.Distillation | None:
-    if curve is None:
+def _recovery(recovery: Recovery) -> report.Recovery | None:
+    if recovery.kl is None:
         return None
-    held_out = dict(curve.held_out)
-    points = tuple(report.DistillPoint(i, loss, held_out.get(i)) for i, loss in enumerate(curve.losses, 1))
-    return report.Distillation(points, held_out[0], held_out[curve.kept_step], curve.kept_step > 0)
+    points: tuple[report.RecoveryPoint, ...] = ()
+    start = recovery.kl_before
+    if curve := recovery.curve:
+        held_out = dict(curve.held_out)
+        points = tuple(report.RecoveryPoint(i, loss, held_out.get(i)) for i, loss in enumerate(curve.losses, 1))
+        start = held_out[0] if start is None else start
+    assert start is not None
+    return report.Recovery(start, recovery.kl_reconstructed, recovery.kl, points)
 
 
 def _gate(

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import compressor.bank
 from compressor.bank import Bank
 from compressor.errors import BankError
 from compressor.executor import Executor
@@ -63,8 +62,8 @@ def test_a_second_bank_reads_what_the_first_made(bank, tiny, windows, tmp_path, 
         [Action(k, f) for k in (128, 64) for f in ("fp32", "fp16", "int8", "w4", "w2")],
     )
     made = [bank.variant(site, action) for action in actions]
-    for name in ("collect", "gptq", "removal_order", "round_to_nearest"):
-        monkeypatch.setattr(compressor.bank, name, None)  # calling it would fail
+    for name in ("bank.collect", "bank.removal_order", "quantize.gptq", "quantize.round_to_nearest"):
+        monkeypatch.setattr(f"compressor.{name}", None)  # calling it would fail
     again = Bank(tmp_path, tiny, windows[:8], windows[:4])
     for action, weights in zip(actions, made):
         for name, weight in again.variant(site, action).items():

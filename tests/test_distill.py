@@ -7,12 +7,16 @@ import torch
 
 import compressor.distill
 from compressor.bank import Bank
-from compressor.distill import Settings, distill, load_student
+from compressor.distill import Settings, distill, loaded
 from compressor.executor import Reference
 from compressor.plan import DROP, Action, Plan
 from compressor.student import Student, full_plan
 
-SETTINGS = Settings(steps=12, sequences=2, learning_rate=3e-3, warmup=2, hidden_weight=0.1, check_every=4)
+WEIGHTS = Settings(
+    steps=12, train="weights", sequences=2, learning_rate=3e-3, warmup=2, hidden_weight=0.1, check_every=4
+)
+SCALES = replace(WEIGHTS, train="scales", learning_rate=5e-2)
+both = pytest.mark.parametrize("settings", [WEIGHTS, SCALES], ids=["weights", "scales"])
 
 
 @pytest.fixture
@@ -29,13 +33,12 @@ def student(tiny, windows, tmp_path) -> Student:
 
 
 def kl(teacher, student, tokens):
-    network = teacher.copy()
-    load_student(student, network)
-    return Reference(teacher, tokens).kl(network)
+    return Reference(teacher, tokens).kl(loaded(teacher, student))
 
 
-def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, tmp_path):
-    better, curve = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part")
+@both
+def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, tmp_path, settings):
+    better, curve = distill(tiny, student, windows[4:16], windows[20:], settings, tmp_path / "part")
     before, after = kl(tiny, student, windows[20:]), kl(tiny, better, windows[20:])
     assert after < 0.8 * before
     held_out = dict(curve.held_out)
@@ -45,8 +48,8 @@ def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, t
     assert len(curve.losses) == 12 and not (tmp_path / "part").exists()
 
 
-def test_the_result_lies_on_the_same_grid(tiny, windows, student, tmp_path):
-    better, _ = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part")
+def test_trained_weights_lie_on_the_same_grid(tiny, windows, student, tmp_path):
+    better, _ = distill(tiny, student, windows[4:16], windows[20:], WEIGHTS, tmp_path / "part")
     assert better.plan == student.plan and better.matrices.keys() == student.matrices.keys()
     moved = 0
     for name, weight in better.matrices.items():
@@ -59,26 +62,38 @@ def test_the_result_lies_on_the_same_grid(tiny, windows, student, tmp_path):
     assert moved > 0
 
 
+def test_trained_scales_keep_the_codes(tiny, windows, student, tmp_path):
+    better, _ = distill(tiny, student, windows[4:16], windows[20:], SCALES, tmp_path / "part")
+    for name, weight in better.matrices.items():
+        given = student.matrices[name]
+        if given.scales is None or name == "embedding":
+            assert weight is given
+        else:
+            assert torch.equal(weight.codes, given.codes) and not torch.equal(weight.scales, given.scales)
+    assert not torch.equal(better.vectors["norm"], student.vectors["norm"])
+
+
 def test_a_student_that_got_worse_is_not_kept(tiny, windows, student, tmp_path):
-    settings = replace(SETTINGS, steps=4, learning_rate=10.0, warmup=0)
+    settings = replace(WEIGHTS, steps=4, learning_rate=10.0, warmup=0)
     kept, curve = distill(tiny, student, windows[4:16], windows[20:], settings, tmp_path / "part")
     assert kept is student and curve.kept_step == 0
     assert dict(curve.held_out)[4] > dict(curve.held_out)[0]
 
 
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, student, tmp_path, monkeypatch):
+@both
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, student, tmp_path, monkeypatch, settings):
     monkeypatch.setattr(compressor.distill, "CHECKPOINT_SECONDS", 0)
-    whole, curve = distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "whole")
+    whole, curve = distill(tiny, student, windows[4:16], windows[20:], settings, tmp_path / "whole")
 
     def stop(done, total, message):
         if done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part", stop)
+        distill(tiny, student, windows[4:16], windows[20:], settings, tmp_path / "part", stop)
     steps = []
     resumed, again = distill(
-        tiny, student, windows[4:16], windows[20:], SETTINGS, tmp_path / "part", lambda done, *_: steps.append(done)
+        tiny, student, windows[4:16], windows[20:], settings, tmp_path / "part", lambda done, *_: steps.append(done)
     )
     assert steps == [9, 10, 11, 12]
     assert again == curve
@@ -88,5 +103,5 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, studen
 
 def test_the_teacher_is_left_alone(tiny, windows, student, tmp_path):
     digest = tiny.digest()
-    distill(tiny, student, windows[4:16], windows[20:], replace(SETTINGS, steps=2), tmp_path / "part")
+    distill(tiny, student, windows[4:16], windows[20:], replace(WEIGHTS, steps=2), tmp_path / "part")
     assert tiny.digest() == digest and not any(p.requires_grad for p in tiny.model.parameters())

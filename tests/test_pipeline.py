@@ -127,7 +127,7 @@ def test_every_part_of_the_scoring_text_has_a_window(tiny_folder, tokens, shape)
 
 def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):
     out, report, _ = finished
-    for name in ("sensitivities", "site_stack", "Executor", "time_models"):
+    for name in ("sensitivities", "site_stack", "Executor", "time_models", "reconstruct"):
         monkeypatch.setattr(pipeline, name, None)  # calling it would fail
     monkeypatch.setattr(pipeline.distill, "distill", None)
     again = pipeline.compress(recipe(tiny_folder), out)
@@ -191,7 +191,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_pa
     )
     killed = tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    for stage in ("search: random", "distill"):
+    for stage in ("search: random", "student-reconstructed", "student-distilled"):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(path), str(killed)], stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -205,7 +205,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_pa
     again = pipeline.compress(recipe(tiny_folder), killed)
     assert [t.digest for t in again.trials if t.policy != "x"] == [t.digest for t in report.trials]
     assert [t.kl for t in again.trials] == [t.kl for t in report.trials]
-    assert again.plan == report.plan and again.distillation == report.distillation
+    assert again.plan == report.plan and again.recovery == report.recovery
     assert (killed / "onnx" / "model.onnx_data").read_bytes() == (out / "onnx" / "model.onnx_data").read_bytes()
 
 
@@ -236,7 +236,8 @@ def test_progress_is_shown_for_every_stage(finished):
         "sensitivity-fisher",
         "latency",
         "search: actor_critic",
-        "distill",
+        "student-reconstructed",
+        "student-distilled",
         "export",
         "quality",
         "timing",

@@ -1,0 +1,133 @@
+"""Reconstruction: block by block, a student's matrices are fitted to what the student itself lets them read.
+
+A variant of the bank suits the teacher's activations. In a student all that lies before a matrix has changed too, and the
+errors add up. So the blocks are visited in order, teacher and student side by side on the same text, and every matrix is
+the least-squares solution, in closed form, of
+
+    readers (q, k, v, gate, up)    sum_t |W x_t - W' x'_t|^2                       + ridge |W' - W|^2
+    writers (o, down)              sum_t c_t |h_t - h'_t - W' x'_t|^2              + ridge |W' - W|^2
+                                   c_t = 1 / (|h_t|^2 + |h'_t + W x'_t|^2)
+
+x, x': its input in the teacher and in the student; h: the teacher's residual stream behind the sub-layer; h': the student's
+in front of it; W: the variant before quantization. W' is then quantized with the second moment of x'. A writer thus takes
+back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those that the next norm
+gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as large, would count
+alone, those too that are none in the teacher.
+
+Sources: Frantar et al. 2022, "GPTQ" (blocks in order, on the student's own inputs); Li et al. 2025, "GPTAQ" (the teacher's
+output as the target). Departures: the residual stream as the writers' target, the weights, and structured pruning.
+
+Shape letters: N windows, L tokens a window, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compressor.bank import DAMPING, Bank
+from compressor.model import Network, Stream
+from compressor.plan import Action, Format, Plan, Site
+from compressor.quantize import Weight, damped, quantize_together
+from compressor.student import Student
+
+RIDGE = 1.0
+"""Of the least squares, in mean second moments of an input: only what the text shows strongly moves a matrix far."""
+
+
+@torch.no_grad()
+def reconstruct(
+    bank: Bank, plan: Plan, tokens_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Student:
+    """The student of a plan, fitted on `tokens_NL`; embedding, head and norms are those of `bank.realize`."""
+    teacher, student = bank.teacher, bank.teacher.copy()
+    matrices: dict[str, Weight] = {}
+    for name, site in teacher.sites.items():
+        if site.layer is None:
+            matrices |= (table := bank.variant(site, plan[name]))
+            student.install(site, plan[name], {key: w.dequantize() for key, w in table.items()})
+    wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
+    for layer in range(teacher.decoder.layers):
+        attention, ffn = (site for site in teacher.sites.values() if site.layer == layer)
+        between = f"{ffn.name}.norm"
+        x = wanted.advance(attention.matrices[0].name, between, ffn.matrices[0].name)
+        for site, behind_NLD in ((attention, x[between]), (ffn, wanted.hidden_NLD)):
+            fitting = _Site(bank, student, site, plan[site.name])
+            if plan[site.name].keep:
+                fitting.readers(given, x[site.matrices[0].name])
+                fitting.writer(given, behind_NLD, between if site is ffn else None)
+            matrices |= fitting.weights
+        given.advance()
+        progress(layer + 1, teacher.decoder.layers)
+    return bank.student(plan, matrices)
+
+
+class _Site:
+    """One site of the student while it is fitted. weights: what is finished; the rest is installed unquantized."""
+
+    def __init__(self, bank: Bank, student: Network, site: Site, action: Action):
+        self._quantizer, self._student, self._site, self._action = bank.quantizer, student, site, action
+        self._dense = bank.pruned(site, action.keep) if action.keep else {}
+        self.weights: dict[str, Weight] = {}
+        self._install()
+
+    def readers(self, given: Stream, x_NLI: Tensor) -> None:
+        """Fit the matrices that read the stream; x_NLI: what they read in the teacher."""
+        names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
+        w_OI = torch.cat([self._dense[name] for name in names])
+        fit = _LeastSquares(w_OI.to(x_NLI))
+        for windows, seen in given.inputs(names[0]):
+            fit.add(seen[names[0]], x_NLI[windows] @ fit.w_OI.T)
+        self._finish(fit, names)
+
+    def writer(self, given: Stream, behind_NLD: Tensor, norm: str | None) -> None:
+        """Fit the matrix that writes to the stream.
+
+        behind_NLD: the teacher's stream behind the sub-layer; norm: what reads the stream in front of it, None if that is the
+        stream in front of the block.
+        """
+        name = self._site.matrices[-1].name
+        fit = _LeastSquares(self._dense[name].to(behind_NLD))
+        for windows, seen in given.inputs(*([norm] if norm else []), name):
+            h_BLD = behind_NLD[windows]
+            front_BLD = seen[norm] if norm else given.hidden_NLD[windows]
+            size_BL = h_BLD.square().mean(-1) + (front_BLD + seen[name] @ fit.w_OI.T).square().mean(-1)
+            fit.add(seen[name], h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
+        self._finish(fit, [name])
+
+    def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
+        w_OI, moment_II = fit.solution()
+        rows = w_OI.split([len(self._dense[name]) for name in names])
+        hessian_II = None if self._quantizer == "nearest" else damped(moment_II, DAMPING)
+        format = Format.parse(self._action.format)
+        self.weights |= quantize_together(dict(zip(names, rows, strict=True)), format, hessian_II)
+        self._install()
+
+    def _install(self) -> None:
+        dense = self._dense | {name: weight.dequantize() for name, weight in self.weights.items()}
+        self._student.install(self._site, self._action, dense)
+
+
+class _LeastSquares:
+    """min over W' of sum_t c_t |y_t - W' x_t|^2 + ridge |W' - W|^2, gathered batch by batch."""
+
+    def __init__(self, w_OI: Tensor):
+        self.w_OI = w_OI
+        self._moment_II = w_OI.new_zeros(w_OI.shape[1], w_OI.shape[1])
+        self._missed_OI = torch.zeros_like(w_OI)
+        self._weight = 0.0
+
+    def add(self, x_BLI: Tensor, y_BLO: Tensor, c_BL: Tensor | None = None) -> None:
+        x_TI, missed_TO = x_BLI.flatten(0, 1), (y_BLO - x_BLI @ self.w_OI.T).flatten(0, 1)
+        c_T1 = torch.ones_like(x_TI[:, :1]) if c_BL is None else c_BL.flatten()[:, None]
+        self._moment_II.addmm_((x_TI * c_T1).T, x_TI)
+        self._missed_OI.addmm_((missed_TO * c_T1).T, x_TI)
+        self._weight += float(c_T1.sum())
+
+    def solution(self) -> tuple[Tensor, Tensor]:
+        """(W' [O, I], weighted second moment of the input [I, I]), on the CPU."""
+        moment_II, missed_OI = self._moment_II.cpu() / self._weight, self._missed_OI.cpu() / self._weight
+        factor_II = torch.linalg.cholesky(damped(moment_II, RIDGE))
+        return self.w_OI.cpu() + torch.cholesky_solve(missed_OI.T, factor_II).T.contiguous(), moment_II
