@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,12 +304,8 @@ class Network:
         def hook(name: str):
             return lambda _module, arguments: see(name, arguments[0].detach())
 
-        handles = [self._modules[matrices[0]].register_forward_pre_hook(hook(name)) for name, matrices in self.inputs()]
-        try:
+        with _watching({self._modules[matrices[0]]: hook(name) for name, matrices in self.inputs()}):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def install(
         self, site: Site, action: Action, matrices: Mapping[str, Tensor], rounding: Rounding = "dynamic"
@@ -383,78 +379,70 @@ class _Seen(Exception):
 
 
 class Stream:
-    """Windows on their way through a network, block by block.
+    """The residual stream of some windows on their way through a network, sub-layer by sub-layer.
 
-    hidden_NLD: the residual stream in front of block `layer`; on the network's device.
+    hidden_NLD: in front of the next sub-layer, or behind the last; on the network's device.
     """
 
     BATCH = 4
     """Windows that run together."""
 
     def __init__(self, network: Network, ids_NL: Tensor):
-        self._network, self._blocks = network, network.model.model.layers
-        self.layer = 0
+        self._network = network
+        self._sites = [site for site in network.sites.values() if site.layer is not None]
         self._options: dict = {}
+        batches: list[Tensor] = []
 
         def begin(_module: nn.Module, arguments: tuple, named: dict) -> None:
-            batches.append(arguments[0] if arguments else named.pop("hidden_states"))
-            self._options = named  # positions and mask are those of every block and batch
+            batches.append(arguments[0])
+            self._options = named  # positions and mask, which are those of every block and batch
             raise _Seen
 
-        batches: list[Tensor] = []
-        with self._watching({self._blocks[0]: begin}, with_kwargs=True):
+        with _watching({network.model.model.layers[0]: begin}, with_kwargs=True):
             for ids_BL in ids_NL.to(network.device).split(1):
                 with suppress(_Seen):
                     network.model.model(ids_BL, use_cache=False)
         self.hidden_NLD = torch.cat(batches)
 
-    def inputs(self, *names: str) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """What some matrices or norms of the next block read, batch by batch: (windows, name -> x_BLI). The last name is
-        the one that the block reaches last: it runs no further."""
-        for windows in self._batches():
-            seen: dict[str, Tensor] = {}
-            with self._seeing(names, seen, stop=True), suppress(_Seen):
-                self._run(windows)
-            yield windows, seen
+    @property
+    def site(self) -> Site:
+        """The sub-layer that comes next."""
+        return self._sites[0]
 
-    def advance(self, *names: str) -> dict[str, Tensor]:
-        """Pass the next block; what some of its matrices or norms read on the way, name -> x_NLI."""
-        passed, found = [], []
+    def inputs(self, matrix: str) -> Iterator[tuple[slice, Tensor]]:
+        """What a matrix of the next sub-layer reads, batch by batch: (windows, x_BLI)."""
         for windows in self._batches():
-            seen: dict[str, Tensor] = {}
-            with self._seeing(names, seen):
-                passed.append(self._run(windows))
-            found.append(seen)
-        self.hidden_NLD = torch.cat(passed)
-        self.layer += 1
-        return {name: torch.cat([seen[name] for seen in found]) for name in names}
+            seen: list[Tensor] = []
+
+            def see(_module: nn.Module, arguments: tuple, seen: list[Tensor] = seen) -> None:
+                seen.append(arguments[0])
+                raise _Seen
+
+            with _watching({self._network.module(matrix): see}), suppress(_Seen):
+                self._run(windows)
+            yield windows, seen[0]
+
+    def advance(self) -> None:
+        """Pass the next sub-layer."""
+        self.hidden_NLD = torch.cat([self.hidden_NLD[windows] + self._run(windows) for windows in self._batches()])
+        self._sites.pop(0)
 
     def _batches(self) -> Iterator[slice]:
         return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
 
     def _run(self, windows: slice) -> Tensor:
-        output = self._blocks[self.layer](self.hidden_NLD[windows], **self._options)
-        return output[0] if isinstance(output, tuple) else output
+        """What the next sub-layer adds to the stream."""
+        site = self.site
+        sub_layer = getattr(self._network.model.model.layers[site.layer], _ATTRIBUTES[site.kind])
+        x_BLD = self._network.module(f"{site.name}.norm")(self.hidden_NLD[windows])
+        return sub_layer(x_BLD) if site.kind == "ffn" else sub_layer(hidden_states=x_BLD, **self._options)[0]
 
-    @contextmanager
-    def _seeing(self, names: Sequence[str], seen: dict[str, Tensor], stop: bool = False) -> Iterator[None]:
-        def hook(name: str) -> Callable[[nn.Module, tuple], None]:
-            def see(_module: nn.Module, arguments: tuple) -> None:
-                seen[name] = arguments[0]
-                if stop and name == names[-1]:
-                    raise _Seen
 
-            return see
-
-        with self._watching({self._network.module(name): hook(name) for name in names}):
-            yield
-
-    @staticmethod
-    @contextmanager
-    def _watching(hooks: Mapping[nn.Module, Callable], **options: bool) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(hook, **options) for module, hook in hooks.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+@contextmanager
+def _watching(hooks: Mapping[nn.Module, Callable], **options: bool) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, **options) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -356,8 +356,8 @@ class Recovery:
         return min((kl for kl in (self.kl_before, self.kl_reconstructed) if kl is not None), default=None)
 
 
-def recover(run: Run, plan: Plan, steps: int, name: str = "student") -> Recovery:
-    """Reconstruct a plan's student and train it, as far as the recipe wants it; stages are called after `name`."""
+def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery:
+    """Reconstruct a plan's student and train it, as far as the recipe wants it; name: of the training as a stage."""
     wanted, decoder = run.recipe.distill, run.teacher.network.decoder
     texts = (run.texts.calibration_NL, run.texts.held_out_NL)
     made_of = [run.bank.key, plan.digest, *(tokens_digest(text) for text in texts)]
@@ -370,7 +370,8 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "student") -> Recovery
 
     before, rebuilt = None, None
     if wanted.reconstruct:
-        student, (before, rebuilt) = run.stages.student(f"{name}-reconstructed", key_of(*made_of), decoder, rebuild)
+        stage = f"reconstruct-{plan.digest[:6]}"  # a finalist that becomes the student has it already
+        student, (before, rebuilt) = run.stages.student(stage, key_of(*made_of), decoder, rebuild)
     else:
         student = run.bank.realize(plan)
     if not steps:
@@ -393,7 +394,7 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "student") -> Recovery
         trained, curve = distill.distill(run.teacher.network, student, *texts, settings, checkpoint, report_progress)
         return trained, curve.to_dict()
 
-    student, curve = run.stages.student(f"{name}-distilled", key, decoder, train)
+    student, curve = run.stages.student(name, key, decoder, train)
     return Recovery(student, before, rebuilt, distill.Curve.from_dict(curve))
 
 

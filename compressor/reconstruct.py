@@ -49,22 +49,21 @@ def reconstruct(
             matrices |= (table := bank.variant(site, plan[name]))
             student.install(site, plan[name], {key: w.dequantize() for key, w in table.items()})
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
-    for layer in range(teacher.decoder.layers):
-        attention, ffn = (site for site in teacher.sites.values() if site.layer == layer)
-        between = f"{ffn.name}.norm"
-        x = wanted.advance(attention.matrices[0].name, between, ffn.matrices[0].name)
-        for site, behind_NLD in ((attention, x[between]), (ffn, wanted.hidden_NLD)):
-            fitting = _Site(bank, student, site, plan[site.name])
-            if plan[site.name].keep:
-                fitting.readers(given, x[site.matrices[0].name])
-                fitting.writer(given, behind_NLD, between if site is ffn else None)
-            matrices |= fitting.weights
+    sites = [site for site in teacher.sites.values() if site.layer is not None]
+    for done, site in enumerate(sites, 1):
+        fitting = _Fitting(bank, student, site, plan[site.name])
+        x_NLI = torch.cat([x_BLI for _, x_BLI in wanted.inputs(site.matrices[0].name)])
+        wanted.advance()
+        if plan[site.name].keep:
+            fitting.readers(given, x_NLI)
+            fitting.writer(given, wanted.hidden_NLD)
+        matrices |= fitting.weights
         given.advance()
-        progress(layer + 1, teacher.decoder.layers)
+        progress(done, len(sites))
     return bank.student(plan, matrices)
 
 
-class _Site:
+class _Fitting:
     """One site of the student while it is fitted. weights: what is finished; the rest is installed unquantized."""
 
     def __init__(self, bank: Bank, student: Network, site: Site, action: Action):
@@ -76,25 +75,19 @@ class _Site:
     def readers(self, given: Stream, x_NLI: Tensor) -> None:
         """Fit the matrices that read the stream; x_NLI: what they read in the teacher."""
         names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
-        w_OI = torch.cat([self._dense[name] for name in names])
-        fit = _LeastSquares(w_OI.to(x_NLI))
-        for windows, seen in given.inputs(names[0]):
-            fit.add(seen[names[0]], x_NLI[windows] @ fit.w_OI.T)
+        fit = _LeastSquares(torch.cat([self._dense[name] for name in names]).to(x_NLI))
+        for windows, x_BLI in given.inputs(names[0]):
+            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T)
         self._finish(fit, names)
 
-    def writer(self, given: Stream, behind_NLD: Tensor, norm: str | None) -> None:
-        """Fit the matrix that writes to the stream.
-
-        behind_NLD: the teacher's stream behind the sub-layer; norm: what reads the stream in front of it, None if that is the
-        stream in front of the block.
-        """
+    def writer(self, given: Stream, behind_NLD: Tensor) -> None:
+        """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
         name = self._site.matrices[-1].name
         fit = _LeastSquares(self._dense[name].to(behind_NLD))
-        for windows, seen in given.inputs(*([norm] if norm else []), name):
-            h_BLD = behind_NLD[windows]
-            front_BLD = seen[norm] if norm else given.hidden_NLD[windows]
-            size_BL = h_BLD.square().mean(-1) + (front_BLD + seen[name] @ fit.w_OI.T).square().mean(-1)
-            fit.add(seen[name], h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
+        for windows, x_BLI in given.inputs(name):
+            h_BLD, front_BLD = behind_NLD[windows], given.hidden_NLD[windows]
+            size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
+            fit.add(x_BLI, h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
         self._finish(fit, [name])
 
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:

@@ -78,8 +78,11 @@ def test_the_stream_is_what_a_whole_forward_pass_computes(tiny, windows):
         tiny.hidden(windows[:6])
     for layer in range(tiny.decoder.layers):
         torch.testing.assert_close(stream.hidden_NLD, hidden[layer])
-        names = (f"layers.{layer}.attention.q", f"layers.{layer}.ffn.down")
-        for batch, found in stream.inputs(*names):
-            torch.testing.assert_close(found[names[0]], seen[f"layers.{layer}.attention.in"][batch])
-            torch.testing.assert_close(found[names[1]], seen[f"layers.{layer}.ffn.out"][batch])
-        stream.advance()
+        for kind, first, last in (("attention", "q", "o"), ("ffn", "gate", "down")):
+            name = f"layers.{layer}.{kind}"
+            assert stream.site.name == name
+            for matrix, read in ((first, "in"), (last, "out")):
+                for batch, x in stream.inputs(f"{name}.{matrix}"):
+                    torch.testing.assert_close(x, seen[f"{name}.{read}"][batch])
+            stream.advance()
+    torch.testing.assert_close(tiny.module("norm")(stream.hidden_NLD), hidden[-1])

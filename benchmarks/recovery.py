@@ -1,0 +1,104 @@
+"""Ways of recovery at equal compute: the plan of dynamic programming at a recipe's budget, recovered in several ways.
+
+    python benchmarks/recovery.py recipes/benchmark-controllers.yaml runs/recovery --cell bits-3.0 --steps 24 --seeds 3
+
+A way is what happens to the plan's variants: `reconstruct`, then `scales` or `weights`, which are trained for --steps
+steps; with a rate, as `scales@3e-3`, it is the peak learning rate. `none` is the variants as they are. The seed is that
+of the order of the windows. Everything is kept in OUT, so the same command goes on after a kill.
+
+KL and perplexity are over the recipe's evaluation texts, which nothing saw before. `recovered`: share of what the variants
+lose in log-perplexity against the teacher that the way brings back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+from controllers import limits_of  # the scripts beside this one
+from seeds import spread
+
+from compressor import pipeline
+from compressor.distill import loaded
+from compressor.executor import Reference
+from compressor.export import fixed_bytes
+from compressor.files import write_json_atomic
+from compressor.model import Network
+from compressor.progress import LineProgress
+from compressor.recipe import Recipe
+from compressor.report import table
+from compressor.search import build_problem
+from compressor.stages import Stages
+from policies import POLICIES
+
+WAYS = ["none", "reconstruct", "scales", "weights", "reconstruct+scales", "reconstruct+weights"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cell", default="bits-3.0", help="the budget, as in controllers.py")
+    parser.add_argument("--ways", nargs="+", default=WAYS)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    recipe, stages = Recipe.load(options.recipe), Stages(options.out / "stages", LineProgress(sys.stderr))
+    run = pipeline.start(recipe, options.out, False, stages)
+    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    decoder = run.teacher.network.decoder
+    limits = limits_of(options.cell, decoder, latency)
+    problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+    plan = POLICIES["dynamic_programming"](problem, 0).ask().plan
+
+    texts = {name: Reference(run.teacher.network, text_NL) for name, text_NL in run.texts.evaluation.items()}
+    teacher = quality(run.teacher.network, texts)
+    lost: dict[str, float] = {}
+    rows, results = [], {}
+    for way in ["none", *(way for way in options.ways if way != "none")]:
+        found, seconds = [], []
+        trained = way.removeprefix("reconstruct").removeprefix("+")
+        for seed in range(options.seeds if trained not in ("", "none") else 1):
+            distill: dict = {"reconstruct": way.startswith("reconstruct"), "batch_tokens": options.batch_tokens}
+            if trained not in ("", "none"):
+                train, _, rate = trained.partition("@")
+                distill |= {"train": train, "seed": seed} | ({"learning_rate": float(rate)} if rate else {})
+            ours = replace(run, recipe=Recipe.from_dict({**recipe.to_dict(), "distill": distill}))
+            steps = options.steps if "train" in distill else 0
+            name = f"{options.cell}-{way}-{seed}"
+            recovery = pipeline.recover(ours, plan, steps, name)
+            parts = [f"reconstruct-{plan.digest[:6]}"] * way.startswith("reconstruct") + [name] * (steps > 0)
+            seconds.append(sum(stages.seconds[part] for part in parts))
+            found.append(quality(loaded(run.teacher.network, recovery.student), texts))
+        if way == "none":
+            lost = {text: np.log(found[0][text][1] / teacher[text][1]) for text in texts}
+        cells = [way, spread(seconds)]
+        for text in texts:
+            back = [1 - np.log(f[text][1] / teacher[text][1]) / lost[text] for f in found]
+            cells += [spread([f[text][0] for f in found]), spread([f[text][1] for f in found]), f"{np.mean(back):.0%}"]
+        rows.append(cells)
+        results[way] = found
+        write_json_atomic(options.out / f"recovery-{options.cell}.json", {"teacher": teacher, "ways": results})
+    told = ", ".join(f"{text} {perplexity:.2f}" for text, (_, perplexity) in teacher.items())
+    print(
+        f"\n**{options.cell}**, {options.steps} steps of {options.batch_tokens} tokens; the teacher's perplexity: {told}\n"
+    )
+    heads = [f"{figure}, {text}" for text in texts for figure in ("KL", "perplexity", "recovered")]
+    print(table(["way", "seconds", *heads], rows))
+
+
+def quality(network: Network, texts: dict[str, Reference]) -> dict[str, tuple[float, float]]:
+    """(KL, perplexity) of a network by text."""
+    found = {name: reference.compare(network) for name, reference in texts.items()}
+    return {name: (float(kl_N.mean()), float(np.exp(nll_N.mean()))) for name, (kl_N, nll_N) in found.items()}
+
+
+if __name__ == "__main__":
+    main()
