@@ -66,7 +66,11 @@ def main() -> None:
         found, seconds = [], []
         trained = way.removeprefix("reconstruct").removeprefix("+")
         for seed in range(options.seeds if trained not in ("", "none") else 1):
-            distill: dict = {"reconstruct": way.startswith("reconstruct"), "batch_tokens": options.batch_tokens}
+            distill: dict = {
+                "reconstruct": way.startswith("reconstruct"),
+                "batch_tokens": options.batch_tokens,
+                "tokens": recipe.distill.tokens,
+            }
             if trained not in ("", "none"):
                 train, _, rate = trained.partition("@")
                 distill |= {"train": train, "seed": seed} | ({"learning_rate": float(rate)} if rate else {})

@@ -40,7 +40,7 @@ CHECKPOINT_SECONDS = 60
 
 Train = Literal["scales", "weights"]
 
-LEARNING_RATES: dict[Train, float] = {"scales": 1e-3, "weights": 1e-4}
+LEARNING_RATES: dict[Train, float] = {"scales": 3e-3, "weights": 1e-4}
 """Peak learning rates that suit most students: a relative change a step, and an absolute one."""
 
 
@@ -56,7 +56,7 @@ class Settings:
     steps: int
     train: Train = "scales"
     sequences: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup: int = 5
     kl_weight: float = 1.0
     hidden_weight: float = 0.0

@@ -85,12 +85,13 @@ def _check(result: report.Report, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of token ids, [N, L] each: scoring plans, deciding what distillation keeps, statistics and training, and
-    the texts that nothing sees before the end, by name and as many of each."""
+    """Windows of token ids, [N, L] each: scoring plans, deciding what recovery keeps, statistics, recovery, and the texts
+    that nothing sees before the end, by name and as many of each."""
 
     score_NL: Tensor
     held_out_NL: Tensor
     calibration_NL: Tensor
+    recovery_NL: Tensor
     evaluation: dict[str, Tensor]
 
     @classmethod
@@ -103,14 +104,26 @@ class Texts:
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
         windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length)
         score_NL, rest_NL = windows_NL[:count, : tokens // count], windows_NL[count:]
+        recovery_NL = rest_NL[held_out:]
+        if recipe.distill.tokens:
+            recovery_NL = _others(windows_NL[: count + held_out], recipe.distill.tokens, recipe, tokenizer)
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {s.name: load_tokens([s], tokenizer, each, data.sequence_length) for s in data.evaluation}
-        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], evaluation)
+        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], recovery_NL, evaluation)
 
     @property
     def evaluation_NL(self) -> Tensor:
         """All evaluation texts, one behind the other."""
         return torch.cat(list(self.evaluation.values()))
+
+
+def _others(spared_NL: Tensor, tokens: int, recipe: Recipe, tokenizer) -> Tensor:
+    """Windows of the calibration texts that are none of `spared_NL`, which were cut from the same texts."""
+    length = recipe.data.sequence_length
+    windows_NL = load_tokens(recipe.data.calibration, tokenizer, tokens + spared_NL.numel(), length)
+    spared = set(map(tuple, spared_NL.tolist()))
+    free = [window for window in windows_NL if tuple(window.tolist()) not in spared]
+    return torch.stack(free[: max(1, tokens // length)])
 
 
 @dataclass(frozen=True)
@@ -359,7 +372,7 @@ class Recovery:
 def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery:
     """Reconstruct a plan's student and train it, as far as the recipe wants it; name: of the training as a stage."""
     wanted, decoder = run.recipe.distill, run.teacher.network.decoder
-    texts = (run.texts.calibration_NL, run.texts.held_out_NL)
+    texts = (run.texts.recovery_NL, run.texts.held_out_NL)
     made_of = [run.bank.key, plan.digest, *(tokens_digest(text) for text in texts)]
 
     def rebuild(report_progress) -> tuple[Student, list[float]]:

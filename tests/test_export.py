@@ -33,6 +33,7 @@ from compressor.model import load_teacher
 from compressor.plan import ALIGNMENT, DROP, Action, Format, Plan
 from compressor.quantize import Weight, fake_dynamic_int8, round_to_nearest, store_float
 from compressor.student import Decoder, Student
+from eval.memory import peak_growth_bytes
 
 FORMATS = ("fp32", "fp16", "int8", "w8", "w4", "w4b64", "w4b128", "w2")
 
@@ -402,3 +403,17 @@ def test_stacks_run_for_every_kind_of_site(name, tied):
                 has_logits = site.layer is None and (tied or site.kind == "head")
                 assert output.shape[:2] == (1, 1 if has_logits else length) and np.isfinite(output).all()
             calls.close()
+
+
+@pytest.mark.slow
+def test_a_model_above_2_gb_is_written_in_little_memory_and_loaded(tmp_path):
+    """Protobuf ends at 2 GB, so the weights must lie outside the graph; they stream through memory one matrix at a time."""
+    frequencies = tuple(float(10000.0 ** (-i / 64)) for i in range(64))
+    wide = Decoder(9, 2048, 16, 16, 128, 8192, 32000, 64, 1e-5, frequencies, 1.0, tied=True)
+    plan = uniform(wide, "fp32")
+    grown = peak_growth_bytes(export_random, wide, plan, tmp_path)
+    size = exported_bytes(tmp_path)
+    assert size > 2**31 and grown < 0.5 * size
+    with OnnxDecoder(tmp_path) as decoder:
+        logits = decoder.logits(np.arange(8))
+    assert logits.shape == (8, 32000) and np.isfinite(logits).all() and logits.std() > 0
