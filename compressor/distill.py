@@ -5,8 +5,9 @@
 Source: Hinton et al. 2015 (logits), Sun et al. 2019, "Patient Knowledge Distillation" (hidden states). What is trained,
 beside the norm gains:
 
-    scales    those of all quantized matrices; codes stay. Chen et al. 2024, "EfficientQAT", section 3.3. Departures: relative
-              changes, so that one learning rate suits all scales, and gains as well
+    scales    those of all quantized matrices; codes stay. Chen et al. 2024, "EfficientQAT", section 3.3. Departures: gains as
+              well; changes are relative and in units of a grid's own precision, 2^-bits, so that one learning rate suits
+              all: what helps 2 bits would spoil 8
     weights   latent float copies of all matrices; the forward pass rounds them to their grids, gradients pass straight
               through (Bengio et al. 2013). Scales and zero points stay
 
@@ -40,8 +41,11 @@ CHECKPOINT_SECONDS = 60
 
 Train = Literal["scales", "weights"]
 
-LEARNING_RATES: dict[Train, float] = {"scales": 3e-3, "weights": 1e-4}
-"""Peak learning rates that suit most students: a relative change a step, and an absolute one."""
+LEARNING_RATES: dict[Train, float] = {"scales": 1e-2, "weights": 1e-4}
+"""Peak learning rates that suit most students."""
+
+GAIN_BITS = 4
+"""Gains are trained as finely as scales of so many bits."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Settings:
     steps: int
     train: Train = "scales"
     sequences: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     warmup: int = 5
     kl_weight: float = 1.0
     hidden_weight: float = 0.0
@@ -85,17 +89,23 @@ class Curve:
 
 
 class Scaled(nn.Module):
-    """A parametrization that scales what was given by 1 + a trained change, one for every scale of a grid or every value."""
+    """A parametrization that multiplies what was given by factors, 1 + unit * a trained change: one for every scale of a
+    grid, or for every gain."""
 
     def __init__(self, grid: Grid | None, like: Tensor):
         super().__init__()
         self.format = grid.format if grid else None
+        self.unit = 2.0 ** -(grid.format.bits if grid else GAIN_BITS)
         self.change = nn.Parameter(torch.zeros_like(grid.scales if grid else like, device=like.device))
+
+    @property
+    def factors(self) -> Tensor:
+        return 1 + self.unit * self.change
 
     def forward(self, given: Tensor) -> Tensor:
         if self.format is None:
-            return given * (1 + self.change)
-        return Grid(self.format, 1 + self.change, torch.zeros_like(self.change)).values(given)
+            return given * self.factors
+        return Grid(self.format, self.factors, torch.zeros_like(self.change)).values(given)
 
 
 class OnGrid(nn.Module):
@@ -191,6 +201,7 @@ class _Trainer:
     def __init__(self, network: Network, student: Student, settings: Settings):
         self.network, self.given, self.settings = network, student, settings
         self.parameters: dict[str, nn.Parameter] = {}
+        self.scaled: dict[str, Scaled] = {}
         train = self._train_scales if settings.train == "scales" else self._train_weights
         for name in [*student.matrices, *student.vectors]:
             if name not in ("embedding", "head"):
@@ -204,7 +215,7 @@ class _Trainer:
         if grid or name in self.given.vectors:
             scaled = Scaled(grid, module.weight)
             parametrize.register_parametrization(module, "weight", scaled, unsafe=True)
-            self.parameters[name] = scaled.change
+            self.parameters[name], self.scaled[name] = scaled.change, scaled
 
     def _train_weights(self, name: str, module: Any) -> None:
         grid = self.given.matrices[name].grid if name in self.given.matrices else None
@@ -244,12 +255,12 @@ class _Trainer:
         matrices, vectors = dict(self.given.matrices), dict(self.given.vectors)
         for name, parameter in self.parameters.items():
             trained = parameter.detach().cpu()
-            if self.settings.train == "scales":
-                trained = 1 + trained
+            if name in self.scaled:
+                factors = self.scaled[name].factors.cpu()
                 if name in vectors:
-                    vectors[name] = vectors[name] * trained
+                    vectors[name] = vectors[name] * factors
                 elif grid := matrices[name].grid:
-                    matrices[name] = replace(matrices[name], scales=grid.scales * trained)
+                    matrices[name] = replace(matrices[name], scales=grid.scales * factors)
             elif name in vectors:
                 vectors[name] = trained.clone()
             elif grid := matrices[name].grid:

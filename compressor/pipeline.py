@@ -85,13 +85,15 @@ def _check(result: report.Report, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of token ids, [N, L] each: scoring plans, deciding what recovery keeps, statistics, recovery, and the texts
-    that nothing sees before the end, by name and as many of each."""
+    """Windows of token ids, [N, L] each: scoring plans, deciding what recovery keeps, statistics, reconstruction, training
+    (others than those that were fitted, if the text has more), and the texts that nothing sees before the end, by name and as
+    many of each."""
 
     score_NL: Tensor
     held_out_NL: Tensor
     calibration_NL: Tensor
-    recovery_NL: Tensor
+    fitted_NL: Tensor
+    trained_NL: Tensor
     evaluation: dict[str, Tensor]
 
     @classmethod
@@ -104,26 +106,22 @@ class Texts:
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
         windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length)
         score_NL, rest_NL = windows_NL[:count, : tokens // count], windows_NL[count:]
-        recovery_NL = rest_NL[held_out:]
+        fitted_NL = rest_NL[held_out:]
+        more = partial(load_tokens, data.calibration, tokenizer, sequence_length=data.sequence_length)
         if recipe.distill.tokens:
-            recovery_NL = _others(windows_NL[: count + held_out], recipe.distill.tokens, recipe, tokenizer)
+            fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
+        trained_NL = fitted_NL
+        if training := recipe.distill.steps * recipe.distill.batch_tokens:
+            fresh_NL = more(training, spared_NL=torch.cat([windows_NL, fitted_NL]))
+            trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {s.name: load_tokens([s], tokenizer, each, data.sequence_length) for s in data.evaluation}
-        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], recovery_NL, evaluation)
+        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
 
     @property
     def evaluation_NL(self) -> Tensor:
         """All evaluation texts, one behind the other."""
         return torch.cat(list(self.evaluation.values()))
-
-
-def _others(spared_NL: Tensor, tokens: int, recipe: Recipe, tokenizer) -> Tensor:
-    """Windows of the calibration texts that are none of `spared_NL`, which were cut from the same texts."""
-    length = recipe.data.sequence_length
-    windows_NL = load_tokens(recipe.data.calibration, tokenizer, tokens + spared_NL.numel(), length)
-    spared = set(map(tuple, spared_NL.tolist()))
-    free = [window for window in windows_NL if tuple(window.tolist()) not in spared]
-    return torch.stack(free[: max(1, tokens // length)])
 
 
 @dataclass(frozen=True)
@@ -372,12 +370,12 @@ class Recovery:
 def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery:
     """Reconstruct a plan's student and train it, as far as the recipe wants it; name: of the training as a stage."""
     wanted, decoder = run.recipe.distill, run.teacher.network.decoder
-    texts = (run.texts.recovery_NL, run.texts.held_out_NL)
-    made_of = [run.bank.key, plan.digest, *(tokens_digest(text) for text in texts)]
+    fitted_NL, trained_NL, held_out_NL = run.texts.fitted_NL, run.texts.trained_NL, run.texts.held_out_NL
+    made_of = [run.bank.key, plan.digest, tokens_digest(fitted_NL), tokens_digest(held_out_NL)]
 
     def rebuild(report_progress) -> tuple[Student, list[float]]:
-        held_out = Reference(run.teacher.network, texts[1])
-        students = [run.bank.realize(plan), reconstruct(run.bank, plan, texts[0], report_progress)]
+        held_out = Reference(run.teacher.network, held_out_NL)
+        students = [run.bank.realize(plan), reconstruct(run.bank, plan, fitted_NL, report_progress)]
         kls = [held_out.kl(distill.loaded(run.teacher.network, student)) for student in students]
         return students[int(np.argmin(kls))], kls
 
@@ -400,10 +398,11 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
         temperature=wanted.temperature,
         seed=wanted.seed,
     )
-    key = key_of(*made_of, settings.to_dict(), wanted.reconstruct)
+    key = key_of(*made_of, tokens_digest(trained_NL), settings.to_dict(), wanted.reconstruct)
 
     def train(report_progress) -> tuple[Student, dict]:
         checkpoint = run.out / "stages" / f"distill-{key}.part"
+        texts = trained_NL, held_out_NL
         trained, curve = distill.distill(run.teacher.network, student, *texts, settings, checkpoint, report_progress)
         return trained, curve.to_dict()
 

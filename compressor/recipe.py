@@ -322,10 +322,9 @@ class DistillSection(Section):
     reconstruct: bool = True
     """Whether every matrix is first fitted to what the student lets it read, block by block; kept where it helps."""
     tokens: Count | None = None
-    """Calibration tokens that both learn from, whole windows, the training again and again; `data.calibration_tokens` when
-    absent."""
+    """Calibration tokens that are fitted, whole windows; those of `data.calibration_tokens` when absent."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of the training; 0 turns it off."""
+    """Optimizer steps of the training; 0 turns it off. It sees text that was not fitted, as long as there is some."""
     train: Literal["scales", "weights"] = "scales"
     """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids."""
     finalists: Count = 1
@@ -336,7 +335,7 @@ class DistillSection(Section):
     batch_tokens: Count = 2048
     """Tokens in a step."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; when absent, 3e-3 for scales (their relative change) and 1e-4 for weights."""
+    """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits) and 1e-4 for weights."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate rises to its peak."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0

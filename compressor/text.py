@@ -21,7 +21,9 @@ REACH, MOST = 16, 1 << 20
 """A source is read as far as `REACH` times what is taken of it, and not beyond `MOST` tokens unless more are taken."""
 
 
-def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequence_length: int) -> Tensor:
+def load_tokens(
+    sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequence_length: int, spared_NL: Tensor | None = None
+) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
     Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
@@ -29,21 +31,36 @@ def load_tokens(sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequ
     part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
     special tokens are added.
 
+    spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
+    windows may come back, even none.
+
     Raises:
         DataError: a source cannot be read, or all together hold fewer than N windows.
     """
     wanted = tokens // sequence_length
     if wanted < 1:
         raise DataError(f"tokens = {tokens}: expected at least one window of {sequence_length}; ask for more tokens")
-    reach = min(REACH * -(-wanted // len(sources)), MOST // sequence_length)
-    read = [list(islice(_windows(source, tokenizer, sequence_length), max(reach, wanted))) for source in sources]
-    if (found := sum(map(len, read))) < wanted:
+    spared = set() if spared_NL is None else set(map(tuple, spared_NL.tolist()))
+    reach = max(min(REACH * -(-wanted // len(sources)), MOST // sequence_length), wanted + len(spared))
+    read = [
+        [
+            window
+            for window in islice(_windows(source, tokenizer, sequence_length), reach)
+            if tuple(window) not in spared
+        ]
+        for source in sources
+    ]
+    found = sum(map(len, read))
+    if spared_NL is not None:
+        wanted = min(wanted, found)
+    if found < wanted:
         raise DataError(
             f"{', '.join(map(str, sources))}: expected {wanted} windows of {sequence_length} tokens, found "
             f"{found}; give more text, or lower the number of tokens to {found * sequence_length}"
         )
     turns = zip_longest(*(_spread(windows, count) for windows, count in zip(read, _shares(read, wanted), strict=True)))
-    return torch.tensor([window for turn in turns for window in turn if window is not None], dtype=torch.int64)
+    windows = [window for turn in turns for window in turn if window is not None]
+    return torch.tensor(windows, dtype=torch.int64).view(-1, sequence_length)
 
 
 def _shares(read: list[list[list[int]]], wanted: int) -> list[int]:

@@ -15,7 +15,7 @@ from compressor.student import Student, full_plan
 WEIGHTS = Settings(
     steps=12, train="weights", sequences=2, learning_rate=3e-3, warmup=2, hidden_weight=0.1, check_every=4
 )
-SCALES = replace(WEIGHTS, train="scales", learning_rate=5e-2)
+SCALES = replace(WEIGHTS, train="scales", learning_rate=0.3)
 both = pytest.mark.parametrize("settings", [WEIGHTS, SCALES], ids=["weights", "scales"])
 
 

@@ -123,15 +123,18 @@ def test_every_part_of_the_scoring_text_has_a_window(tiny_folder, tokens, shape)
         tuple(ids[:16].tolist()) for text in (texts.score_NL, texts.held_out_NL, texts.calibration_NL) for ids in text
     ]
     assert len(set(starts)) == len(starts) == shape[0] + tokens // 64 + 10
-    assert torch.equal(texts.recovery_NL, texts.calibration_NL)
+    assert torch.equal(texts.fitted_NL, texts.calibration_NL)
 
 
 def test_recovery_may_see_more_text_and_never_what_decides(tiny_folder):
     wanted = recipe(tiny_folder, distill={"tokens": 64 * 40})
     texts = pipeline.Texts.read(wanted, pipeline.load_teacher(tiny_folder).tokenizer)
-    assert texts.recovery_NL.shape == (40, 64)
-    seen = {tuple(ids[:16].tolist()) for text in (texts.score_NL, texts.held_out_NL) for ids in text}
-    assert not seen & {tuple(ids[:16].tolist()) for ids in texts.recovery_NL}
+    assert texts.fitted_NL.shape == (40, 64) and texts.trained_NL.shape == (4 * 2, 64)
+    deciding, fitted, trained = (
+        {tuple(ids[:16].tolist()) for ids in windows}
+        for windows in (torch.cat([texts.score_NL, texts.held_out_NL[:, :16]]), texts.fitted_NL, texts.trained_NL)
+    )
+    assert not deciding & (fitted | trained) and not fitted & trained
 
 
 def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):

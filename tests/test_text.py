@@ -54,6 +54,16 @@ def test_too_short_says_how_many(tmp_path):
         load_tokens([source(tmp_path, 0, 39)], words, 9, 10)
 
 
+def test_spared_windows_are_not_taken_again(tmp_path):
+    sources = [source(tmp_path, 0, 90)]
+    first = load_tokens(sources, words, 40, 10)
+    others = load_tokens(sources, words, 30, 10, first)
+    assert len(others) == 3 and not set(first[:, 0].tolist()) & set(others[:, 0].tolist())
+    every = load_tokens(sources, words, 90, 10)
+    assert load_tokens(sources, words, 40, 10, every[2:]).shape == (2, 10)
+    assert load_tokens(sources, words, 40, 10, every).shape == (0, 10)
+
+
 def test_no_more_is_read_than_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 10)
     monkeypatch.setattr(text, "REACH", 3)
