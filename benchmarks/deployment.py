@@ -12,22 +12,20 @@ The run must be finished. Rivals, made from the recipe's teacher and kept in OUT
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
 texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
 `--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token, as a share of the bandwidth
-with which torch sums a large array, which takes its turns, too. A prefill ends with the logits of the last token, but for
+with which torch sums a large array, which takes its turns, too. OpenMP's waiting is left as it is: with the passive one of
+the other benchmarks llama.cpp decodes five times slower. A prefill ends with the logits of the last token, but for
 GenAI's graph, which has those of every token.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import onnx_ir as ir
