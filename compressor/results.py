@@ -16,6 +16,7 @@ import torch
 from compressor import measure, report
 from compressor.distill import load_student
 from compressor.export import OnnxDecoder, exported_bytes
+from compressor.folder import PLAN_FILE
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.plan import Plan
 from compressor.search import best, label, spent
@@ -57,7 +58,8 @@ def collect(
 ) -> report.Report:
     """Measure the exported folders and write down what the run found."""
     student, curve = recovery.student, recovery.curve
-    weights = key_of(student.plan.digest, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
+    plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
+    weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)
     times = _times(run, folders, weights)
     memory = _memory(run, folders, weights)

@@ -291,6 +291,23 @@ def test_finalists_are_compared_after_a_recovery_and_seeds_by_their_plans(finish
     assert "### Finalists" in page and "| next better | same |" in page
 
 
+def test_another_uniform_plan_is_measured_anew(finished, tiny_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    smallest = pipeline.smallest_whole_plan
+
+    def other(run, problem, trials, student):
+        folders = export(run, problem, trials, student)
+        pipeline.save_folder(run.bank.realize(smallest(run.menu, problem.sites)), run.teacher, folders["uniform"])
+        return folders
+
+    export = pipeline.export
+    monkeypatch.setattr(pipeline, "export", other)
+    before, after = finished[1].rows, pipeline.compress(recipe(tiny_folder), out).rows
+    assert after[2].size_bytes != before[2].size_bytes and after[2].kl != before[2].kl
+    assert after[3].kl == before[3].kl
+
+
 def test_the_report_says_what_the_next_better_action_would_have_cost(finished):
     _, report, _ = finished
     best = [entry for entry in report.plan if entry.next_better is None]
