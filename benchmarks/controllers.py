@@ -31,13 +31,12 @@ from seeds import spread  # the script beside this one
 
 from compressor import pipeline
 from compressor.executor import Executor
-from compressor.export import fixed_bytes
 from compressor.files import write_json_atomic
 from compressor.ledger import Ledger
 from compressor.plan import Plan, Score
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.search import Scorer, Trials, agreement, best, build_problem, run_policy, spent
+from compressor.search import Scorer, Trials, agreement, best, run_policy, spent
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Policy, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -75,10 +74,7 @@ def main() -> None:
     before: dict[int, tuple[Problem, Trials]] = {}
     for cell in options.cells:
         limits = limits_of(cell, decoder, latency)
-        problems = {
-            way: build_problem(decoder.sites(), run.menu, found, fixed_bytes(decoder), latency.model, limits)
-            for way, found in sensitivity.items()
-        }
+        problems = {way: pipeline.pose(run, found, latency, limits) for way, found in sensitivity.items()}
         key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
         curves: dict[str, list[list[float]]] = {}
         final: dict[str, list[dict[str, Score]]] = {}

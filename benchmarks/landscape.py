@@ -69,18 +69,16 @@ def main() -> None:
 def record(recipe: Path, out: Path, plans: int) -> None:
     """Score what is missing of the first `plans` plans of the sample."""
     from compressor import pipeline
-    from compressor.export import fixed_bytes
     from compressor.ledger import comparable_entries
     from compressor.progress import LineProgress
     from compressor.recipe import Recipe
-    from compressor.search import build_problem
     from compressor.stages import Stages
 
     run = pipeline.start(Recipe.load(recipe), out, False, Stages(out / "stages", LineProgress(sys.stderr)))
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
     decoder = run.teacher.network.decoder
     whole = {"bytes": 4.0 * sum(site.parameters for site in decoder.sites())}
-    problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, whole)
+    problem = pipeline.pose(run, sensitivity, latency, whole)
     known = {}
     if FILE.exists():
         _, plans_NS, log_kl_N = read()

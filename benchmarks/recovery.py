@@ -1,4 +1,4 @@
-"""Ways of recovery at equal compute: the plan of dynamic programming at a recipe's budget, recovered in several ways.
+"""Ways of recovery at equal compute: the plan of dynamic programming at one budget, recovered in several ways.
 
     python benchmarks/recovery.py recipes/benchmark-controllers.yaml runs/recovery --cell bits-3.0 --steps 24 --seeds 3
 
@@ -27,13 +27,11 @@ from seeds import spread
 from compressor import pipeline
 from compressor.distill import loaded
 from compressor.executor import Reference
-from compressor.export import fixed_bytes
 from compressor.files import write_json_atomic
 from compressor.model import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import table
-from compressor.search import build_problem
 from compressor.stages import Stages
 from policies import POLICIES
 
@@ -53,9 +51,7 @@ def main() -> None:
     recipe, stages = Recipe.load(options.recipe), Stages(options.out / "stages", LineProgress(sys.stderr))
     run = pipeline.start(recipe, options.out, False, stages)
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
-    decoder = run.teacher.network.decoder
-    limits = limits_of(options.cell, decoder, latency)
-    problem = build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+    problem = pipeline.pose(run, sensitivity, latency, limits_of(options.cell, run.teacher.network.decoder, latency))
     plan = POLICIES["dynamic_programming"](problem, 0).ask().plan
 
     texts = {name: Reference(run.teacher.network, text_NL) for name, text_NL in run.texts.evaluation.items()}
@@ -64,22 +60,20 @@ def main() -> None:
     rows, results = [], {}
     for way in ["none", *(way for way in options.ways if way != "none")]:
         found, seconds = [], []
-        trained = way.removeprefix("reconstruct").removeprefix("+")
-        for seed in range(options.seeds if trained not in ("", "none") else 1):
+        trained = way.removeprefix("reconstruct").removeprefix("+").removeprefix("none")
+        for seed in range(options.seeds if trained else 1):
             distill: dict = {
                 "reconstruct": way.startswith("reconstruct"),
                 "batch_tokens": options.batch_tokens,
                 "tokens": recipe.distill.tokens,
             }
-            if trained not in ("", "none"):
+            if trained:
                 train, _, rate = trained.partition("@")
                 distill |= {"train": train, "seed": seed} | ({"learning_rate": float(rate)} if rate else {})
             ours = replace(run, recipe=Recipe.from_dict({**recipe.to_dict(), "distill": distill}))
-            steps = options.steps if "train" in distill else 0
-            name = f"{options.cell}-{way}-{seed}"
-            recovery = pipeline.recover(ours, plan, steps, name)
-            parts = [f"reconstruct-{plan.digest[:6]}"] * way.startswith("reconstruct") + [name] * (steps > 0)
-            seconds.append(sum(stages.seconds[part] for part in parts))
+            stages.seconds.clear()
+            recovery = pipeline.recover(ours, plan, options.steps if trained else 0, f"{options.cell}-{way}-{seed}")
+            seconds.append(sum(stages.seconds.values()))
             found.append(quality(loaded(run.teacher.network, recovery.student), texts))
         if way == "none":
             lost = {text: np.log(found[0][text][1] / teacher[text][1]) for text in texts}

@@ -132,10 +132,10 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
             network.module(name).weight.copy_(gain)
 
 
-def loaded(teacher: Network, student: Student) -> Network:
-    """A network of its own with a student's weights."""
+def loaded(teacher: Network, student: Student, rounding: Rounding = "dynamic") -> Network:
+    """A network of its own with a student's weights; `rounding` as for `Network.install`."""
     network = teacher.copy()
-    load_student(student, network)
+    load_student(student, network, rounding)
     return network
 
 
@@ -205,20 +205,18 @@ class _Trainer:
         train = self._train_scales if settings.train == "scales" else self._train_weights
         for name in [*student.matrices, *student.vectors]:
             if name not in ("embedding", "head"):
-                train(name, network.module(name))
+                train(name, network.module(name), student.matrices[name].grid if name in student.matrices else None)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
 
-    def _train_scales(self, name: str, module: Any) -> None:
-        grid = self.given.matrices[name].grid if name in self.given.matrices else None
+    def _train_scales(self, name: str, module: Any, grid: Grid | None) -> None:
         if grid or name in self.given.vectors:
             scaled = Scaled(grid, module.weight)
             parametrize.register_parametrization(module, "weight", scaled, unsafe=True)
             self.parameters[name], self.scaled[name] = scaled.change, scaled
 
-    def _train_weights(self, name: str, module: Any) -> None:
-        grid = self.given.matrices[name].grid if name in self.given.matrices else None
+    def _train_weights(self, name: str, module: Any, grid: Grid | None) -> None:
         self.parameters[name] = module.weight
         if grid:
             here = Grid(grid.format, grid.scales.to(module.weight), grid.zeros.to(module.weight))

@@ -67,11 +67,11 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     probabilities = 4 * search.tokens * decoder.vocabulary
     noise = len(sites) * forward(search.tokens) / PARTS if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
-    tried = distill.finalists if (distill.steps or distill.reconstruct) and distill.finalists > 1 else 0
+    tried = distill.compared if distill.compared > 1 else 0
     steps = distill.steps + tried * min(distill.finalist_steps, distill.steps)
-    fits = (1 + tried) * distill.reconstruct
+    fits = max(1, tried) * distill.reconstruct
     fitting = (
-        4 * forward(data.calibration_tokens)
+        4 * forward(distill.tokens or data.calibration_tokens)
         + 2 * forward(search.tokens)
         + QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     )

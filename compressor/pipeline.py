@@ -111,8 +111,8 @@ class Texts:
         if recipe.distill.tokens:
             fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
         trained_NL = fitted_NL
-        if training := recipe.distill.steps * recipe.distill.batch_tokens:
-            fresh_NL = more(training, spared_NL=torch.cat([windows_NL, fitted_NL]))
+        if training := recipe.distill.steps * recipe.batch_windows:
+            fresh_NL = more(training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {s.name: load_tokens([s], tokenizer, each, data.sequence_length) for s in data.evaluation}
@@ -255,8 +255,10 @@ def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
 # The search -----------------------------------------------------------------------------------------------------------
 
 
-def pose(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency) -> Problem:
-    """The search as numbers.
+def pose(
+    run: Run, sensitivity: dict[str, np.ndarray], latency: Latency, limits: dict[str, float] | None = None
+) -> Problem:
+    """The search as numbers; limits: by cost, in bytes and ms, those of the recipe's budget if none are given.
 
     Raises:
         BudgetError: no plan fits.
@@ -267,7 +269,7 @@ def pose(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency) -> Prob
         "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
         "decode_ms": (budget.decode, latency.fp32_ms.decode),
     }
-    limits = {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
+    limits = limits or {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
     return build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
 
 
@@ -339,7 +341,7 @@ def choose(run: Run, trials: Searches) -> list[Finalist]:
     vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
     every, wanted = [trial for told in trials.values() for trial in told], run.recipe.distill
     kls = {plan: score.kl for plan, score in every if score.part is None}
-    plans = finalists(every, wanted.finalists if wanted.steps or wanted.reconstruct else 1)
+    plans = finalists(every, wanted.compared)
     if len(plans) < 2:
         return [Finalist(plans[0], kls[plans[0]])]
     found = [
@@ -390,7 +392,7 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     settings = distill.Settings(
         steps=steps,
         train=wanted.train,
-        sequences=max(1, wanted.batch_tokens // run.recipe.data.sequence_length),
+        sequences=run.recipe.batch_windows,
         learning_rate=wanted.learning_rate or distill.LEARNING_RATES[wanted.train],
         warmup=wanted.warmup,
         kl_weight=wanted.kl_weight,
@@ -406,8 +408,9 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
         trained, curve = distill.distill(run.teacher.network, student, *texts, settings, checkpoint, report_progress)
         return trained, curve.to_dict()
 
-    student, curve = run.stages.student(name, key, decoder, train)
-    return Recovery(student, before, rebuilt, distill.Curve.from_dict(curve))
+    student, told = run.stages.student(name, key, decoder, train)
+    curve = distill.Curve.from_dict(told)
+    return Recovery(student, curve.held_out[0][1] if before is None else before, rebuilt, curve)
 
 
 def export(run: Run, problem: Problem, trials: Searches, student: Student) -> dict[str, Path]:

@@ -328,10 +328,10 @@ class DistillSection(Section):
     train: Literal["scales", "weights"] = "scales"
     """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids."""
     finalists: Count = 1
-    """Plans of the search, its best and others that differ from it on a tenth of the sites, that are trained for
+    """Plans of the search, its best and others that differ from it on a tenth of the sites, that are recovered with
     `finalist_steps`; the one of least KL on held-out text then is the student's. With 1 it is the search's best plan."""
     finalist_steps: Count = 4
-    """Optimizer steps of a finalist."""
+    """Optimizer steps of a finalist, at most `steps`."""
     batch_tokens: Count = 2048
     """Tokens in a step."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -346,6 +346,11 @@ class DistillSection(Section):
     """Temperature of both distributions in the KL term."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the windows."""
+
+    @property
+    def compared(self) -> int:
+        """Plans that are compared after a recovery; without one there is nothing to compare."""
+        return self.finalists if self.steps or self.reconstruct else 1
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillSection:
@@ -396,6 +401,11 @@ class Recipe(Section):
     """The exported student."""
     gate: GateSection = GateSection()
     """Limits on the measured result."""
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows in a step of the training."""
+        return max(1, self.distill.batch_tokens // self.data.sequence_length)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

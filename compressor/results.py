@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compressor import measure, report
-from compressor.distill import load_student
+from compressor.distill import loaded
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.folder import PLAN_FILE
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
@@ -148,8 +148,7 @@ def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[rep
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
-        network = run.teacher.network.copy()
-        load_student(student, network, "none")
+        network = loaded(run.teacher.network, student, "none")
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
         with OnnxDecoder(folder, device, threads, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
@@ -273,14 +272,12 @@ def _next_better(problem: Problem, place: int, index: int) -> report.Alternative
 def _recovery(recovery: Recovery) -> report.Recovery | None:
     if recovery.kl is None:
         return None
+    assert recovery.kl_before is not None
     points: tuple[report.RecoveryPoint, ...] = ()
-    start = recovery.kl_before
     if curve := recovery.curve:
         held_out = dict(curve.held_out)
         points = tuple(report.RecoveryPoint(i, loss, held_out.get(i)) for i, loss in enumerate(curve.losses, 1))
-        start = held_out[0] if start is None else start
-    assert start is not None
-    return report.Recovery(start, recovery.kl_reconstructed, recovery.kl, points)
+    return report.Recovery(recovery.kl_before, recovery.kl_reconstructed, recovery.kl, points)
 
 
 def _gate(

@@ -137,6 +137,12 @@ def test_recovery_may_see_more_text_and_never_what_decides(tiny_folder):
     assert not deciding & (fitted | trained) and not fitted & trained
 
 
+def test_a_batch_shorter_than_a_window_is_one_window(tiny_folder):
+    wanted = recipe(tiny_folder, distill={"steps": 3, "batch_tokens": 16})
+    texts = pipeline.Texts.read(wanted, pipeline.load_teacher(tiny_folder).tokenizer)
+    assert wanted.batch_windows == 1 and texts.trained_NL.shape == (3, 64)
+
+
 def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):
     out, report, _ = finished
     for name in ("sensitivities", "site_stack", "Executor", "time_models", "reconstruct"):
