@@ -3,11 +3,13 @@
     python benchmarks/recovery.py recipes/benchmark-controllers.yaml runs/recovery --cell bits-3.0 --steps 24 --seeds 3
 
 A way is what happens to the plan's variants: `reconstruct`, then `scales` or `weights`, which are trained for --steps
-steps; with a rate, as `scales@3e-3`, it is the peak learning rate. `none` is the variants as they are. The seed is that
-of the order of the windows. Everything is kept in OUT, so the same command goes on after a kill.
+steps of --batch-tokens tokens towards the teacher's predictions, or `on_policy` or `rl`, which train scales on as many
+tokens of the student's own text; with a rate, as `scales@3e-3`, it is the peak learning rate. `none` is the variants as
+they are. The seed is that of all that a training draws. Everything is kept in OUT, so the same command goes on after a kill.
 
 KL and perplexity are over the recipe's evaluation texts, which nothing saw before. `recovered`: share of what the variants
-lose in log-perplexity against the teacher that the way brings back.
+lose in log-perplexity against the teacher that the way brings back. A second table is about what the students write behind
+prompts out of these texts, by the names of `compressor.rollouts.judged`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from controllers import limits_of  # the scripts beside this one
 from seeds import spread
+from torch import Tensor
 
 from compressor import pipeline
 from compressor.distill import loaded
@@ -31,11 +34,14 @@ from compressor.files import write_json_atomic
 from compressor.model import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.report import table
+from compressor.report import number, table
+from compressor.rollouts import judged, write
 from compressor.stages import Stages
 from policies import POLICIES
 
-WAYS = ["none", "reconstruct", "scales", "weights", "reconstruct+scales", "reconstruct+weights"]
+WAYS = ["none", "reconstruct", "scales", *(f"reconstruct+{way}" for way in ("scales", "weights", "on_policy", "rl"))]
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 32
+"""What the students continue at the end: so many prompts of so many tokens, by so many."""
 
 
 def main() -> None:
@@ -48,33 +54,40 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    recipe, stages = Recipe.load(options.recipe), Stages(options.out / "stages", LineProgress(sys.stderr))
+    training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}"]
+    recipe = Recipe.load(options.recipe, training)  # the text that is trained on is read with the others
+    stages = Stages(options.out / "stages", LineProgress(sys.stderr))
     run = pipeline.start(recipe, options.out, False, stages)
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
     problem = pipeline.pose(run, sensitivity, latency, limits_of(options.cell, run.teacher.network.decoder, latency))
     plan = POLICIES["dynamic_programming"](problem, 0).ask().plan
 
     texts = {name: Reference(run.teacher.network, text_NL) for name, text_NL in run.texts.evaluation.items()}
-    teacher = quality(run.teacher.network, texts)
+    prompts = [ids_L[:PROMPT_TOKENS] for ids_L in run.texts.evaluation_NL.unfold(1, 64, 64).flatten(0, 1)]
+    prompts = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
+    teacher, of_teacher = (
+        quality(run.teacher.network, texts),
+        written(run.teacher.network, run.teacher.network, prompts),
+    )
     lost: dict[str, float] = {}
     rows, results = [], {}
+    own_rows = [["teacher", *(number(value) for value in of_teacher.values())]]
     for way in ["none", *(way for way in options.ways if way != "none")]:
-        found, seconds = [], []
+        found, own, seconds = [], [], []
         trained = way.removeprefix("reconstruct").removeprefix("+").removeprefix("none")
         for seed in range(options.seeds if trained else 1):
-            distill: dict = {
-                "reconstruct": way.startswith("reconstruct"),
-                "batch_tokens": options.batch_tokens,
-                "tokens": recipe.distill.tokens,
-            }
+            distill = {**recipe.to_dict()["distill"], "reconstruct": way.startswith("reconstruct"), "seed": seed}
             if trained:
-                train, _, rate = trained.partition("@")
-                distill |= {"train": train, "seed": seed} | ({"learning_rate": float(rate)} if rate else {})
+                name, _, rate = trained.partition("@")
+                distill |= {"train": name} if name in ("scales", "weights") else {"method": name}
+                distill |= {"learning_rate": float(rate)} if rate else {}
             ours = replace(run, recipe=Recipe.from_dict({**recipe.to_dict(), "distill": distill}))
             stages.seconds.clear()
             recovery = pipeline.recover(ours, plan, options.steps if trained else 0, f"{options.cell}-{way}-{seed}")
             seconds.append(sum(stages.seconds.values()))
-            found.append(quality(loaded(run.teacher.network, recovery.student), texts))
+            network = loaded(run.teacher.network, recovery.student)
+            found.append(quality(network, texts))
+            own.append(written(run.teacher.network, network, prompts))
         if way == "none":
             lost = {text: np.log(found[0][text][1] / teacher[text][1]) for text in texts}
         cells = [way, spread(seconds)]
@@ -82,7 +95,8 @@ def main() -> None:
             back = [1 - np.log(f[text][1] / teacher[text][1]) / lost[text] for f in found]
             cells += [spread([f[text][0] for f in found]), spread([f[text][1] for f in found]), f"{np.mean(back):.0%}"]
         rows.append(cells)
-        results[way] = found
+        own_rows.append([way, *(spread([o[name] for o in own]) for name in of_teacher)])
+        results[way] = [{"texts": f, "written": o} for f, o in zip(found, own)]
         write_json_atomic(options.out / f"recovery-{options.cell}.json", {"teacher": teacher, "ways": results})
     told = ", ".join(f"{text} {perplexity:.2f}" for text, (_, perplexity) in teacher.items())
     print(
@@ -90,6 +104,13 @@ def main() -> None:
     )
     heads = [f"{figure}, {text}" for text in texts for figure in ("KL", "perplexity", "recovered")]
     print(table(["way", "seconds", *heads], rows))
+    print(f"\nWritten behind {PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} tokens each:\n")
+    print(table(["way", *(name.replace("_", " ") for name in of_teacher)], own_rows))
+
+
+def written(teacher: Network, network: Network, prompts: list[Tensor]) -> dict[str, float]:
+    """What a network writes behind the prompts, judged by the teacher."""
+    return judged(teacher, network, write(network, prompts, NEW_TOKENS, seed=0, ends=teacher.ends()))
 
 
 def quality(network: Network, texts: dict[str, Reference]) -> dict[str, tuple[float, float]]:

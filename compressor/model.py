@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compressor.errors import ModelError
 from compressor.plan import Action, Format, Site
@@ -182,16 +183,25 @@ def _rounding_hook(fmt: Format) -> Callable[[nn.Module, tuple, dict], tuple[tupl
     return hook
 
 
-class Dropped(nn.Module):
-    """Stands where a sub-layer was: adds nothing to the residual stream."""
+class DroppedFeedForward(nn.Module):
+    """Stands where a feed-forward was: adds nothing to the residual stream."""
 
-    def __init__(self, returns_tuple: bool):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class DroppedAttention(nn.Module):
+    """Stands where an attention was. A cache takes its length from its first layer, so this one counts the tokens there."""
+
+    def __init__(self, layer: int):
         super().__init__()
-        self.returns_tuple = returns_tuple
+        self.layer = layer
 
-    def forward(self, hidden_states: Tensor, **_) -> Tensor | tuple[Tensor, None]:
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.returns_tuple else nothing
+    def forward(self, hidden_states: Tensor, cache: Any = None, **_) -> tuple[Tensor, None]:
+        if cache is not None:
+            nothing_BHLK = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(nothing_BHLK, nothing_BHLK, self.layer)
+        return torch.zeros_like(hidden_states), None
 
 
 class Network:
@@ -246,15 +256,35 @@ class Network:
         """Token ids [L] -> logits [L, V], for `eval.perplexity`."""
         return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
 
+    @torch.no_grad()
+    def generate(
+        self, ids_BL: Tensor, new_tokens: int, pick: Callable[[Tensor], Tensor], ends: Collection[int] = ()
+    ) -> Tensor:
+        """Prompts with at most `new_tokens` more, [B, L + N], on the network's device; ends when every row had an end token.
+
+        Args:
+            pick: logits [B, V] -> token ids [B].
+            ends: what a row has behind an end token means nothing.
+        """
+        ids_BL = ids_BL.to(self.device)
+        ended_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=self.device)
+        fresh_BL, cache = ids_BL, None
+        with parametrize.cached():  # weights in training are computed once, not for every token
+            for _ in range(new_tokens):
+                output = self.model(fresh_BL, cache=cache, use_cache=True, logits_to_keep=1)
+                fresh_BL, cache = pick(output.logits[:, -1])[:, None], output.cache
+                ids_BL = torch.cat([ids_BL, fresh_BL], 1)
+                ended_B |= torch.isin(fresh_BL[:, 0], torch.tensor(list(ends), device=self.device))
+                if ended_B.all():
+                    break
+        return ids_BL
+
     def greedy(self, ids_L: Tensor, new_tokens: int, eos: int | None = None) -> list[int]:
-        """At most `new_tokens` greedy tokens behind `ids_L`, without a cache; ends behind `eos`."""
-        ids = ids_L.tolist()
-        made: list[int] = []
-        with torch.no_grad():
-            while len(made) < new_tokens and (not made or made[-1] != eos):
-                hidden_LD = self.hidden(torch.tensor([ids + made]))[0]
-                made.append(int(self.logits(hidden_LD[-1]).argmax()))
-        return made
+        """At most `new_tokens` greedy tokens behind `ids_L`; ends behind `eos`."""
+        ends = () if eos is None else (eos,)
+        return self.generate(ids_L[None], new_tokens, lambda logits_BV: logits_BV.argmax(-1), ends)[
+            0, len(ids_L) :
+        ].tolist()
 
     def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
         """A call that decodes one token behind `context_BL`, every time from the same cache. For the full network."""
@@ -328,8 +358,8 @@ class Network:
                 self.model.lm_head.weight = weight
             readers = [] if site.name == "embedding" and not self.decoder.tied else [self.model.lm_head]
         elif action.keep == 0:
-            block, attribute = self.model.model.layers[site.layer], _ATTRIBUTES[site.kind]
-            setattr(block, attribute, Dropped(returns_tuple=site.kind == "attention"))
+            gone = DroppedAttention(site.layer) if site.kind == "attention" else DroppedFeedForward()
+            setattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind], gone)
             return
         else:
             for name, dense in matrices.items():
@@ -364,6 +394,11 @@ class Network:
         ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
         found = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
         return {name: token for name, token in found.items() if token is not None}
+
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a text."""
+        ends = self.special_tokens().get("eos_token_id", ())
+        return (ends,) if isinstance(ends, int) else tuple(ends)
 
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys."""

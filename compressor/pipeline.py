@@ -8,50 +8,62 @@ the last one stopped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compressor import actions, distill, report, results
+from compressor import actions, distill, on_policy, reinforce, report, results
 from compressor.bank import Bank
-from compressor.errors import GateError, RecipeError
+from compressor.errors import DataError, GateError, RecipeError
 from compressor.executor import Executor, Reference
 from compressor.export import check_formats, exported_bytes, fixed_bytes, site_stack
 from compressor.files import write_bytes_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
-from compressor.model import Teacher, load_teacher
+from compressor.model import Network, Teacher, load_teacher
 from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.reconstruct import reconstruct
+from compressor.reward import Judge, Reward, check_rewards
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
-from compressor.text import load_tokens, tokens_digest
+from compressor.text import load_prompts, load_tokens, tokens_digest
+from compressor.trained import LEARNING_RATES
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
 
 
 def compress(
-    recipe: Recipe, out: str | Path, *, trust_remote_code: bool = False, progress: ProgressCallback = silent
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback = silent,
+    rewards: Mapping[str, Reward] = MappingProxyType({}),
 ) -> report.Report:
     """Run a recipe into the folder `out`; the exported student lies in `out/onnx`, the report in `out/report.md`.
+
+    rewards: functions (prompt, what was written) -> number, which `distill.rl.rewards` of the recipe may name. A finished
+    training is known by their names: change the name with the function.
 
     Raises:
         CompressorError: a stage could not go on; what was finished is kept.
         GateError: the result misses the recipe's gate; everything is written nevertheless.
     """
     out = Path(out)
-    run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress))
+    run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
     sensitivity = find_sensitivities(run)
     latency = measure_latency(run)
     problem = pose(run, sensitivity, latency)
@@ -136,6 +148,7 @@ class Run:
     texts: Texts
     bank: Bank
     menu: ActionMenu
+    rewards: Mapping[str, Reward]
 
     @property
     def comparable(self) -> str:
@@ -157,7 +170,13 @@ def target_of(recipe: Recipe) -> Target:
     return Target(device, recipe.target.threads, workload.prefill, workload.context)
 
 
-def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) -> Run:
+def start(
+    recipe: Recipe,
+    out: Path,
+    trust_remote_code: bool,
+    stages: Stages,
+    rewards: Mapping[str, Reward] = MappingProxyType({}),
+) -> Run:
     """Load the teacher and the texts, and take the teacher's statistics.
 
     Raises:
@@ -165,6 +184,8 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
     """
     model, target = recipe.model, target_of(recipe)
     check_formats(recipe.search.formats, recipe.search.embedding_formats, target.device)
+    if recipe.distill.method == "rl":
+        check_rewards(recipe.distill.rl.rewards, rewards)
     with stages.timed("teacher"):
         teacher = load_teacher(
             model.path, gguf=model.gguf, revision=model.revision, trust_remote_code=trust_remote_code
@@ -176,7 +197,7 @@ def start(recipe: Recipe, out: Path, trust_remote_code: bool, stages: Stages) ->
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
-    return Run(recipe, out, stages, target, teacher, texts, bank, menu)
+    return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:
@@ -365,7 +386,7 @@ class Recovery:
     def kl(self) -> float | None:
         """Of the student."""
         if self.curve:
-            return min(kl for _, kl in self.curve.held_out)
+            return self.curve.kl
         return min((kl for kl in (self.kl_before, self.kl_reconstructed) if kl is not None), default=None)
 
 
@@ -392,25 +413,82 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     settings = distill.Settings(
         steps=steps,
         train=wanted.train,
-        sequences=run.recipe.batch_windows,
-        learning_rate=wanted.learning_rate or distill.LEARNING_RATES[wanted.train],
+        learning_rate=wanted.learning_rate or LEARNING_RATES[wanted.train],
         warmup=wanted.warmup,
+        seed=wanted.seed,
+    )
+    aim = wanted.model_dump(exclude={"tokens", "finalists", "finalist_steps", "steps"})
+    prompts = _prompts(run) if wanted.own_text else ([], [])
+    asked = [prompt_P.tolist() for some in prompts for prompt_P in some]
+    key = key_of(*made_of, tokens_digest(trained_NL), settings.to_dict(), aim, run.recipe.batch_windows, asked)
+
+    def train(report_progress) -> tuple[Student, dict]:
+        checkpoint = run.out / "stages" / f"distill-{key}.part"
+        trained, curve = distill.distill(
+            run.teacher.network,
+            student,
+            lambda network: _objective(run, network, *prompts),
+            held_out_NL,
+            settings,
+            checkpoint,
+            report_progress,
+        )
+        return trained, curve.to_dict()
+
+    student, told = run.stages.student(name, key, decoder, train)
+    curve = distill.Curve.from_dict(told)
+    return Recovery(student, curve.held_out[0][1]["kl"] if before is None else before, rebuilt, curve)
+
+
+def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list[Tensor]) -> distill.Objective:
+    """What `distill.method` aims at."""
+    wanted, teacher = run.recipe.distill, run.teacher.network
+    ends, new_tokens = teacher.ends(), wanted.rollouts.new_tokens
+    if wanted.method == "rl":
+        rl = wanted.rl
+        settings = reinforce.Settings(
+            wanted.rows // rl.group, rl.group, new_tokens, rl.clip, rl.epochs, rl.leash, rl.target_kl, wanted.seed
+        )
+        judge = Judge(run.teacher, rl.rewards, run.rewards)
+        return reinforce.Reinforce(teacher, network, prompts, held_out, judge, settings, ends)
+    text = distill.Imitation(
+        teacher,
+        network,
+        run.texts.trained_NL,
+        windows=run.recipe.batch_windows,
         kl_weight=wanted.kl_weight,
         hidden_weight=wanted.hidden_weight,
         temperature=wanted.temperature,
         seed=wanted.seed,
     )
-    key = key_of(*made_of, tokens_digest(trained_NL), settings.to_dict(), wanted.reconstruct)
+    if wanted.method == "kd":
+        return text
+    own = on_policy.Settings(wanted.rows, new_tokens, wanted.on_policy.share, wanted.on_policy.discount, wanted.seed)
+    return on_policy.OnPolicy(teacher, network, prompts, held_out, text, own, ends)
 
-    def train(report_progress) -> tuple[Student, dict]:
-        checkpoint = run.out / "stages" / f"distill-{key}.part"
-        texts = trained_NL, held_out_NL
-        trained, curve = distill.distill(run.teacher.network, student, *texts, settings, checkpoint, report_progress)
-        return trained, curve.to_dict()
 
-    student, told = run.stages.student(name, key, decoder, train)
-    curve = distill.Curve.from_dict(told)
-    return Recovery(student, curve.held_out[0][1] if before is None else before, rebuilt, curve)
+def _prompts(run: Run) -> tuple[list[Tensor], list[Tensor]]:
+    """(prompts of the training, held-out prompts), token ids [P] each.
+
+    Raises:
+        DataError: there are too few.
+    """
+    wanted = run.recipe.distill.rollouts
+    if wanted.prompts:
+        every = load_prompts(wanted.prompts, run.teacher.tokenizer, wanted.prompt_tokens)
+        if len(every) <= wanted.held_out:
+            raise DataError(
+                f"{wanted.prompts}: expected more than distill.rollouts.held_out = {wanted.held_out} prompts, "
+                f"found {len(every)}; give more, or lower it"
+            )
+        return every[wanted.held_out :], every[: wanted.held_out]
+    length = wanted.prompt_tokens + wanted.new_tokens
+
+    def pieces(windows_NL: Tensor) -> list[Tensor]:
+        return list(windows_NL.unfold(1, length, length)[..., : wanted.prompt_tokens].flatten(0, 1))
+
+    held_out = pieces(run.texts.held_out_NL)
+    return pieces(run.texts.trained_NL), held_out[:: max(1, len(held_out) // wanted.held_out)][: wanted.held_out]
 
 
 def export(run: Run, problem: Problem, trials: Searches, student: Student) -> dict[str, Path]:

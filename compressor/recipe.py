@@ -316,6 +316,51 @@ class SearchSection(Section):
         return rivals + tuple((self.policy, self.seed + i) for i in range(self.seeds))
 
 
+class RolloutSection(Section):
+    """What the student writes where it learns from its own text (`on_policy`, `rl`)."""
+
+    prompts: Annotated[str, AfterValidator(_beside_recipe)] | None = None
+    """File of prompts, JSON lines: {"prompt": text}, or {"messages": [...]} for the tokenizer's chat template. Pieces of
+    the training text when absent."""
+    prompt_tokens: Count = 32
+    """Tokens of a prompt; of a longer one the last are kept."""
+    new_tokens: Count = 32
+    """Tokens that are written behind it."""
+    held_out: Count = 16
+    """Prompts that are kept from training; what is written behind them decides which step's student is kept."""
+
+
+class OnPolicySection(Section):
+    """Distillation on the student's own text."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the steps on the student's own text; the others are those of `kd`."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """How much a token answers for those that follow; with 0 every token for itself."""
+
+
+class RlSection(Section):
+    """Reinforcement learning towards a composed reward."""
+
+    rewards: Annotated[dict[str, float], Field(min_length=1)] = {
+        "fluency": 1.0,
+        "informativeness": 1.0,
+        "relevance": 1.0,
+    }
+    """Weights of the rewards: fluency (the teacher's log-probability a token), informativeness (distinct-n and entropy, 0 to
+    1), relevance (cosine of prompt and text, -1 to 1), and functions that are given by the library."""
+    group: Annotated[int, Field(ge=2)] = 4
+    """Texts behind every prompt; a text's advantage is its reward against its group's."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """How far a token's probability may move from that with which it was written, relatively, and still be rewarded."""
+    epochs: Count = 2
+    """Updates with what was written in a step."""
+    leash: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of KL(student || teacher) in nats a token at first; then it is moved such that the KL stays at its target."""
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    """That target, in nats a token; what the first step has when absent."""
+
+
 class DistillSection(Section):
     """Recovery of the student on calibration text: a fit of every block in closed form, then training against the teacher."""
 
@@ -324,16 +369,19 @@ class DistillSection(Section):
     tokens: Count | None = None
     """Calibration tokens that are fitted, whole windows; those of `data.calibration_tokens` when absent."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of the training; 0 turns it off. It sees text that was not fitted, as long as there is some."""
+    """Steps of the training; 0 turns it off. It sees text that was not fitted, as long as there is some."""
+    method: Literal["kd", "on_policy", "rl"] = "kd"
+    """What the training aims at: the teacher's predictions on given text, or on what the student writes itself, or a
+    composed reward."""
     train: Literal["scales", "weights"] = "scales"
     """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids."""
     finalists: Count = 1
     """Plans of the search, its best and others that differ from it on a tenth of the sites, that are recovered with
     `finalist_steps`; the one of least KL on held-out text then is the student's. With 1 it is the search's best plan."""
     finalist_steps: Count = 4
-    """Optimizer steps of a finalist, at most `steps`."""
+    """Steps of a finalist, at most `steps`."""
     batch_tokens: Count = 2048
-    """Tokens in a step."""
+    """Tokens in a step, those of prompts included."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits) and 1e-4 for weights."""
     warmup: Annotated[int, Field(ge=0)] = 10
@@ -345,7 +393,23 @@ class DistillSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of both distributions in the KL term."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the order of the windows."""
+    """Seed of the order of the windows, and of what the student writes."""
+    rollouts: RolloutSection = RolloutSection()
+    """What the student writes where it learns from its own text."""
+    on_policy: OnPolicySection = OnPolicySection()
+    """Distillation on the student's own text."""
+    rl: RlSection = RlSection()
+    """Reinforcement learning towards a composed reward."""
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the student learns from what it writes."""
+        return self.steps > 0 and self.method != "kd"
+
+    @property
+    def rows(self) -> int:
+        """Texts that are written in a step."""
+        return max(1, self.batch_tokens // (self.rollouts.prompt_tokens + self.rollouts.new_tokens))
 
     @property
     def compared(self) -> int:
@@ -470,6 +534,19 @@ class Recipe(Section):
         if len(data.evaluation) * data.sequence_length > data.evaluation_tokens >= data.sequence_length:
             least = f"a window of {data.sequence_length} for each of {len(data.evaluation)} texts"
             yield f"data.evaluation_tokens = {data.evaluation_tokens}: expected at least {least}; raise it"
+        written = self.distill.rollouts
+        if self.distill.own_text and not written.prompts:
+            length = written.prompt_tokens + written.new_tokens
+            if length > data.sequence_length:
+                yield (
+                    f"distill.rollouts: prompt_tokens + new_tokens = {length}: expected at most data.sequence_length = "
+                    f"{data.sequence_length}, of which prompts are pieces; shorten them, or give a file of prompts"
+                )
+        if self.distill.own_text and self.distill.rows < self.distill.rl.group and self.distill.method == "rl":
+            yield (
+                f"distill.batch_tokens = {self.distill.batch_tokens}: expected room for distill.rl.group = "
+                f"{self.distill.rl.group} texts of {written.prompt_tokens + written.new_tokens} tokens; raise it"
+            )
         names = [source.name for source in data.evaluation]
         for i, source in enumerate(data.evaluation):
             if source.name in names[:i]:
@@ -501,6 +578,11 @@ class Recipe(Section):
                     problems.append(
                         f"data.{key}[{i}] = {source.file}: expected a text file, found none; check the path"
                     )
+        prompts = self.distill.rollouts.prompts
+        if prompts and not Path(prompts).is_file():
+            problems.append(
+                f"distill.rollouts.prompts = {prompts}: expected a file of prompts, found none; check the path"
+            )
         if self.search.reuse and not (Path(self.search.reuse) / "ledger.log").is_file():
             problems.append(
                 f"search.reuse = {self.search.reuse}: expected the folder of an earlier run, found no ledger.log there; "

@@ -142,21 +142,33 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class RecoveryPoint:
+class TrainingPoint:
+    """What a step of the training told, nothing at step 0, and the measures on held-out text after it, if they were taken."""
+
     step: int
-    loss: float
-    held_out_kl: float | None = None
+    told: dict[str, float]
+    held_out: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """decides: the held-out measure of which the least was kept, that of `kept_step`; 0 is the student before."""
+
+    method: str
+    decides: str
+    kept_step: int
+    points: tuple[TrainingPoint, ...]
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """KL on held-out calibration tokens: of the plan's variants as they are, after reconstruction (None if there was none),
-    and of the student; what made it no better was not kept. curve: the training, empty if there was none."""
+    """KL on held-out calibration tokens: of the plan's variants as they are, after reconstruction and of the student; None
+    where that was not measured. What made it no better was not kept."""
 
     kl_before: float
     kl_reconstructed: float | None
     kl_after: float
-    curve: tuple[RecoveryPoint, ...] = ()
+    training: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -597,16 +609,33 @@ def _recovery_part(report: Report) -> str:
     stages = [(f"the plan's variants have {number(recovery.kl_before)}", recovery.kl_before)]
     if recovery.kl_reconstructed is not None:
         stages.append((f"reconstruction gives {number(recovery.kl_reconstructed)}", recovery.kl_reconstructed))
-    if recovery.curve:
-        trained = min((p.held_out_kl for p in recovery.curve if p.held_out_kl is not None), default=math.inf)
-        stages.append((f"{recovery.curve[-1].step} steps of distillation {number(trained)}", trained))
+    training = recovery.training
+    if training and training.decides == "kl":
+        trained = min(p.held_out["kl"] for p in training.points[1:] if p.held_out)
+        stages.append((f"{training.points[-1].step} steps of distillation {number(trained)}", trained))
     best, told = math.inf, []
     for text, kl in stages:
         told.append(text if kl < best else f"{text}, which is no gain and was **not kept**")
         best = min(best, kl)
     change = 100 * (recovery.kl_after / recovery.kl_before - 1) if recovery.kl_before else 0.0
     text = f"## Recovery\n\nKL on held-out calibration tokens: {'; '.join(told)} ({change:+.0f}% in all)."
-    return text + ("\n\n![Loss and held-out KL against steps](distillation.png)" if recovery.curve else "")
+    if training and training.decides != "kl":
+        text += "\n\n" + _own_text_part(training)
+    return text + ("\n\n![The training, step by step](distillation.png)" if training else "")
+
+
+def _own_text_part(training: Training) -> str:
+    """What a training on the student's own text did to it, measure by measure."""
+    looks = {point.step: point.held_out for point in training.points if point.held_out}
+    steps = sorted({0, training.kept_step, max(looks)})
+    rows = [(name.replace("_", " "), *(number(looks[step][name]) for step in steps)) for name in looks[0]]
+    head = ("behind held-out prompts", *(f"step {step}" for step in steps))
+    kept = f"The student of step {training.kept_step} was kept" if training.kept_step else "It was **not kept**"
+    note = (
+        f"Trained by `{training.method}`, on its own text. {kept}: least {training.decides.replace('_', ' ')}. `kl` is on "
+        "given text, the rest on what the student writes itself."
+    )
+    return f"{note}\n\n{table(head, rows)}"
 
 
 def _samples_part(report: Report) -> str:
@@ -683,7 +712,7 @@ def figures(report: Report) -> dict[str, Figure]:
         made["quality.png"] = _quality_figure(report)
     if report.plan:
         made["plan.png"] = _plan_figure(report)
-    if report.recovery and report.recovery.curve:
+    if report.recovery and report.recovery.training:
         made["distillation.png"] = _distillation_figure(report.recovery)
     return made
 
@@ -849,17 +878,20 @@ def _bar(axes: Axes, place: float, entry: PlanEntry) -> None:
 
 
 def _distillation_figure(recovery: Recovery) -> Figure:
-    figure = _figure(7.5, 3.6)
+    figure, training = _figure(7.5, 3.6), recovery.training
+    assert training is not None
     axes = figure.add_subplot()
-    axes.plot(
-        [p.step for p in recovery.curve], [p.loss for p in recovery.curve], color="#bbbbbb", lw=1, label="training loss"
-    )
-    held = [(p.step, p.held_out_kl) for p in recovery.curve if p.held_out_kl is not None]
-    if held:
-        axes.plot(*zip(*held, strict=True), "o-", color=_COLOURS[0], lw=2, ms=4, label="KL, held-out tokens")
-    axes.axhline(recovery.kl_before, color=_COLOURS[1], lw=1, ls="--", label="KL before")
-    _plain_log(axes)
+    seen = training.decides if any(training.decides in p.told for p in training.points) else "loss"
+    trained = [(p.step, p.told[seen]) for p in training.points if seen in p.told]
+    axes.plot(*zip(*trained, strict=True), color="#bbbbbb", lw=1, label=f"{seen.replace('_', ' ')}, training")
+    held = [(p.step, p.held_out[training.decides]) for p in training.points if p.held_out]
+    label = f"{training.decides.replace('_', ' ')}, held-out text"
+    axes.plot(*zip(*held, strict=True), "o-", color=_COLOURS[0], lw=2, ms=4, label=label)
+    if training.decides == "kl":
+        axes.axhline(recovery.kl_before, color=_COLOURS[1], lw=1, ls="--", label="KL before")
+    if min(value for _, value in trained + held) > 0:
+        _plain_log(axes)
     _clean(axes)
-    axes.set(xlabel="step", ylabel="nats per token", title="Distillation")
+    axes.set(xlabel="step", ylabel="nats per token" if training.decides != "cost" else "cost", title="Distillation")
     axes.legend(frameon=False)
     return figure

@@ -80,7 +80,7 @@ def collect(
             for f in chosen
             if f.recovered_kl is not None
         ),
-        recovery=_recovery(recovery),
+        recovery=_recovery(recovery, run.recipe.distill.method),
         parity=parity,
         samples=samples,
         stage_seconds=dict(run.stages.seconds),
@@ -269,15 +269,16 @@ def _next_better(problem: Problem, place: int, index: int) -> report.Alternative
     return report.Alternative(str(menu[found]), extra, float(sensitivity[found]))
 
 
-def _recovery(recovery: Recovery) -> report.Recovery | None:
+def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
     if recovery.kl is None:
         return None
     assert recovery.kl_before is not None
-    points: tuple[report.RecoveryPoint, ...] = ()
+    training: report.Training | None = None
     if curve := recovery.curve:
-        held_out = dict(curve.held_out)
-        points = tuple(report.RecoveryPoint(i, loss, held_out.get(i)) for i, loss in enumerate(curve.losses, 1))
-    return report.Recovery(recovery.kl_before, recovery.kl_reconstructed, recovery.kl, points)
+        told, held_out = [{}, *curve.training], dict(curve.held_out)
+        points = tuple(report.TrainingPoint(i, one, held_out.get(i)) for i, one in enumerate(told))
+        training = report.Training(method, curve.decides, curve.kept_step, points)
+    return report.Recovery(recovery.kl_before, recovery.kl_reconstructed, recovery.kl, training)
 
 
 def _gate(

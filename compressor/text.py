@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
@@ -61,6 +62,40 @@ def load_tokens(
     turns = zip_longest(*(_spread(windows, count) for windows, count in zip(read, _shares(read, wanted), strict=True)))
     windows = [window for turn in turns for window in turn if window is not None]
     return torch.tensor(windows, dtype=torch.int64).view(-1, sequence_length)
+
+
+def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
+    """The prompts [P] of a file, JSON lines: {"prompt": text}, or {"messages": [...]} for the tokenizer's chat template; of a
+    longer prompt the last `most` tokens.
+
+    Raises:
+        DataError: the file cannot be read, or a line is neither.
+    """
+    prompts = []
+    for number, line in enumerate(_file_lines(TextSource(file=file)), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: expected JSON, {error.msg}; write one object a line") from None
+        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+            ids = tokenizer(entry["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
+        elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+            try:
+                text = tokenizer.apply_chat_template(entry["messages"], tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # templates are programs of their own: anything may come out
+                raise DataError(
+                    f"{where}: expected messages that the tokenizer's chat template takes; {error}; give a prompt instead"
+                ) from None
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {line.strip()[:60]}')
+        if not ids:
+            raise DataError(f"{where}: expected at least one token; give some text")
+        prompts.append(torch.tensor(ids[-most:]))
+    return prompts
 
 
 def _shares(read: list[list[list[int]]], wanted: int) -> list[int]:

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from compressor import Recipe, pipeline
 from compressor.errors import BudgetError, GateError, RecipeError
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
+from compressor.model import load_teacher
 from compressor.plan import Action, Plan
 from compressor.progress import silent
 from compressor.stages import Stages
@@ -195,6 +197,40 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
         pipeline.search(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})), problem)
+
+
+@pytest.mark.parametrize(
+    ("method", "decides", "own"),
+    [("kd", "kl", set()), ("on_policy", "reverse_kl", {"value_error"}), ("rl", "cost", {"reward_vowels", "leash"})],
+)
+def test_every_method_recovers_a_plan(finished, tiny_folder, tmp_path, method, decides, own):
+    out, report, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} times"}) for n in range(6)))
+    rollouts = {"prompt_tokens": 8, "new_tokens": 8, "held_out": 2, "prompts": str(tmp_path / "prompts.jsonl")}
+    rl = {"rewards": {"fluency": 0.1, "vowels": 1.0}}
+    wanted = recipe(tiny_folder, distill={"method": method, "rollouts": rollouts, "rl": rl})
+    stages = Stages(tmp_path / "run" / "stages", lambda progress: None)
+    rewards = {"vowels": lambda prompt, text: sum(letter in "aeiou" for letter in text) / max(1, len(text))}
+    run = pipeline.start(wanted, tmp_path / "run", False, stages, rewards)
+    plan = Plan(tuple((entry.site, Action(entry.keep, entry.format)) for entry in report.plan))
+    recovery = pipeline.recover(run, plan, 2)
+    assert recovery.curve.decides == decides and len(recovery.curve.training) == 2
+    assert own <= {name for told in recovery.curve.training for name in told}
+    assert recovery.kl == dict(recovery.curve.held_out)[recovery.curve.kept_step]["kl"]
+    again = pipeline.recover(run, plan, 2)
+    assert again.curve == recovery.curve and again.student.plan == plan
+
+
+def test_prompts_are_pieces_of_other_text_than_those_that_decide(tiny_folder):
+    rollouts = {"prompt_tokens": 10, "new_tokens": 12, "held_out": 3}
+    wanted = recipe(tiny_folder, distill={"method": "on_policy", "rollouts": rollouts})
+    teacher = load_teacher(tiny_folder)
+    texts = pipeline.Texts.read(wanted, teacher.tokenizer)
+    trained, held_out = pipeline._prompts(SimpleNamespace(recipe=wanted, texts=texts, teacher=teacher))
+    assert len(held_out) == 3 and len(trained) == 2 * len(texts.trained_NL)
+    assert torch.equal(trained[1], texts.trained_NL[0, 22:32]) and torch.equal(held_out[0], texts.held_out_NL[0, :10])
+    assert not {tuple(p.tolist()) for p in trained} & {tuple(p.tolist()) for p in held_out}
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_path):

@@ -16,12 +16,13 @@ from compressor.report import (
     Parity,
     PlanEntry,
     Recovery,
-    RecoveryPoint,
     Report,
     Row,
     Sample,
     TextQuality,
     Timing,
+    Training,
+    TrainingPoint,
     Trial,
     best_so_far,
     figures,
@@ -29,6 +30,15 @@ from compressor.report import (
     markdown,
     write,
 )
+
+
+def trained(method: str, decides: str, kept: int, held_out: list[float | None], **others: float) -> Training:
+    """A training of as many steps as held-out measures but the first."""
+    points = [
+        TrainingPoint(i, {"loss": 1 / (1 + i)} if i else {}, {"kl": kl, **others} if kl else None)
+        for i, kl in enumerate(held_out)
+    ]
+    return Training(method, decides, kept, tuple(points))
 
 
 def example() -> Report:
@@ -56,7 +66,7 @@ def example() -> Report:
         (BudgetLine("bytes", 60e6, 49.9e6, 50e6, True), BudgetLine("decode", 15.0, 13.0, 14.0, True)),
         tuple(trials),
         tuple(plan),
-        Recovery(1.6, 1.4, 0.7, (RecoveryPoint(0, 1.5, 1.4), RecoveryPoint(10, 0.7), RecoveryPoint(20, 0.6, 0.7))),
+        Recovery(1.6, 1.4, 0.7, trained("kd", "kl", 20, [1.4, *[None] * 19, 0.7])),
         Parity(1e-5, True, 0.001, 0.02),
         (Sample("Once upon", "a # time\nthere", "a time"),),
         {"bank": 10.0, "search": 20.5},
@@ -112,13 +122,23 @@ def test_what_failed_is_said_at_the_top():
         budget=(replace(report.budget[0], measured=62e6, fits=False),),
         gate=(replace(report.gate[0], measured=1.6, passed=False),),
         parity=Parity(0.2, False, 0.001, 0.02),
-        recovery=Recovery(1.4, 1.5, 1.4, (RecoveryPoint(1, 0.9, 2.0),)),
+        recovery=Recovery(1.4, 1.5, 1.4, trained("kd", "kl", 0, [1.4, 2.0])),
     )
     page = markdown(bad)
     first = page.split("\n\n")[1]
     assert "The budget is **missed** in bytes." in first
     assert "The gate **failed**: perplexity_ratio, parity." in first
     assert page.count("**not kept**") == 2 and "gives other tokens" in page
+
+
+def test_a_training_on_own_text_is_told_by_its_own_measures():
+    training = trained("rl", "cost", 1, [1.4, 1.5, 1.6], cost=-0.25, reward=0.75, distinct_2=0.9)
+    report = replace(example(), recovery=Recovery(1.6, 1.4, 1.5, training))
+    page = markdown(report)
+    assert "The student of step 1 was kept: least cost." in page and "steps of distillation" not in page
+    assert "| behind held-out prompts | step 0 | step 1 | step 2 |" in page
+    assert "| distinct 2 | 0.900 | 0.900 | 0.900 |" in page
+    assert "distillation.png" in figures(report)
 
 
 def test_every_picture_that_the_page_shows_is_written(tmp_path):
