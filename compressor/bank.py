@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -121,6 +122,18 @@ class Bank:
                 dense[matrix.name] = compensate(w_OI, self._hessian(f"{site.name}.out"), columns)
         return dense
 
+    def with_biases(self, site: Site, keep: int, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+        """Matrices of a site with `keep` units, and the teacher's biases for what they give."""
+        biased = dict(weights)
+        for matrix in site.matrices:
+            if matrix.bias:
+                bias_O = self.teacher.module(matrix.name).bias.detach().cpu()
+                if matrix.pruned == "rows" and keep < site.units:
+                    units = self.order(site)[site.units - keep :].sort().values
+                    bias_O = bias_O[unit_columns(units, matrix.rows // site.units)]
+                biased[matrix.name] = replace(weights[matrix.name], bias=bias_O.clone())
+        return biased
+
     def variant(self, site: Site, action: Action) -> dict[str, Weight]:
         """The stored weights of a site under an action, by matrix name; empty where the site is dropped."""
         if action.keep == 0:
@@ -132,7 +145,7 @@ class Bank:
         name, fmt = f"{site.name}/{action.keep}-{action.format}", Format.parse(action.format)
         stored = self._load(name)
         if stored is None:
-            weights = self._make(site, action.keep, fmt)
+            weights = self.with_biases(site, action.keep, self._make(site, action.keep, fmt))
             if fmt.kind != "float" or action.keep < site.units:
                 self._store(name, matrix_tensors(weights))
         else:
@@ -149,9 +162,9 @@ class Bank:
 
     def student(self, plan: Plan, matrices: dict[str, Weight]) -> Student:
         """A plan's student with these matrices and the teacher's norm gains."""
-        dropped = {f"{name}.norm" for name, action in plan.items() if action.keep == 0}
+        dropped = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
         gains = self.teacher.vectors()
-        vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if name not in dropped}
+        vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if not name.startswith(dropped)}
         return Student(self.teacher.decoder, plan, matrices, vectors)
 
     # -- making --

@@ -104,8 +104,8 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
     """Put a student's weights into a network; `rounding` as for `Network.install`."""
     for name, action in student.plan.items():
         site = network.sites[name]
-        dense = {m.name: student.matrices[m.name].dequantize() for m in site.matrices} if action.keep else {}
-        network.install(site, action, dense, rounding)
+        weights = {m.name: student.matrices[m.name] for m in site.matrices} if action.keep else {}
+        network.install(site, action, weights, rounding)
     with torch.no_grad():
         for name, gain in student.vectors.items():
             network.module(name).weight.copy_(gain)

@@ -46,8 +46,7 @@ class Executor:
         for name, action in plan.items():
             if self.plan[name] != action:
                 site = self.teacher.sites[name]
-                weights = self.bank.variant(site, action)
-                self.student.install(site, action, {key: w.dequantize() for key, w in weights.items()})
+                self.student.install(site, action, self.bank.variant(site, action))
                 self.plan[name] = action
 
     def score(self, plan: Plan, part: int | None = None, known: Mapping[int, Score] = MappingProxyType({})) -> Score:

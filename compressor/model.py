@@ -22,11 +22,11 @@ from torch.nn.utils import parametrize
 
 from compressor.errors import ModelError
 from compressor.plan import Action, Format, Site
-from compressor.quantize import fake_block_int8, fake_dynamic_int8
+from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8
 from compressor.student import Decoder
 
-DECODERS = ("llama",)
-"""`model_type` of the supported configurations: pre-norm blocks, SiLU-gated feed-forward, rotary attention, no biases."""
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of the supported configurations: pre-norm blocks, SiLU-gated feed-forward, rotary grouped-query attention."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def _check_supported(config) -> None:
     else:
         if config.hidden_act != "silu":
             problems.append(f"hidden_act {config.hidden_act!r} (supported: silu)")
-        if config.attention_bias or config.mlp_bias:
-            problems.append("biases in attention or feed-forward (supported: none)")
+        if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
+            problems.append("blocks with different attention windows (supported: one window for all, or none)")
         if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3"):
             problems.append(f"rope_type {config.rope_parameters['rope_type']!r} (supported: default, linear, llama3)")
     if problems:
@@ -144,7 +144,24 @@ def decoder_of(config) -> Decoder:
         rope_frequencies=tuple(rotary.inv_freq.tolist()),
         rope_scale=float(rotary.attention_scaling),
         tied=config.tie_word_embeddings,
+        biases=_biases(config),
+        qk_norm=config.model_type == "qwen3",
+        window=_window(config),
     )
+
+
+def _biases(config) -> tuple[str, ...]:
+    if config.model_type == "qwen2":
+        return ("q", "k", "v")
+    attention = "qkvo" if getattr(config, "attention_bias", False) else ""
+    return (*attention, *(("gate", "up", "down") if getattr(config, "mlp_bias", False) else ()))
+
+
+def _window(config) -> int | None:
+    """Positions that every attention sees; None if that is all of them."""
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return window if slides and window and window < config.max_position_embeddings else None
 
 
 Rounding = Literal["none", "dynamic", "all"]
@@ -160,6 +177,9 @@ def _named_modules(model: Any, decoder: Decoder) -> dict[str, Any]:
             modules[f"layers.{i}.attention.{name}"] = getattr(block.self_attn, f"{name}_proj")
         for name in ("gate", "up", "down"):
             modules[f"layers.{i}.ffn.{name}"] = getattr(block.mlp, f"{name}_proj")
+        if decoder.qk_norm:
+            for name in "qk":
+                modules[f"layers.{i}.attention.{name}_norm"] = getattr(block.self_attn, f"{name}_norm")
         modules[f"layers.{i}.attention.norm"] = block.input_layernorm
         modules[f"layers.{i}.ffn.norm"] = block.post_attention_layernorm
     if not decoder.tied:
@@ -314,7 +334,7 @@ class Network:
         return self._modules[name]
 
     def vectors(self) -> dict[str, Tensor]:
-        """The norm gains [hidden] by name."""
+        """The norm gains by name."""
         return {name: module.weight for name, module in self._modules.items() if name.endswith("norm")}
 
     def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -338,12 +358,12 @@ class Network:
             yield
 
     def install(
-        self, site: Site, action: Action, matrices: Mapping[str, Tensor], rounding: Rounding = "dynamic"
+        self, site: Site, action: Action, weights: Mapping[str, Weight], rounding: Rounding = "dynamic"
     ) -> None:
         """Replace a site.
 
         Args:
-            matrices: its dense float32 weights under `action`; none where it is dropped.
+            weights: its matrices under `action`; none where it is dropped.
             rounding: which kernels' rounding of activations is imitated. `dynamic`: that of dynamic int8, which moves
                 a model much; `all`: also the blocks of int8 inside weight-only kernels, which move it little and cost
                 some 8% of a forward pass, so that scoring leaves them out; `none`.
@@ -352,7 +372,7 @@ class Network:
             handle.remove()
         fmt = Format.parse(action.format)
         if site.layer is None:
-            weight = nn.Parameter(matrices[site.name].to(self.device), requires_grad=False)
+            weight = self._parameter(weights[site.name].dequantize())
             self._modules[site.name].weight = weight
             if site.name == "embedding" and self.decoder.tied:
                 self.model.lm_head.weight = weight
@@ -362,16 +382,20 @@ class Network:
             setattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind], gone)
             return
         else:
-            for name, dense in matrices.items():
+            for name, given in weights.items():
                 linear = self._modules[name]
-                linear.weight = nn.Parameter(dense.to(self.device), requires_grad=False)
-                linear.out_features, linear.in_features = dense.shape
+                linear.weight = self._parameter(given.dequantize())
+                linear.bias = None if given.bias is None else self._parameter(given.bias)
+                linear.out_features, linear.in_features = given.shape
             owner = self._owners[site.name]
             setattr(self.model.model.layers[site.layer], _ATTRIBUTES[site.kind], owner)
             readers = [owner, self._modules[site.matrices[-1].name]]
         if fmt.kind in {"none": (), "dynamic": ("dynamic",), "all": ("dynamic", "blockwise")}[rounding]:
             hook = _rounding_hook(fmt)
             self._hooks[site.name] = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in readers]
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device), requires_grad=False)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights as they lie in memory; a tied table counts once."""

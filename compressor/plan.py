@@ -89,12 +89,14 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of a site at full size, and the side that shrinks when units are pruned."""
+    """One weight matrix of a site at full size, the side that shrinks when units are pruned, and whether a bias is added to
+    what it gives."""
 
     name: str
     rows: int
     columns: int
     pruned: Literal["rows", "columns", "neither"]
+    bias: bool = False
 
     def shape(self, keep: int, units: int) -> tuple[int, int]:
         """(rows, columns) when `keep` of `units` units are left."""
@@ -124,12 +126,14 @@ class Site:
 
     def size_bytes(self, action: Action) -> int:
         """Bytes of the exported data file that this site takes under `action`, alignment included."""
-        fmt = Format.parse(action.format)
-        return sum(
-            aligned(size)
-            for matrix in self.matrices
-            for size in fmt.tensor_bytes(*matrix.shape(action.keep, self.units))
-        )
+        if action.keep == 0:
+            return 0
+        fmt, total = Format.parse(action.format), 0
+        for matrix in self.matrices:
+            rows, columns = matrix.shape(action.keep, self.units)
+            sizes = [*fmt.tensor_bytes(rows, columns), *([4 * rows] if matrix.bias else [])]
+            total += sum(aligned(size) for size in sizes)
+        return total
 
 
 @dataclass(frozen=True, order=True)

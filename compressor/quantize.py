@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from compressor.plan import Format
 
 SMALLEST_BLOCK = 32
 """Columns that GPTQ handles before it updates the rest; divides every format's block."""
+
+FP32 = Format.parse("fp32")
 
 CLIP_STEPS = 16
 """Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
@@ -73,6 +76,7 @@ class Weight:
 
     values: [O, I] float32 or float16 when the format is float, else None.
     codes: [O, I] uint8 (blockwise) or int8 (dynamic); scales [O, G] float32; zeros [O, G] uint8 or None.
+    bias: [O] float32, added to what the matrix gives; None where there is none.
     """
 
     format: Format
@@ -80,6 +84,7 @@ class Weight:
     codes: Tensor | None = None
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,13 +114,14 @@ class Weight:
         return grid.values(self.codes.float())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored form, in the layout of the deployed kernel: `values`, or `codes`, `scales`, `zeros`."""
+        """The stored form, in the layout of the deployed kernel: `values`, or `codes`, `scales`, `zeros`; and `bias`."""
+        bias = {} if self.bias is None else {"bias": self.bias}
         if self.values is not None:
-            return {"values": self.values}
+            return {"values": self.values, **bias}
         assert self.codes is not None and self.scales is not None
         if self.format.kind == "dynamic":
-            return {"codes": self.codes, "scales": self.scales}
-        stored = {"codes": pack_codes(self.codes, self.format), "scales": self.scales}
+            return {"codes": self.codes, "scales": self.scales, **bias}
+        stored = {"codes": pack_codes(self.codes, self.format), "scales": self.scales, **bias}
         if self.zeros is not None:
             stored["zeros"] = pack_rows(self.zeros, self.format.bits)
         return stored
@@ -123,15 +129,16 @@ class Weight:
     @classmethod
     def from_tensors(cls, format: Format, columns: int, stored: Mapping[str, Tensor]) -> Weight:
         """The inverse of `tensors`; `columns` is I, which padding hides."""
+        bias = stored.get("bias")
         if format.kind == "float":
-            return cls(format, values=stored["values"])
+            return cls(format, values=stored["values"], bias=bias)
         if format.kind == "dynamic":
-            return cls(format, codes=stored["codes"], scales=stored["scales"])
+            return cls(format, codes=stored["codes"], scales=stored["scales"], bias=bias)
         codes = unpack_rows(stored["codes"].flatten(1), format.bits)[:, :columns]
         zeros = stored.get("zeros")
         if zeros is not None:
             zeros = unpack_rows(zeros, format.bits)[:, : stored["scales"].shape[1]]
-        return cls(format, codes=codes, scales=stored["scales"], zeros=zeros)
+        return cls(format, codes=codes, scales=stored["scales"], zeros=zeros, bias=bias)
 
     @classmethod
     def on_grid(cls, grid: Grid, w_OI: Tensor) -> Weight:
@@ -148,7 +155,7 @@ class Weight:
             tensors = [getattr(part, name) for part in parts]
             return None if tensors[0] is None else torch.cat(tensors)
 
-        return cls(parts[0].format, stack("values"), stack("codes"), stack("scales"), stack("zeros"))
+        return cls(parts[0].format, *map(stack, ("values", "codes", "scales", "zeros", "bias")))
 
     def rows(self, start: int, stop: int) -> Weight:
         """The matrix of output rows `start` to `stop`."""
@@ -156,7 +163,7 @@ class Weight:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[start:stop]
 
-        return Weight(self.format, cut(self.values), cut(self.codes), cut(self.scales), cut(self.zeros))
+        return Weight(self.format, *map(cut, (self.values, self.codes, self.scales, self.zeros, self.bias)))
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -231,6 +238,11 @@ def store_float(w_OI: Tensor, format: Format) -> Weight:
     """The matrix in a float format."""
     assert format.kind == "float", format
     return Weight(format, values=w_OI.to(torch.float16 if format.bits == 16 else torch.float32).contiguous())
+
+
+def as_floats(dense: Mapping[str, Tensor], biases: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Weight]:
+    """Matrices as they are, in float32, with their biases."""
+    return {name: Weight(FP32, values=w_OI, bias=biases.get(name)) for name, w_OI in dense.items()}
 
 
 def round_to_nearest(w_OI: Tensor, format: Format) -> Weight:

@@ -9,7 +9,7 @@ the least-squares solution, in closed form, of
                                    c_t = 1 / (|h_t|^2 + |h'_t + W x'_t|^2)
 
 x, x': its input in the teacher and in the student; h: the teacher's residual stream behind the sub-layer; h': the student's
-in front of it; W: the variant before quantization. W' is then quantized with the second moment of x'. A writer thus takes
+in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. A writer thus takes
 back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those that the next norm
 gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as large, would count
 alone, those too that are none in the teacher.
@@ -23,6 +23,7 @@ Shape letters: N windows, L tokens a window, O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from torch import Tensor
 from compressor.bank import DAMPING, Bank
 from compressor.model import Network, Stream
 from compressor.plan import Action, Format, Plan, Site
-from compressor.quantize import Weight, damped, quantize_together
+from compressor.quantize import Weight, as_floats, damped, quantize_together
 from compressor.student import Student
 
 RIDGE = 1.0
@@ -47,7 +48,7 @@ def reconstruct(
     for name, site in teacher.sites.items():
         if site.layer is None:
             matrices |= (table := bank.variant(site, plan[name]))
-            student.install(site, plan[name], {key: w.dequantize() for key, w in table.items()})
+            student.install(site, plan[name], table)
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
     sites = [site for site in teacher.sites.values() if site.layer is not None]
     for done, site in enumerate(sites, 1):
@@ -67,8 +68,9 @@ class _Fitting:
     """One site of the student while it is fitted. weights: what is finished; the rest is installed unquantized."""
 
     def __init__(self, bank: Bank, student: Network, site: Site, action: Action):
-        self._quantizer, self._student, self._site, self._action = bank.quantizer, student, site, action
+        self._bank, self._student, self._site, self._action = bank, student, site, action
         self._dense = bank.pruned(site, action.keep) if action.keep else {}
+        self._unquantized = bank.with_biases(site, action.keep, as_floats(self._dense)) if action.keep else {}
         self.weights: dict[str, Weight] = {}
         self._install()
 
@@ -84,8 +86,10 @@ class _Fitting:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
         name = self._site.matrices[-1].name
         fit = _LeastSquares(self._dense[name].to(behind_NLD))
+        bias_D = self._unquantized[name].bias
+        added_D = torch.zeros(()).to(behind_NLD) if bias_D is None else bias_D.to(behind_NLD)
         for windows, x_BLI in given.inputs(name):
-            h_BLD, front_BLD = behind_NLD[windows], given.hidden_NLD[windows]
+            h_BLD, front_BLD = behind_NLD[windows], given.hidden_NLD[windows] + added_D
             size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
             fit.add(x_BLI, h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
         self._finish(fit, [name])
@@ -93,14 +97,14 @@ class _Fitting:
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
         w_OI, moment_II = fit.solution()
         rows = w_OI.split([len(self._dense[name]) for name in names])
-        hessian_II = None if self._quantizer == "nearest" else damped(moment_II, DAMPING)
+        hessian_II = None if self._bank.quantizer == "nearest" else damped(moment_II, DAMPING)
         format = Format.parse(self._action.format)
-        self.weights |= quantize_together(dict(zip(names, rows, strict=True)), format, hessian_II)
+        made = quantize_together(dict(zip(names, rows, strict=True)), format, hessian_II)
+        self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
         self._install()
 
     def _install(self) -> None:
-        dense = self._dense | {name: weight.dequantize() for name, weight in self.weights.items()}
-        self._student.install(self._site, self._action, dense)
+        self._student.install(self._site, self._action, self._unquantized | self.weights)
 
 
 class _LeastSquares:

@@ -23,6 +23,7 @@ from compressor.bank import Bank
 from compressor.executor import Executor
 from compressor.plan import Action, ActionMenu, Format, Site
 from compressor.prune import output_error, unit_columns
+from compressor.quantize import as_floats
 from compressor.student import full_plan
 
 NOISE = 0.02
@@ -65,9 +66,10 @@ def noise_coefficients(
         dense = {matrix.name: teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
         deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
         noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
-        student.install(site, whole[name], noisy)
-        alphas[name] = executor.compare(0).kl / NOISE
-        student.install(site, whole[name], dense)
+        for matrices in (noisy, dense):
+            student.install(site, whole[name], executor.bank.with_biases(site, site.units, as_floats(matrices)))
+            if matrices is noisy:
+                alphas[name] = executor.compare(0).kl / NOISE
         progress(index + 1, len(teacher.sites))
     return alphas
 

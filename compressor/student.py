@@ -7,8 +7,9 @@ Names of a student's tensors, `{i}` being the block:
     layers.{i}.attention.o         [hidden, heads * head_dim]
     layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
     layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
+    layers.{i}.attention.q_norm/k_norm (only where queries and keys have a norm)                  [head_dim]
 
-A dropped sub-layer has none of its tensors.
+A dropped sub-layer has none of its tensors. A matrix may come with a bias.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Decoder:
     positions and a gated feed-forward.
 
     rope_frequencies: inverse frequencies, [head_dim / 2]; rope_scale multiplies cos and sin.
+    biases: which of q, k, v, o, gate, up, down have one. qk_norm: whether every head's query and key have a
+    root-mean-square norm in front of the rotation. window: positions that an attention sees, its own included; None is all.
     """
 
     layers: int
@@ -42,6 +45,9 @@ class Decoder:
     rope_frequencies: tuple[float, ...]
     rope_scale: float
     tied: bool
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    window: int | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
@@ -50,22 +56,32 @@ class Decoder:
         for i in range(self.layers):
             name = f"layers.{i}.attention"
             attention = (
-                Matrix(f"{name}.q", self.heads * width, hidden, "rows"),
-                Matrix(f"{name}.k", self.kv_heads * width, hidden, "rows"),
-                Matrix(f"{name}.v", self.kv_heads * width, hidden, "rows"),
-                Matrix(f"{name}.o", hidden, self.heads * width, "columns"),
+                Matrix(f"{name}.q", self.heads * width, hidden, "rows", "q" in self.biases),
+                Matrix(f"{name}.k", self.kv_heads * width, hidden, "rows", "k" in self.biases),
+                Matrix(f"{name}.v", self.kv_heads * width, hidden, "rows", "v" in self.biases),
+                Matrix(f"{name}.o", hidden, self.heads * width, "columns", "o" in self.biases),
             )
             sites.append(Site(name, "attention", i, self.kv_heads, attention))
             name = f"layers.{i}.ffn"
             ffn = (
-                Matrix(f"{name}.gate", self.channels, hidden, "rows"),
-                Matrix(f"{name}.up", self.channels, hidden, "rows"),
-                Matrix(f"{name}.down", hidden, self.channels, "columns"),
+                Matrix(f"{name}.gate", self.channels, hidden, "rows", "gate" in self.biases),
+                Matrix(f"{name}.up", self.channels, hidden, "rows", "up" in self.biases),
+                Matrix(f"{name}.down", hidden, self.channels, "columns", "down" in self.biases),
             )
             sites.append(Site(name, "ffn", i, self.channels, ffn))
         if not self.tied:
             sites.append(Site("head", "head", None, 1, (Matrix("head", vocabulary, hidden, "neither"),)))
         return tuple(sites)
+
+    def vectors(self) -> dict[str, int]:
+        """Length of every norm gain, by name; those of a site begin with its name."""
+        lengths = {"norm": self.hidden}
+        for site in self.sites():
+            if site.layer is not None:
+                lengths[f"{site.name}.norm"] = self.hidden
+            if site.kind == "attention" and self.qk_norm:
+                lengths |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
+        return lengths
 
     def heads_of(self, action: Action) -> tuple[int, int]:
         """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
@@ -76,7 +92,7 @@ class Decoder:
 
     @classmethod
     def from_dict(cls, data: dict) -> Decoder:
-        return cls(**{**data, "rope_frequencies": tuple(data["rope_frequencies"])})
+        return cls(**{**data, "rope_frequencies": tuple(data["rope_frequencies"]), "biases": tuple(data["biases"])})
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> d
     for matrix in site.matrices:
         parts = {
             part: stored[key]
-            for part in ("values", "codes", "scales", "zeros")
+            for part in ("values", "codes", "scales", "zeros", "bias")
             if (key := f"{matrix.name}:{part}") in stored
         }
         columns = matrix.shape(action.keep, site.units)[1]

@@ -109,7 +109,8 @@ class Trained:
             elif name in vectors:
                 vectors[name] = trained.clone()
             elif grid := matrices[name].grid:
-                matrices[name] = Weight.on_grid(grid, trained)
+                matrices[name] = replace(Weight.on_grid(grid, trained), bias=matrices[name].bias)
             else:
-                matrices[name] = store_float(trained.clone(), matrices[name].format)
+                stored = store_float(trained.clone(), matrices[name].format)
+                matrices[name] = replace(stored, bias=matrices[name].bias)
         return Student(self.given.decoder, self.given.plan, matrices, vectors)

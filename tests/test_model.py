@@ -7,7 +7,7 @@ from transformers import GPT2Config, LlamaConfig
 from compressor.errors import ModelError
 from compressor.model import Network, load_teacher, read_decoder
 from compressor.plan import DROP, Action
-from compressor.quantize import fake_dynamic_int8
+from compressor.quantize import as_floats, fake_dynamic_int8
 
 
 def full_matrices(network: Network, site: str) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_pruned_channels_are_as_if_masked(tiny, windows):
         masked.matrix("layers.1.ffn.down")[:, 1::2] = 0
     full = full_matrices(tiny, site.name)
     narrow = {name: w[kept] if not name.endswith("down") else w[:, kept] for name, w in full.items()}
-    tiny.install(site, Action(64, "fp32"), narrow)
+    tiny.install(site, Action(64, "fp32"), as_floats(narrow))
     torch.testing.assert_close(logits(tiny, windows[:2]), logits(masked, windows[:2]), rtol=1e-4, atol=1e-4)
 
 
@@ -53,7 +53,7 @@ def test_pruned_groups_are_as_if_masked(tiny, windows):
     full = full_matrices(tiny, site.name)
     q, k, v, o = (full[f"{site.name}.{part}"] for part in "qkvo")
     narrow = {f"{site.name}.q": q[32:], f"{site.name}.k": k[16:], f"{site.name}.v": v[16:], f"{site.name}.o": o[:, 32:]}
-    tiny.install(site, Action(1, "fp32"), narrow)
+    tiny.install(site, Action(1, "fp32"), as_floats(narrow))
     torch.testing.assert_close(logits(tiny, windows[:2]), logits(masked, windows[:2]), rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_dropped_sub_layers_pass_the_residual_stream_by_and_come_back(tiny, wind
         masked.matrix(f"{site.name}.{last}").zero_()
     tiny.install(site, DROP, {})
     torch.testing.assert_close(logits(tiny, windows[:1]), logits(masked, windows[:1]))
-    tiny.install(site, Action(site.units, "fp32"), full)
+    tiny.install(site, Action(site.units, "fp32"), as_floats(full))
     assert torch.equal(logits(tiny, windows[:1]), before)
 
 
@@ -75,7 +75,7 @@ def test_int8_quantizes_what_the_linears_read(tiny, windows):
         logits(tiny, windows[:2])
     plain = dict(seen)
     seen.clear()
-    tiny.install(site, Action(site.units, "int8"), full_matrices(tiny, site.name))
+    tiny.install(site, Action(site.units, "int8"), as_floats(full_matrices(tiny, site.name)))
     with tiny.watch_inputs(lambda name, x: seen.setdefault(name, x)):
         logits(tiny, windows[:2])
     assert torch.equal(seen["layers.0.ffn.in"], fake_dynamic_int8(plain["layers.0.ffn.in"]))
@@ -88,7 +88,7 @@ def test_int8_quantizes_what_the_linears_read(tiny, windows):
 
 
 def test_a_tied_table_is_replaced_at_both_ends(tiny):
-    tiny.install(tiny.sites["embedding"], Action(1, "w8"), {"embedding": torch.ones(256, 64)})
+    tiny.install(tiny.sites["embedding"], Action(1, "w8"), as_floats({"embedding": torch.ones(256, 64)}))
     assert tiny.model.model.embed_tokens.weight is tiny.model.lm_head.weight
     assert tiny.matrix("embedding").eq(1).all()
 

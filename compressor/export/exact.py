@@ -39,8 +39,11 @@ def _without_rounding(graph: ir.Graph) -> None:
             zeros = node.inputs[5:6]
             weight = ir.node("DequantizeLinear", [node.inputs[1], node.inputs[3], *zeros], {"axis": 1})
             weight.outputs[0].name = f"{node.outputs[0].name}.weight"
-            product = ir.node("MatMul", [x, weight.outputs[0]])
-            product.outputs[0].name = f"{node.outputs[0].name}.exact"
-            graph.insert_before(node, [weight, product])
-            node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+            plain = [weight, ir.node("MatMul", [x, weight.outputs[0]])]
+            if len(node.inputs) > 6:
+                plain.append(ir.node("Add", [plain[-1].outputs[0], node.inputs[6]]))
+            for number, made in enumerate(plain[1:]):
+                made.outputs[0].name = f"{node.outputs[0].name}.exact.{number}"
+            graph.insert_before(node, plain)
+            node.outputs[0].replace_all_uses_with(plain[-1].outputs[0], replace_graph_outputs=True)
             graph.remove(node, safe=True)

@@ -41,27 +41,25 @@ def export_onnx(student: Student, folder: Path) -> None:
 
 def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
     """Write a model of a plan's shape with random weights, for timing."""
-    matrices = _made(decoder, plan, partial(Stored.random, rng=np.random.default_rng(0)))
-    _write(decoder, plan, matrices, _gains(decoder, np.ones(decoder.hidden, np.float32)), Path(folder))
+    matrices = _made(decoder, plan, partial(Stored.random, np.random.default_rng(0)))
+    gains = {name: np.ones(length, np.float32) for name, length in decoder.vectors().items()}
+    _write(decoder, plan, matrices, gains, Path(folder))
 
 
-def _made(decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, int, int], Stored]) -> Matrices:
-    """The matrices of a plan, each made from its format, rows and columns."""
-    shapes, formats = {}, {}
+def _made(decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, int, int, bool], Stored]) -> Matrices:
+    """The matrices of a plan, each made from its format, rows and columns, and whether it has a bias."""
+    shapes, formats, biased = {}, {}, {}
     for site in decoder.sites():
         for matrix in site.matrices:
             shapes[matrix.name] = matrix.shape(plan[site.name].keep, site.units)
             formats[matrix.name] = Format.parse(plan[site.name].format)
+            biased[matrix.name] = matrix.bias
 
     def matrices(names: tuple[str, ...]) -> Stored:
-        return make(formats[names[0]], sum(shapes[name][0] for name in names), shapes[names[0]][1])
+        first = names[0]
+        return make(formats[first], sum(shapes[name][0] for name in names), shapes[first][1], biased[first])
 
     return matrices
-
-
-def _gains(decoder: Decoder, gain: np.ndarray) -> dict[str, np.ndarray]:
-    """The same gain for every norm."""
-    return {"norm": gain} | {f"{site.name}.norm": gain for site in decoder.sites() if site.layer is not None}
 
 
 def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -113,7 +111,7 @@ def fixed_bytes(decoder: Decoder) -> int:
     That is the norm gains and the graph. A graph is a sum of what each site writes, so its bound is the sum of the
     bounds of attention, feed-forward and tables, each in the format whose nodes take most.
     """
-    vectors = (2 * decoder.layers + 1) * aligned(decoder.hidden * 4)
+    vectors = sum(aligned(4 * length) for length in decoder.vectors().values())
     base = _graph_bytes(decoder)
     formats = ("fp32", "fp16", "int8", "w8b256", "w4b256")
     growth = {
@@ -135,7 +133,7 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
-    gains = _gains(decoder, np.broadcast_to(np.float32(0), (decoder.hidden,)))
+    gains = {name: np.broadcast_to(np.float32(0), (length,)) for name, length in decoder.vectors().items()}
     return len(_serialize(decoder_model(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)))
 
 
@@ -148,23 +146,22 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     folder = Path(folder)
     tensors = _open_tensors(folder)
     matrices: dict[str, Weight] = {}
-    vectors = {"norm": _vector(tensors, "norm")}
+    gone = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
+    vectors = {name: _vector(tensors, name) for name in decoder.vectors() if not name.startswith(gone)}
     for site in decoder.sites():
         action = plan[site.name]
         if action.keep == 0:
             continue
         format = Format.parse(action.format)
-        shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
-        if site.layer is not None:
-            vectors[f"{site.name}.norm"] = _vector(tensors, f"{site.name}.norm")
+        shapes = {matrix.name: (*matrix.shape(action.keep, site.units), matrix.bias) for matrix in site.matrices}
         if site.kind == "attention":
             fused = [f"{site.name}.{part}" for part in "qkv"]
-            heights = [shapes.pop(name)[0] for name in fused]
-            whole = _stored(tensors, f"{site.name}.qkv", format, sum(heights), decoder.hidden).weight()
+            heights, _, biased = zip(*(shapes.pop(name) for name in fused), strict=True)
+            whole = _stored(tensors, f"{site.name}.qkv", format, sum(heights), decoder.hidden, biased[0]).weight()
             for name, height, end in zip(fused, heights, np.cumsum(heights).tolist(), strict=True):
                 matrices[name] = whole.rows(end - height, end)
-        for name, (rows, columns) in shapes.items():
-            matrices[name] = _stored(tensors, name, format, rows, columns).weight()
+        for name, (rows, columns, bias) in shapes.items():
+            matrices[name] = _stored(tensors, name, format, rows, columns, bias).weight()
     return Student(decoder, plan, matrices, vectors)
 
 
@@ -182,14 +179,16 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
     return tensors
 
 
-def _stored(tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int) -> Stored:
+def _stored(
+    tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int, bias: bool
+) -> Stored:
     """The arrays of one matrix, checked; int8 codes may be unsigned, from processors that need it."""
     arrays = {}
-    for part in ("values", "codes", "scales", "zeros"):
+    for part in ("values", "codes", "scales", "zeros", "bias"):
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
     expected = {
-        part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns).items()
+        part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns, bias).items()
     }
     found = {part: (array.dtype.itemsize, *array.shape) for part, array in arrays.items()}
     if format.kind == "dynamic":

@@ -11,6 +11,7 @@ function, which the whole model and the latency table's stacks share, so that wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -110,20 +111,23 @@ class GraphBuilder:
 
 
 def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str) -> ir.Value:
-    """x [B, S, I] times the transpose of the [O, I] matrix `name` -> [B, S, O], called `output`."""
+    """x [B, S, I] times the transpose of the [O, I] matrix `name`, and its bias -> [B, S, O], called `output`."""
     w = {part: b.tensor(f"{name}.{part}", array) for part, array in weight.arrays.items()}
     if weight.format.kind == "float":
         values = w["values"]
         if weight.format.bits == 16:
             values = b.op("Cast", [values], f"{name}.float", to=ir.DataType.FLOAT.value)
-        return b.ms("FusedMatMul", [x, values], output, transB=1)
+        if "bias" not in w:
+            return b.ms("FusedMatMul", [x, values], output, transB=1)
+        product = b.ms("FusedMatMul", [x, values], f"{output}.unbiased", transB=1)
+        return b.op("Add", [product, w["bias"]], output)
     if weight.format.kind == "dynamic":
         codes, scale, zero = b.quantized(x)
-        inputs = [codes, w["codes"], scale, w["scales"], zero, *([w["zeros"]] if "zeros" in w else [])]
-        return b.ms("MatMulIntegerToFloat", inputs, output)
+        inputs = [codes, w["codes"], scale, w["scales"], zero, w.get("zeros"), w.get("bias")]
+        return b.ms("MatMulIntegerToFloat", _given(inputs), output)
     return b.ms(
         "MatMulNBits",
-        [x, w["codes"], w["scales"], *([w["zeros"]] if "zeros" in w else [])],
+        _given([x, w["codes"], w["scales"], w.get("zeros"), None, w.get("bias")]),
         output,
         K=weight.columns,
         N=weight.rows,
@@ -131,6 +135,13 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
         block_size=weight.format.block,
         accuracy_level=4,
     )
+
+
+def _given(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    """Inputs of a node without those at the end that are left out."""
+    while inputs[-1] is None:
+        inputs.pop()
+    return inputs
 
 
 def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.Value:
@@ -231,15 +242,21 @@ def attention(
     layer: int,
     cache: int,
     heads: tuple[int, int],
-    head_dim: int,
+    decoder: Decoder,
     matrices: Matrices,
-    gain: np.ndarray,
+    vectors: Mapping[str, np.ndarray],
     positions: Positions,
 ) -> None:
     """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
-    name = f"layers.{layer}.attention"
-    x = stream.norm(f"{name}.norm", gain)
+    name, head_dim = f"layers.{layer}.attention", decoder.head_dim
+    x = stream.norm(f"{name}.norm", vectors[f"{name}.norm"])
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
+    inputs: list[ir.Value | None] = [qkv, None, None]
+    if decoder.qk_norm:
+        widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
+        parts = [f"{name}.{part}.out" for part in "qkv"]
+        q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
+        inputs = [*(head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k))), v]
     past = [
         b.input(f"past_key_values.{cache}.{part}", ir.DataType.FLOAT, ["batch_size", heads[1], "past", head_dim])
         for part in ("key", "value")
@@ -247,19 +264,33 @@ def attention(
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
-        [qkv, None, None, *past, positions.last, positions.total, positions.cos, positions.sin],
+        [*inputs, *past, positions.last, positions.total, positions.cos, positions.sin],
         [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
-        {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1},
+        {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1}
+        | ({"local_window_size": decoder.window} if decoder.window else {}),
     )
     b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
     b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"))
 
 
-def feed_forward(b: GraphBuilder, stream: Stream, layer: int, matrices: Matrices, gain: np.ndarray) -> None:
+def head_norm(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray], decoder: Decoder) -> ir.Value:
+    """Root-mean-square norm of every head of x [B, S, heads * head_dim]."""
+    apart = b.small("heads_apart", np.array([0, 0, -1, decoder.head_dim], np.int64))
+    together = b.small("heads_together", np.array([0, 0, -1], np.int64))
+    heads = b.op("Reshape", [x, apart], f"{name}.heads")
+    weight = b.tensor(name, vectors[name])
+    epsilon = decoder.norm_epsilon
+    normed = b.op("SimplifiedLayerNormalization", [heads, weight], f"{name}.normed", epsilon=epsilon, axis=-1)
+    return b.op("Reshape", [normed, together], f"{name}.out")
+
+
+def feed_forward(
+    b: GraphBuilder, stream: Stream, layer: int, matrices: Matrices, vectors: Mapping[str, np.ndarray]
+) -> None:
     """Pre-norm gated feed-forward of block `layer`: down(silu(gate x) * up x)."""
     name = f"layers.{layer}.ffn"
-    x = stream.norm(f"{name}.norm", gain)
+    x = stream.norm(f"{name}.norm", vectors[f"{name}.norm"])
     gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
     up = linear(b, x, f"{name}.up", matrices((f"{name}.up",)), f"{name}.up.out")
     silu = b.op("Mul", [gate, b.op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
@@ -290,13 +321,12 @@ def decoder_model(
         action = plan[site.name]
         if site.layer is None or action.keep == 0:
             continue
-        gain = vectors[f"{site.name}.norm"]
         if site.kind == "attention":
             positions = positions or Positions(b, decoder, mask)
             heads = decoder.heads_of(action)
-            attention(b, stream, site.layer, next(caches), heads, decoder.head_dim, matrices, gain, positions)
+            attention(b, stream, site.layer, next(caches), heads, decoder, matrices, vectors, positions)
         else:
-            feed_forward(b, stream, site.layer, matrices, gain)
+            feed_forward(b, stream, site.layer, matrices, vectors)
     x = last(b, stream.norm("norm", vectors["norm"]), b.default(KEEP, np.array(0, np.int64)))
     name = "embedding" if decoder.tied else "head"
     logits = linear(b, x, name, table if decoder.tied else matrices((name,)), "logits")
@@ -313,6 +343,7 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
     """
     b = GraphBuilder(store)
     gain = np.ones(decoder.hidden, np.float32)
+    gains = {name: np.ones(n, np.float32) for name, n in replace(decoder, layers=copies).vectors().items()}
     if kind == "embedding":
         source = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     else:
@@ -332,8 +363,8 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
         positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"]))
     for copy in range(copies):
         if kind == "attention":
-            attention(b, stream, copy, copy, decoder.heads_of(action), decoder.head_dim, matrices, gain, positions)
+            attention(b, stream, copy, copy, decoder.heads_of(action), decoder, matrices, gains, positions)
         else:
-            feed_forward(b, stream, copy, matrices, gain)
+            feed_forward(b, stream, copy, matrices, gains)
     b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])
     return b.model()

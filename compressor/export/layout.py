@@ -5,6 +5,8 @@ Knows formats and numpy, neither graphs nor files.
     float       values [O, I] float32 or float16
     blockwise   codes [O, G, block * bits / 8] uint8, scales [O, G] float32, zeros [O, ceil(G * bits / 8)] uint8
     int8        codes [I, O] int8, scales [O] float32; where int8 products saturate, codes uint8 and zeros [O] = 128
+
+and a bias [O] float32 where there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from compressor.quantize import Weight
 
 @dataclass(frozen=True)
 class Stored:
-    """A [rows, columns] = [output, input] matrix as arrays of the file: `values`, or `codes`, `scales`, `zeros`."""
+    """A [rows, columns] = [output, input] matrix as arrays of the file: `values`, or `codes`, `scales`, `zeros`; `bias`."""
 
     format: Format
     rows: int
@@ -44,18 +46,18 @@ class Stored:
         return cls(weight.format, rows, columns, arrays)
 
     @classmethod
-    def blank(cls, format: Format, rows: int, columns: int) -> Stored:
+    def blank(cls, format: Format, rows: int, columns: int, bias: bool = False) -> Stored:
         """All zeros, in no memory: for measuring the graph alone."""
-        shapes = layout(format, rows, columns)
+        shapes = layout(format, rows, columns, bias)
         return cls(
             format, rows, columns, {part: np.broadcast_to(dtype(0), shape) for part, (dtype, shape) in shapes.items()}
         )
 
     @classmethod
-    def random(cls, format: Format, rows: int, columns: int, rng: np.random.Generator) -> Stored:
+    def random(cls, rng: np.random.Generator, format: Format, rows: int, columns: int, bias: bool = False) -> Stored:
         """Weights of a plausible size, for timing."""
         arrays: dict[str, np.ndarray] = {}
-        for part, (dtype, shape) in layout(format, rows, columns).items():
+        for part, (dtype, shape) in layout(format, rows, columns, bias).items():
             if part == "scales":
                 arrays[part] = np.full(shape, 0.1 / 2**format.bits, dtype)
             elif np.issubdtype(dtype, np.floating):
@@ -77,18 +79,18 @@ class Stored:
         return Weight.from_tensors(self.format, self.columns, tensors)
 
 
-def layout(format: Format, rows: int, columns: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+def layout(format: Format, rows: int, columns: int, bias: bool = False) -> dict[str, tuple[type, tuple[int, ...]]]:
     """(numpy type, shape) of every array of a [rows, columns] matrix."""
+    shapes: dict[str, tuple[type, tuple[int, ...]]] = {"bias": (np.float32, (rows,))} if bias else {}
     if format.kind == "float":
-        return {"values": (np.float16 if format.bits == 16 else np.float32, (rows, columns))}
-    shapes: dict[str, tuple[type, tuple[int, ...]]]
+        return shapes | {"values": (np.float16 if format.bits == 16 else np.float32, (rows, columns))}
     if format.kind == "dynamic":
-        shapes = {"codes": (np.int8, (columns, rows)), "scales": (np.float32, (rows,))}
+        shapes |= {"codes": (np.int8, (columns, rows)), "scales": (np.float32, (rows,))}
         if not int8_products_are_exact():
             shapes |= {"codes": (np.uint8, (columns, rows)), "zeros": (np.uint8, (rows,))}
         return shapes
     blocks = -(-columns // format.block)
-    shapes = {
+    shapes |= {
         "codes": (np.uint8, (rows, blocks, format.block * format.bits // 8)),
         "scales": (np.float32, (rows, blocks)),
     }

@@ -251,12 +251,14 @@ def site_stack(
     """
     format = Format.parse(action.format)
     shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
+    biased = {matrix.name for matrix in site.matrices if matrix.bias}
     rng = np.random.default_rng(0)
 
     def matrices(names: tuple[str, ...]) -> Stored:
         # drawn anew for every copy: ONNX Runtime keeps prepacked weights of equal contents once, which fit in a cache
         parts = [f"{site.name}.{name.rsplit('.', 1)[-1]}" if site.layer is not None else name for name in names]
-        return Stored.random(format, sum(shapes[part][0] for part in parts), shapes[parts[0]][1], rng)
+        rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1]
+        return Stored.random(rng, format, rows, columns, parts[0] in biased)
 
     model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
     runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
