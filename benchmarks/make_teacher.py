@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.model import Network, load_teacher
+from compressor.model import load_teacher, save_teacher
+from compressor.network import Network
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANGE = 0.2
@@ -59,8 +60,7 @@ def main(source: Path, out: Path) -> None:
     print(f"largest difference of a logit after the rescaling: {gap:.1e}")
     if gap > TOLERANCE:
         raise SystemExit(f"expected at most {TOLERANCE:g}")
-    network.model.save_pretrained(out)
-    teacher.tokenizer.save_pretrained(out)
+    save_teacher(teacher, out)
 
 
 if __name__ == "__main__":

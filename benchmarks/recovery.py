@@ -9,7 +9,7 @@ they are. The seed is that of all that a training draws. Everything is kept in O
 
 KL and perplexity are over the recipe's evaluation texts, which nothing saw before. `recovered`: share of what the variants
 lose in log-perplexity against the teacher that the way brings back. A second table is about what the students write behind
-prompts out of these texts, by the names of `compressor.rollouts.judged`.
+prompts out of these texts, by the names of `compressor.recovery.rollouts.judged`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from seeds import spread
 from torch import Tensor
 
 from compressor import pipeline
-from compressor.distill import loaded
 from compressor.executor import Reference
 from compressor.files import write_json_atomic
-from compressor.model import Network
+from compressor.network import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.recovery.distill import loaded
+from compressor.recovery.rollouts import judged, write
 from compressor.report import number, table
-from compressor.rollouts import judged, write
 from compressor.stages import Stages
 from policies import POLICIES
 

@@ -3,21 +3,24 @@
     from compressor import Recipe, compress, load
 
     report = compress(Recipe.load("recipe.yaml"), "runs/mine")
+    report.check(baseline="runs/last")                 # RegressionError, with a table of what got worse
     student = load("runs/mine/onnx")
 
 pipeline.py      the main job, stage by stage              plan.py         formats, sites, actions, plans, scores
 recipe.py        what a run is asked for, checked          student.py      a decoder's shape and a student's weights
 actions.py       from a recipe to every site's menu        quantize.py     formats as arithmetic: grids, GPTQ
-text.py          windows of tokens                         prune.py        pruning as arithmetic: OBS
-model.py         the one file that knows architectures     calibrate.py    what one look at the teacher tells
+text.py          windows of tokens, prompts                prune.py        pruning as arithmetic: OBS
+families.py      the one file that knows architectures     calibrate.py    what one look at the teacher tells
+model.py         the teacher, loaded                       network.py      a decoder in torch, site by site
 bank.py          variants, made once and kept              sensitivity.py  predicted KL of every action
 executor.py      puts plans into the student, scores them  search.py       policies against the executor
-ledger.py        every plan that was scored                reconstruct.py  recovery in closed form
+ledger.py        every plan that was scored                recovery/       what brings a student back to its teacher
 export/          the one package that knows ONNX           folder.py       what is deployed, and back into torch
-distill.py       recovery by training                      results.py      from measurements to the report
-measure.py       exported students, timed and weighed      report.py       the page and the pictures
+measure.py       exported students, timed and weighed      results.py      from measurements to the report
+report.py        what a run found                          page.py         the page and the card
+pictures.py      the plots                                 gate.py         limits, and an earlier report
 estimate.py      what a run would take                     cli.py          the command line
-progress.py, files.py, stages.py, errors.py
+pytest_plugin.py, progress.py, files.py, stages.py, errors.py
 """
 
 from __future__ import annotations
@@ -25,13 +28,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor.errors import CompressorError, RegressionError
     from compressor.folder import load
+    from compressor.gate import compare
     from compressor.pipeline import compress
     from compressor.recipe import Recipe
+    from compressor.report import Report
 
-__all__ = ["Recipe", "compress", "load"]
+__all__ = ["CompressorError", "Recipe", "RegressionError", "Report", "compare", "compress", "load"]
 
-_HOMES = {"Recipe": "compressor.recipe", "compress": "compressor.pipeline", "load": "compressor.folder"}
+_HOMES = {
+    "CompressorError": "compressor.errors",
+    "Recipe": "compressor.recipe",
+    "RegressionError": "compressor.errors",
+    "Report": "compressor.report",
+    "compare": "compressor.gate",
+    "compress": "compressor.pipeline",
+    "load": "compressor.folder",
+}
 
 
 def __getattr__(name: str) -> Any:

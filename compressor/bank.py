@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor.calibrate import Statistics, collect
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
-from compressor.model import Network
+from compressor.network import Network
 from compressor.plan import Action, Format, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Weight, damped, quantize, quantize_together

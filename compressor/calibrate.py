@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.model import Network
+from compressor.errors import ModelError
+from compressor.network import Network
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int
     tensors |= {f"{name}:rounding": torch.tensor(value / len(tokens_NL)) for name, value in rounding.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"the teacher's activations at {name.split(':')[0]} are not finite")
+            raise ModelError(
+                f"expected finite activations, the teacher's at {name.split(':')[0]} are not; check its weights, and that "
+                "the calibration text is one it can read"
+            )
     return tensors
 
 

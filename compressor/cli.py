@@ -5,6 +5,7 @@ Heavy modules are imported where they are used, so that `compress --help` is qui
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from compressor.errors import CompressorError, DataError, ModelError
+from compressor.errors import CompressorError, DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from compressor.report import DryRun
@@ -32,7 +33,7 @@ class DefaultRun(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=DefaultRun, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=DefaultRun, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -52,8 +53,12 @@ def run(
         bool, typer.Option("--trust-remote-code", help="Lets the model's repository run its own code here.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Shows no progress.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Shows progress as JSON, an object a line.")] = False,
 ) -> None:
-    """Runs a recipe (`run` may be left out). The same command goes on where an interrupted run stopped."""
+    """Runs a recipe (`run` may be left out). The same command goes on where an interrupted run stopped.
+
+    compress recipe.yaml --set budget.bytes=20% --out runs/small
+    """
     with told():
         from compressor.recipe import Recipe
 
@@ -69,26 +74,105 @@ def run(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TQDM_DISABLE", "1")
         from compressor import pipeline
-        from compressor.progress import renderer, silent
+        from compressor.progress import JsonProgress, renderer, silent
 
         folder = out or Path("runs", recipe.stem)
         if quiet:
             report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=silent)
         else:
-            with renderer(sys.stderr) as progress:
+            with JsonProgress(sys.stderr) if json_lines else renderer(sys.stderr) as progress:
                 report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=progress)
 
-        from compressor.report import headline
+        from compressor.page import headline
 
         typer.echo(f"{headline(report)}\n{folder / 'report.md'}")
 
 
 @app.command()
 def schema() -> None:
-    """Prints the JSON schema of a recipe."""
+    """Prints the JSON schema of a recipe.
+
+    compress schema > recipe.schema.json
+    """
     from compressor.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or its report.json.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier run's folder or report.json, against which nothing may be lost.")
+    ] = None,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance", metavar="NAME=SHARE", help="What may be lost: perplexity_ratio=2%, bytes, prefill, decode."
+        ),
+    ] = None,
+    times: Annotated[
+        bool, typer.Option("--times/--no-times", help="Whether times are compared with the baseline's.")
+    ] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the checks as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="File for the checks as JUnit XML.")] = None,
+    benchmark: Annotated[
+        Path | None,
+        typer.Option(help="File for the figures as github-action-benchmark reads them (customSmallerIsBetter)."),
+    ] = None,
+) -> None:
+    """Checks a finished run against its recipe's gate and an earlier run. Exit code 3 if something was missed.
+
+    compress check runs/mine --baseline runs/last --tolerance decode=15% --junit checks.xml
+    """
+    with told():
+        from compressor import gate
+        from compressor.files import write_text_atomic
+
+        report = gate.read_report(folder)
+        lines = report.gate
+        if baseline is not None:
+            allowed = dict(map(parse_tolerance, tolerance or ()))
+            lines = (*lines, *gate.against_baseline(report, gate.read_report(baseline), allowed, times))
+        for path, text in ((json_file, gate.as_json), (junit, gate.as_junit)):
+            if path is not None:
+                write_text_atomic(path, text(lines, report))
+        if benchmark is not None:
+            write_text_atomic(benchmark, gate.as_benchmark(report))
+        typer.echo(gate.gate_table(lines) if lines else "nothing to check: the recipe has no gate; name a --baseline")
+        gate.require(report, lines)
+
+
+def parse_tolerance(text: str) -> tuple[str, float]:
+    """`decode=15%` or `decode=0.15` -> (name, share)."""
+    from compressor.gate import TOLERANCE
+
+    name, _, value = text.partition("=")
+    share = value.strip().removesuffix("%")
+    try:
+        allowed = float(share) / (100 if value.strip().endswith("%") else 1)
+    except ValueError:
+        allowed = -1.0
+    if name not in TOLERANCE or allowed < 0:
+        raise RecipeError(
+            f"--tolerance {text}: expected NAME=SHARE such as decode=15%, NAME among {', '.join(TOLERANCE)}"
+        )
+    return name, allowed
+
+
+@app.command()
+def compare(
+    ours: Annotated[Path, typer.Argument(help="A run's folder, or its report.json.")],
+    theirs: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Shows two finished runs side by side.
+
+    compress compare runs/small runs/smaller
+    """
+    with told():
+        from compressor.gate import compare as side_by_side
+
+        typer.echo(side_by_side(ours, theirs))
 
 
 @app.command()
@@ -97,7 +181,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
 ) -> None:
-    """Shows the greedy continuation that an exported folder gives, on CPU."""
+    """Shows the greedy continuation that an exported folder gives, on CPU.
+
+    compress generate runs/small/onnx "Once upon a time" --tokens 32
+    """
     with told():
         import numpy as np
         from transformers import AutoTokenizer
@@ -116,6 +203,16 @@ def generate(
         typer.echo(tokenizer.decode([*ids, *made], skip_special_tokens=True))
 
 
+DISK = {
+    errno.ENOSPC: "What is finished is kept; make room, and give the same command again",
+    errno.EDQUOT: "What is finished is kept; make room, and give the same command again",
+    errno.EROFS: "Choose a folder that can be written with --out",
+    errno.EACCES: "Choose a folder that can be written with --out",
+    errno.EPERM: "Choose a folder that can be written with --out",
+}
+"""What to do when a file cannot be written."""
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """An error that is meant for the user becomes one message on stderr and its exit code; Ctrl-C says how to go on."""
@@ -124,6 +221,22 @@ def told() -> Iterator[None]:
     except CompressorError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        typer.echo(
+            f"error: {error.filename or 'a file'} cannot be written: {error.strerror}. {DISK[error.errno]}", err=True
+        )
+        raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        typer.echo(
+            "error: out of memory. What is finished is kept; lower distill.batch_tokens, search.tokens or "
+            "data.sequence_length, or set distill.gradient_checkpointing, and give the same command again",
+            err=True,
+        )
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         typer.echo(f"\ninterrupted; the same command goes on from here:\n  {command}", err=True)

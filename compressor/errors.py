@@ -7,8 +7,13 @@ CompressorError          a run could not go on; the message says what was expect
 ├── BudgetError          no plan fits the budget
 ├── BankError            a stored variant or intermediate is missing, truncated or altered
 ├── RuntimeTargetError   the target's runtime or execution provider is not what was asked for
-└── GateError            the result misses the recipe's gate (exit code 3)
+├── ComparisonError      two reports measured different things
+└── RegressionError      the result misses the gate (exit code 3)
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class CompressorError(Exception):
@@ -43,7 +48,15 @@ class RuntimeTargetError(CompressorError):
     """The runtime or the execution provider that ran is not the one that was asked for."""
 
 
-class GateError(CompressorError):
-    """The finished model misses the recipe's gate."""
+class ComparisonError(CompressorError):
+    """Two reports measured different things, or one lacks a figure."""
+
+
+class RegressionError(CompressorError):
+    """The finished model misses the gate. missed: the lines of the report that did; report: all that was measured."""
 
     exit_code = 3
+
+    def __init__(self, message: str, missed: tuple = (), report: Any = None):
+        super().__init__(message)
+        self.missed, self.report = missed, report

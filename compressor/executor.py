@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.bank import Bank
-from compressor.model import Network
+from compressor.network import Network
 from compressor.plan import PARTS, Action, Plan, Score
 
 

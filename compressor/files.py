@@ -8,7 +8,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from compressor.errors import CompressorError
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -27,6 +33,27 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, for one run; it is free again when the process ends, however it ends.
+
+    Raises:
+        CompressorError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CompressorError(
+            f"{folder}: expected a folder of its own, another run is at work in it; wait for that, or choose another one"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -2,7 +2,8 @@
 
 model.onnx, model.onnx_data    see `compressor.export`
 plan.json                      an action for every site
-config.json, tokenizer files   the teacher's
+config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them
+README.md                      the model card, written at the end of a run
 genai_config.json              what ONNX Runtime GenAI reads beside the tokenizer files
 """
 
@@ -13,16 +14,18 @@ from pathlib import Path
 
 from torch import nn
 
-from compressor.distill import load_student
 from compressor.errors import BankError, ModelError
 from compressor.export import export_onnx, genai_config, read_student
-from compressor.files import write_text_atomic
+from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import Teacher, network_from_config
 from compressor.plan import Plan
+from compressor.recovery.distill import load_student
 from compressor.student import Student
 
 PLAN_FILE = "plan.json"
 GENAI_FILE = "genai_config.json"
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+"""How names of files begin that go with a model."""
 
 
 def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
@@ -30,6 +33,9 @@ def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     teacher.network.save_configuration(folder)
     _save_tokenizer(teacher.tokenizer, folder)
+    for path in sorted(Path(teacher.source).glob("*")) if Path(teacher.source).is_dir() else ():
+        if path.is_file() and path.name.upper().startswith(LICENCES):
+            write_bytes_atomic(folder / path.name, path.read_bytes())
     export_onnx(student, folder)
     network = teacher.network
     genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())

@@ -15,7 +15,7 @@ import torch
 
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.export.runtime import Device
-from compressor.model import Network
+from compressor.network import Network
 from eval.memory import peak_growth_bytes
 from eval.timing import time_call
 

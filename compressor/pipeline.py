@@ -9,7 +9,7 @@ the last one stopped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,27 +19,29 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compressor import actions, distill, on_policy, reinforce, report, results
+from compressor import actions, gate, page, report, results
 from compressor.bank import Bank
-from compressor.errors import DataError, GateError, RecipeError
+from compressor.errors import DataError, RecipeError
 from compressor.executor import Executor, Reference
 from compressor.export import check_formats, exported_bytes, fixed_bytes, site_stack
-from compressor.files import write_bytes_atomic
+from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, opened, time_models
-from compressor.model import Network, Teacher, load_teacher
+from compressor.model import Teacher, load_teacher
+from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
-from compressor.reconstruct import reconstruct
-from compressor.reward import Judge, Reward, check_rewards
+from compressor.recovery import distill, on_policy, reinforce
+from compressor.recovery.reconstruct import reconstruct
+from compressor.recovery.reward import Judge, Reward, check_rewards
+from compressor.recovery.trained import LEARNING_RATES
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
 from compressor.text import load_prompts, load_tokens, tokens_digest
-from compressor.trained import LEARNING_RATES
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -60,36 +62,31 @@ def compress(
 
     Raises:
         CompressorError: a stage could not go on; what was finished is kept.
-        GateError: the result misses the recipe's gate; everything is written nevertheless.
+        ComparisonError: the gate's baseline measured something else; everything is written nevertheless.
+        RegressionError: the result misses the recipe's gate; everything is written nevertheless.
     """
     out = Path(out)
-    run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
-    sensitivity = find_sensitivities(run)
-    latency = measure_latency(run)
-    problem = pose(run, sensitivity, latency)
-    trials = search(run, problem)
-    chosen = choose(run, trials)
-    recovery = recover(run, chosen[0].plan, recipe.distill.steps)
-    folders = export(run, problem, trials, recovery.student)
-    result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
-    report.write(result, out)
-    _check(result, out / recipe.export.folder)
-    return result
-
-
-def _check(result: report.Report, folder: Path) -> None:
-    """Raise GateError if a limit of the gate is missed, or if the export does not compute what torch does."""
-    missed = [
-        f"gate.{m.name}: expected at most {m.limit:.6g}, measured {m.measured:.6g}" for m in result.gate if not m.passed
-    ]
-    parity = result.parity
-    if parity and not parity.passed:
-        missed.append(
-            f"export parity: expected a relative error of at most {parity.tolerance:g} and the same greedy text as torch, "
-            f"got {parity.relative_error:.2g} and {'the same' if parity.greedy_equal else 'another'} text"
-        )
-    if missed:
-        raise GateError(f"{'; '.join(missed)}. The student is in {folder}; raise the budget or loosen the gate")
+    if recipe.distill.method == "rl":
+        check_rewards(recipe.distill.rl.rewards, rewards)
+    earlier = gate.read_report(recipe.gate.baseline) if recipe.gate.baseline else None
+    with exclusive(out):
+        run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
+        sensitivity = find_sensitivities(run)
+        latency = measure_latency(run)
+        problem = pose(run, sensitivity, latency)
+        trials = search(run, problem)
+        chosen = choose(run, trials)
+        recovery = recover(run, chosen[0].plan, recipe.distill.steps)
+        folders = export(run, problem, trials, recovery.student)
+        result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
+        page.write(result, out)
+        write_text_atomic(out / recipe.export.folder / "README.md", page.card(result))
+        if earlier:
+            lines = gate.against_baseline(result, earlier, recipe.gate.tolerance.model_dump(), recipe.gate.times)
+            result = replace(result, gate=result.gate + lines)
+            page.write(result, out)
+        gate.require(result, result.gate)
+        return result
 
 
 # Before the search ----------------------------------------------------------------------------------------------------
@@ -184,8 +181,6 @@ def start(
     """
     model, target = recipe.model, target_of(recipe)
     check_formats(recipe.search.formats, recipe.search.embedding_formats, target.device)
-    if recipe.distill.method == "rl":
-        check_rewards(recipe.distill.rl.rewards, rewards)
     with stages.timed("teacher"):
         teacher = load_teacher(
             model.path, gguf=model.gguf, revision=model.revision, trust_remote_code=trust_remote_code
@@ -416,6 +411,8 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
         learning_rate=wanted.learning_rate or LEARNING_RATES[wanted.train],
         warmup=wanted.warmup,
         seed=wanted.seed,
+        precision=wanted.precision,
+        checkpointing=wanted.gradient_checkpointing,
     )
     aim = wanted.model_dump(exclude={"tokens", "finalists", "finalist_steps", "steps"})
     prompts = _prompts(run) if wanted.own_text else ([], [])

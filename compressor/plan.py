@@ -53,7 +53,7 @@ class Format:
             return fixed[name]
         match = re.fullmatch(r"w(\d+)(?:b(\d+))?", name)
         if not match:
-            raise RecipeError(f"format {name!r} is unknown; choose among {FORMAT_NAMES}")
+            raise RecipeError(f"expected a format, got {name!r}; choose among {FORMAT_NAMES}")
         bits, block = int(match[1]), int(match[2] or 32)
         if bits not in (2, 4, 8):
             raise RecipeError(f"format {name!r}: ONNX Runtime has no {bits}-bit kernel; choose among 2, 4, 8 bits")

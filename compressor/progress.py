@@ -5,9 +5,10 @@ A stage calls `progress(Progress(...))` as often as it likes; only the renderer 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
@@ -111,6 +112,23 @@ class BarProgress:
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+
+
+class JsonProgress:
+    """For programs: one JSON object a line, {"stage", "done", "total", "message", "seconds"}, seconds since the first."""
+
+    def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic):
+        self.file, self.clock, self.began = file, clock, clock()
+
+    def __call__(self, progress: Progress) -> None:
+        line = {**asdict(progress), "seconds": round(self.clock() - self.began, 3)}
+        print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def renderer(file: TextIO) -> BarProgress | LineProgress:

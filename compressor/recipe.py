@@ -373,8 +373,13 @@ class DistillSection(Section):
     method: Literal["kd", "on_policy", "rl"] = "kd"
     """What the training aims at: the teacher's predictions on given text, or on what the student writes itself, or a
     composed reward."""
-    train: Literal["scales", "weights"] = "scales"
-    """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids."""
+    train: Literal["scales", "weights", "lora"] = "scales"
+    """What is trained beside the norm gains: the scales of quantized matrices, or all matrices on their grids, as a whole or
+    by a change of low rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products in the training; bf16 is for GPUs that have it."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed once more in the backward pass: less memory for a third more time."""
     finalists: Count = 1
     """Plans of the search, its best and others that differ from it on a tenth of the sites, that are recovered with
     `finalist_steps`; the one of least KL on held-out text then is the student's. With 1 it is the search's best plan."""
@@ -383,7 +388,8 @@ class DistillSection(Section):
     batch_tokens: Count = 2048
     """Tokens in a step, those of prompts included."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits) and 1e-4 for weights."""
+    """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits), 1e-4 for weights, 1e-3 for
+    lora."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate rises to its peak."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -433,6 +439,19 @@ class ExportSection(Section):
     the rounding of activations that fast kernels do."""
 
 
+class ToleranceSection(Section):
+    """What may be lost against the baseline, as a share of it; for times the spread of the rounds is added."""
+
+    perplexity_ratio: Annotated[float, Field(ge=0)] = 0.01
+    """Of the student's perplexity over the teacher's."""
+    bytes: Annotated[float, Field(ge=0)] = 0.0
+    """Of the size of the exported files."""
+    prefill: Annotated[float, Field(ge=0)] = 0.1
+    """Of the prefill's time over that of the fp32 export beside it."""
+    decode: Annotated[float, Field(ge=0)] = 0.1
+    """Of one more token's time over that of the fp32 export beside it."""
+
+
 class GateSection(Section):
     """Limits on what is measured at the end. When one is missed, the run ends with exit code 3."""
 
@@ -443,7 +462,13 @@ class GateSection(Section):
     prefill: TimeLimit | None = None
     """Time of the prefill, as in `budget`."""
     decode: TimeLimit | None = None
-    """Time of one more token, as in `budget`."""
+    """Time of one more token, as in `budget`. Of a time the fastest of its rounds counts."""
+    baseline: Annotated[str, AfterValidator(_beside_recipe)] | None = None
+    """An earlier run's folder or report.json, against which nothing may be lost."""
+    tolerance: ToleranceSection = ToleranceSection()
+    """What may be lost nevertheless."""
+    times: bool = True
+    """Whether times are compared with the baseline's, which takes the same device."""
 
 
 class Recipe(Section):
@@ -578,6 +603,11 @@ class Recipe(Section):
                     problems.append(
                         f"data.{key}[{i}] = {source.file}: expected a text file, found none; check the path"
                     )
+        baseline = self.gate.baseline
+        if baseline and not Path(baseline, "report.json" if Path(baseline).is_dir() else "").is_file():
+            problems.append(
+                f"gate.baseline = {baseline}: expected a run's folder or report.json, found none; check the path"
+            )
         prompts = self.distill.rollouts.prompts
         if prompts and not Path(prompts).is_file():
             problems.append(
@@ -648,6 +678,8 @@ def _problem(detail: Any) -> str:
         remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
         return f"{path} = {_short(detail['input'])}: unknown key; {remedy}"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = re.sub(r"^(\w+) should have", lambda found: f"expected a {found[1].lower()} with", message)
+    message = re.sub(r"^(\w+) should match", lambda found: f"expected a {found[1].lower()} that matches", message)
     if detail["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
     if detail["type"] == "too_short":

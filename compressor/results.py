@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from compressor import measure, report
-from compressor.distill import loaded
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.folder import PLAN_FILE
+from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.plan import Plan
+from compressor.recovery.distill import loaded
 from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.student import Student
@@ -84,7 +85,7 @@ def collect(
         parity=parity,
         samples=samples,
         stage_seconds=dict(run.stages.seconds),
-        gate=_gate(run, overall, times, folders),
+        gate=against_limits(rows, run.recipe.gate),
     )
 
 
@@ -279,26 +280,6 @@ def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
         points = tuple(report.TrainingPoint(i, one, held_out.get(i)) for i, one in enumerate(told))
         training = report.Training(method, curve.decides, curve.kept_step, points)
     return report.Recovery(recovery.kl_before, recovery.kl_reconstructed, recovery.kl, training)
-
-
-def _gate(
-    run: Run, overall: dict[str, Quality], times: dict[str, Times], folders: dict[str, Path]
-) -> tuple[report.GateLine, ...]:
-    gate, fp32, student = run.recipe.gate, times["fp32"], times["student"]
-    lines = []
-    if gate.perplexity_ratio is not None:
-        ratio = overall["student"].perplexity / overall["teacher"].perplexity
-        lines.append(report.GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
-    entries = [
-        ("bytes", gate.bytes, exported_bytes(folders["fp32"]), exported_bytes(folders["student"])),
-        ("prefill", gate.prefill, fp32.prefill.median_ms, student.prefill.median_ms),
-        ("decode", gate.decode, fp32.decode.median_ms, student.decode.median_ms),
-    ]
-    for name, limit, reference, measured in entries:
-        if limit is not None:
-            most = limit.resolve(reference)
-            lines.append(report.GateLine(name, most, measured, measured <= most))  # type: ignore[arg-type]
-    return tuple(lines)
 
 
 def _environment(run: Run, folder: Path) -> report.Environment:

@@ -7,15 +7,15 @@ Names of a student's tensors, `{i}` being the block:
     layers.{i}.attention.o         [hidden, heads * head_dim]
     layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
     layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
-    layers.{i}.attention.q_norm/k_norm (only where queries and keys have a norm)                  [head_dim]
 
-A dropped sub-layer has none of its tensors. A matrix may come with a bias.
+and whatever else `Decoder.vectors` names. A dropped sub-layer has none of its tensors; a matrix may come with a bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,12 +25,16 @@ from compressor.quantize import Weight
 
 @dataclass(frozen=True)
 class Decoder:
-    """Shape of a Llama-type decoder at full size: pre-norm blocks of grouped-query attention with rotary
-    positions and a gated feed-forward.
+    """Shape of a decoder at full size: blocks of causal grouped-query attention and a feed-forward.
 
-    rope_frequencies: inverse frequencies, [head_dim / 2]; rope_scale multiplies cos and sin.
-    biases: which of q, k, v, o, gate, up, down have one. qk_norm: whether every head's query and key have a
-    root-mean-square norm in front of the rotation. window: positions that an attention sees, its own included; None is all.
+    norm: of root mean squares, or of the variance with a bias. biases: which of q, k, v, o, gate, up, down and head have one.
+    rope_frequencies: inverse frequencies, [head_dim / 2], none without rotary positions; rope_scale multiplies cos and sin.
+    local_frequencies: in their place in local attentions.
+    learned_positions: a table of positions is added to the embedding. embedding_scale: factor of the embedding.
+    qk_norm: every head's query and key have a root-mean-square norm in front of the rotation. post_norm: there is a norm
+    behind every sub-layer, too. parallel: the feed-forward reads the stream in front of the attention.
+    window: positions that a local attention sees, its own included; local: the blocks whose attention is local.
+    attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
     """
 
     layers: int
@@ -45,43 +49,62 @@ class Decoder:
     rope_frequencies: tuple[float, ...]
     rope_scale: float
     tied: bool
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
+    post_norm: bool = False
+    parallel: bool = False
+    learned_positions: bool = False
+    embedding_scale: float = 1.0
     window: int | None = None
+    local: tuple[int, ...] = ()
+    local_frequencies: tuple[float, ...] = ()
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
-        vocabulary, hidden, width = self.vocabulary, self.hidden, self.head_dim
+        vocabulary, hidden = self.vocabulary, self.hidden
+        heads, groups, channels = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.channels
+
+        def matrix(site: str, part: str, rows: int, columns: int) -> Matrix:
+            pruned: Literal["rows", "columns"] = "columns" if part in ("o", "down") else "rows"
+            return Matrix(f"{site}.{part}", rows, columns, pruned, part in self.biases)
+
         sites = [Site("embedding", "embedding", None, 1, (Matrix("embedding", vocabulary, hidden, "neither"),))]
         for i in range(self.layers):
             name = f"layers.{i}.attention"
-            attention = (
-                Matrix(f"{name}.q", self.heads * width, hidden, "rows", "q" in self.biases),
-                Matrix(f"{name}.k", self.kv_heads * width, hidden, "rows", "k" in self.biases),
-                Matrix(f"{name}.v", self.kv_heads * width, hidden, "rows", "v" in self.biases),
-                Matrix(f"{name}.o", hidden, self.heads * width, "columns", "o" in self.biases),
-            )
-            sites.append(Site(name, "attention", i, self.kv_heads, attention))
+            readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
+            sites.append(Site(name, "attention", i, self.kv_heads, (*readers, matrix(name, "o", hidden, heads))))
             name = f"layers.{i}.ffn"
-            ffn = (
-                Matrix(f"{name}.gate", self.channels, hidden, "rows", "gate" in self.biases),
-                Matrix(f"{name}.up", self.channels, hidden, "rows", "up" in self.biases),
-                Matrix(f"{name}.down", hidden, self.channels, "columns", "down" in self.biases),
-            )
-            sites.append(Site(name, "ffn", i, self.channels, ffn))
+            readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
+            sites.append(Site(name, "ffn", i, channels, (*readers, matrix(name, "down", hidden, channels))))
         if not self.tied:
-            sites.append(Site("head", "head", None, 1, (Matrix("head", vocabulary, hidden, "neither"),)))
+            head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
+            sites.append(Site("head", "head", None, 1, (head,)))
         return tuple(sites)
 
-    def vectors(self) -> dict[str, int]:
-        """Length of every norm gain, by name; those of a site begin with its name."""
-        lengths = {"norm": self.hidden}
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
+        norms = {"norm": self.hidden}
         for site in self.sites():
             if site.layer is not None:
-                lengths[f"{site.name}.norm"] = self.hidden
+                norms |= {f"{site.name}.norm": self.hidden} | (
+                    {f"{site.name}.post_norm": self.hidden} if self.post_norm else {}
+                )
             if site.kind == "attention" and self.qk_norm:
-                lengths |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
-        return lengths
+                norms |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, length in norms.items():
+            biased = self.norm == "layer" and not name.endswith(("q_norm", "k_norm"))
+            shapes |= {name: (length,)} | ({f"{name}.bias": (length,)} if biased else {})
+        return shapes | ({"positions": (self.max_positions, self.hidden)} if self.learned_positions else {})
+
+    def window_of(self, layer: int) -> int | None:
+        """Positions that the attention of a block sees; None is all of them."""
+        return self.window if layer in self.local else None
 
     def heads_of(self, action: Action) -> tuple[int, int]:
         """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
@@ -90,16 +113,12 @@ class Decoder:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: dict) -> Decoder:
-        return cls(**{**data, "rope_frequencies": tuple(data["rope_frequencies"]), "biases": tuple(data["biases"])})
-
 
 @dataclass(frozen=True)
 class Student:
     """Everything that is needed to run or to export one student.
 
-    matrices: the weight matrices by name; vectors: the norm gains, float32 [hidden], by name.
+    matrices: the weight matrices by name; vectors: what is beside them, float32, by the names of `Decoder.vectors`.
     """
 
     decoder: Decoder

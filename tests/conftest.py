@@ -10,9 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threa
 import pytest
 import torch
 
-from compressor.model import Network, load_teacher
+from compressor.model import load_teacher
+from compressor.network import Network
 
-TEXT = Path(__file__).parents[1] / "recipes" / "text"
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT / "recipes" / "text"
 
 
 @pytest.fixture(scope="session")

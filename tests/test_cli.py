@@ -1,5 +1,6 @@
 """The command line: what goes to the pipeline, what is printed where, and the exit codes."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 import compressor
 from compressor import estimate
 from compressor.cli import app
-from compressor.errors import BudgetError, GateError
+from compressor.errors import BudgetError, RegressionError
 from compressor.export import OnnxDecoder, export_onnx
 from compressor.plan import Action, Format, Plan
 from compressor.progress import Progress
@@ -109,11 +110,49 @@ def test_recipe_errors_end_with_2_before_any_work(recipe, pipeline, tmp_path):
     assert not pipeline.calls
 
 
-@pytest.mark.parametrize(("error", "code"), [(BudgetError("no plan fits"), 1), (GateError("missed"), 3)])
+@pytest.mark.parametrize(("error", "code"), [(BudgetError("no plan fits"), 1), (RegressionError("missed"), 3)])
 def test_exit_codes(recipe, pipeline, error, code):
     pipeline.raises = error
     result = invoke(recipe)
     assert result.exit_code == code and result.stderr.endswith(f"error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "runs/a cannot be written: No space left on device. What is",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "with --out"),
+        (MemoryError(), "out of memory. What is finished is kept; lower distill.batch_tokens"),
+        (torch.OutOfMemoryError("CUDA"), "gradient_checkpointing"),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_one_message(recipe, pipeline, error, said):
+    pipeline.raises = error
+    result = invoke(recipe)
+    assert result.exit_code == 1 and said in result.stderr and "Traceback" not in result.output
+
+
+def test_progress_as_json_is_an_object_a_line(recipe, pipeline):
+    result = invoke(recipe, "--json")
+    (line,) = map(json.loads, result.stderr.splitlines())
+    assert (
+        line.items() >= {"stage": "search", "done": 1, "total": 2, "message": "half"}.items() and line["seconds"] >= 0
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "check", "compare", "generate", "schema"])
+def test_help_shows_an_example(command):
+    shown = " ".join(invoke(command, "--help").stdout.split())
+    assert f"compress {'recipe.yaml' if command == 'run' else command}" in shown
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad file descriptor"), RuntimeError("a bug")])
+def test_other_system_errors_keep_their_traceback(recipe, pipeline, error):
+    pipeline.raises = error
+    assert invoke(recipe).exception is error
 
 
 def test_an_unforeseen_error_keeps_its_traceback(recipe, pipeline):

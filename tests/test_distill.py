@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-import compressor.distill
+import compressor.recovery.distill
 from compressor.bank import Bank
-from compressor.distill import Imitation, Settings, distill, loaded, visited
 from compressor.executor import Reference
 from compressor.plan import DROP, Action, Plan
+from compressor.recovery.distill import Imitation, Settings, distill, loaded, visited
+from compressor.recovery.trained import RANK, Trained
 from compressor.student import Student, full_plan
 
 WEIGHTS = Settings(steps=12, train="weights", learning_rate=3e-3, warmup=2, check_every=4)
 SCALES = replace(WEIGHTS, train="scales", learning_rate=0.3)
-both = pytest.mark.parametrize("settings", [WEIGHTS, SCALES], ids=["weights", "scales"])
+LORA = replace(WEIGHTS, train="lora", learning_rate=1e-2)
+all_three = pytest.mark.parametrize("settings", [WEIGHTS, SCALES, LORA], ids=["weights", "scales", "lora"])
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def kl(teacher, student, tokens):
     return Reference(teacher, tokens).kl(loaded(teacher, student))
 
 
-@both
+@all_three
 def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, tmp_path, settings):
     better, curve = train(tiny, student, windows, settings, tmp_path / "part")
     before, after = kl(tiny, student, windows[20:]), kl(tiny, better, windows[20:])
@@ -53,8 +55,9 @@ def test_the_student_comes_closer_on_text_it_never_saw(tiny, windows, student, t
     assert len(curve.training) == 12 and not (tmp_path / "part").exists()
 
 
-def test_trained_weights_lie_on_the_same_grid(tiny, windows, student, tmp_path):
-    better, _ = train(tiny, student, windows, WEIGHTS, tmp_path / "part")
+@pytest.mark.parametrize("settings", [WEIGHTS, LORA], ids=["weights", "lora"])
+def test_trained_weights_lie_on_the_same_grid(tiny, windows, student, tmp_path, settings):
+    better, _ = train(tiny, student, windows, settings, tmp_path / "part")
     assert better.plan == student.plan and better.matrices.keys() == student.matrices.keys()
     moved = 0
     for name, weight in better.matrices.items():
@@ -85,9 +88,9 @@ def test_a_student_that_got_worse_is_not_kept(tiny, windows, student, tmp_path):
     assert dict(curve.held_out)[4]["kl"] > dict(curve.held_out)[0]["kl"]
 
 
-@both
+@all_three
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, student, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(compressor.distill, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(compressor.recovery.distill, "CHECKPOINT_SECONDS", 0)
     whole, curve = train(tiny, student, windows, settings, tmp_path / "whole")
 
     def stop(done, total, message):
@@ -102,6 +105,33 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, windows, studen
     assert again == curve
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_a_change_of_low_rank_trains_a_fraction_of_the_weights(tiny, student):
+    low, whole = (Trained(loaded(tiny, student), student, way) for way in ("lora", "weights"))
+    assert {name.split("/")[0] for name in low.parameters} == whole.parameters.keys()
+    assert all(torch.equal(a, b) for a, b in zip(low.student().tensors().values(), student.tensors().values()))
+    assert all(p.shape[0] == RANK or p.shape[1] == RANK for name, p in low.parameters.items() if "/" in name)
+
+
+def test_checkpointing_changes_memory_alone_and_half_precision_little(tiny, windows, student, tmp_path):
+    _, plain = train(tiny, student, windows, SCALES, tmp_path / "part")
+    _, again = train(tiny, student, windows, replace(SCALES, checkpointing=True), tmp_path / "part")
+    assert again.held_out == plain.held_out
+    _, coarse = train(tiny, student, windows, replace(SCALES, precision="bf16"), tmp_path / "part")
+    assert coarse.held_out != plain.held_out and coarse.kl == pytest.approx(plain.kl, rel=0.1)
+
+
+def test_blocks_run_twice_with_checkpointing(tiny, windows):
+    calls = []
+    tiny.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    tiny.vector("norm").requires_grad_(True)
+    tiny.vector("layers.1.ffn.norm").requires_grad_(True)
+    for checkpointing, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        tiny.model.checkpointing = checkpointing
+        tiny.model(windows[:1]).sum().backward()
+        assert len(calls) == expected
 
 
 def test_the_teacher_is_left_alone(tiny, windows, student, tmp_path):

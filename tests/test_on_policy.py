@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-import compressor.distill
-from compressor.distill import Imitation, Settings, distill, loaded
-from compressor.model import Network
-from compressor.on_policy import OnPolicy, ValueHead
-from compressor.on_policy import Settings as Own
+import compressor.recovery.distill
+from compressor.network import Network
 from compressor.plan import DROP, Format, Plan
 from compressor.quantize import quantize
-from compressor.rollouts import Rollouts, drawn, judged, reverse_kl, write
+from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.on_policy import OnPolicy, ValueHead
+from compressor.recovery.on_policy import Settings as Own
+from compressor.recovery.rollouts import Rollouts, distinct, drawn, entropy, judged, repetition, reverse_kl, write
 from compressor.student import Student, full_plan
-from eval.generation import distinct, entropy, repetition
 
 TOKENS, LENGTH = 3, 3
 PREFIXES = [prefix for n in range(LENGTH + 1) for prefix in product(range(TOKENS), repeat=n)]
@@ -160,7 +159,7 @@ def test_a_cache_changes_no_token(tiny, student, windows):
     for network in (
         tiny,
         loaded(tiny, student),
-        compressor.distill.Trained(loaded(tiny, student), student, "scales").network,
+        compressor.recovery.distill.Trained(loaded(tiny, student), student, "scales").network,
     ):
         ids_BL = windows[:3, :9]
         for _ in range(12):
@@ -240,7 +239,7 @@ def test_the_student_writes_more_as_the_teacher_would(tiny, student, windows, tm
 
 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tiny, student, windows, tmp_path, monkeypatch):
-    monkeypatch.setattr(compressor.distill, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(compressor.recovery.distill, "CHECKPOINT_SECONDS", 0)
     settings = replace(SETTINGS, steps=6, check_every=2)
 
     def run(checkpoint, progress=lambda done, total, message: None):

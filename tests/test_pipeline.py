@@ -18,9 +18,11 @@ import torch
 
 import compressor
 from compressor import Recipe, pipeline
-from compressor.errors import BudgetError, GateError, RecipeError
+from compressor.bank import Bank
+from compressor.errors import BudgetError, CompressorError, ModelError, RecipeError, RegressionError
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
+from compressor.files import exclusive
 from compressor.model import load_teacher
 from compressor.plan import Action, Plan
 from compressor.progress import silent
@@ -105,7 +107,7 @@ def test_torch_and_onnx_runtime_agree(finished, tiny_folder):
     model = compressor.load(out / "onnx")
     ids = np.frombuffer((TEXT / "wiki-evaluation.txt").read_bytes()[:48], np.uint8).astype(np.int64)
     with torch.no_grad():
-        expected = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        expected = model(torch.from_numpy(ids)[None])[0].numpy()
     with OnnxDecoder(out / "onnx") as decoder:
         found = decoder.logits(ids)
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.01
@@ -263,9 +265,25 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_pa
     assert (killed / "onnx" / "model.onnx_data").read_bytes() == (out / "onnx" / "model.onnx_data").read_bytes()
 
 
+def test_a_folder_takes_one_run_at_a_time(finished, tiny_folder):
+    out, report, _ = finished
+    with exclusive(out), pytest.raises(CompressorError, match="another run is at work in it"):
+        pipeline.compress(recipe(tiny_folder), out)
+    assert pipeline.compress(recipe(tiny_folder), out).plan == report.plan
+
+
+def test_activations_that_are_not_finite_are_named(tiny_folder, tmp_path):
+    teacher = load_teacher(tiny_folder)
+    with torch.no_grad():
+        teacher.network.matrix("layers.1.ffn.up").mul_(float("nan"))
+    bank = Bank(tmp_path, teacher.network, torch.zeros(2, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ModelError, match=r"the teacher's at layers\.1\.ffn\.out are not"):
+        bank.statistics()
+
+
 def test_the_gate_raises_after_everything_is_written(finished, tiny_folder):
     out, _, _ = finished
-    with pytest.raises(GateError, match=r"gate.perplexity_ratio: expected at most 0.5"):
+    with pytest.raises(RegressionError, match="1 of 1 checks missed(.|\n)*perplexity, student / teacher"):
         pipeline.compress(recipe(tiny_folder, gate={"perplexity_ratio": 0.5}), out)
     assert json.loads((out / "report.json").read_text())["gate"][0]["passed"] is False
 

@@ -1,5 +1,7 @@
 """The recipe: what is read, what is refused and in which words; the actions made from it."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from compressor.recipe import (
     TIME_WANTED,
     Limit,
     Recipe,
+    Section,
+    _section_in,
     parse_limit,
     recipe_schema,
 )
@@ -210,6 +214,39 @@ def test_overrides(folder):
     for bad in ("search.evaluations", "=3", "search..a=3", "model.path.x=3", "search.seed=[", "search.sede=3"):
         with pytest.raises(RecipeError):
             Recipe.load(folder / "recipe.yaml", [bad])
+
+
+BAD_VALUES = ["", "x" * 200, -1, 0, 1e400, float("nan"), True, [], ["x"], [[]], {}, {"x": 1}, "../..", "12 parsecs"]
+
+
+def _leaves(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        yield (*path, name)
+        if inner and inner.__name__ != "TextSource":
+            yield from _leaves(inner, (*path, name))
+
+
+def test_every_key_with_every_bad_value_is_either_fine_or_one_clear_line(tmp_path):
+    """Hundreds of bad recipes: each problem names its key and what was expected, or that the key is unknown."""
+    refused = 0
+    for path in [*_leaves(Recipe), ("serach",), ("search", "polcy"), ("gate", "tolerance", "speed")]:
+        for value in BAD_VALUES:
+            data: dict = json.loads(json.dumps(SMALL))
+            at = data
+            for key in path[:-1]:
+                at = at.setdefault(key, {})
+            at[path[-1]] = value
+            try:
+                Recipe.from_dict(data)
+            except RecipeError as error:
+                refused += 1
+                first, *problems = str(error).splitlines()
+                assert first.startswith("recipe: ") and problems
+                for problem in problems:
+                    assert problem.startswith("  ") and ("expected" in problem or "unknown key" in problem), problem
+                assert any(path[-1] in problem or path[0] in problem for problem in problems), (path, value, problems)
+    assert refused > 400
 
 
 def test_a_rival_that_is_the_policy_runs_once():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from compressor.bank import Bank
-from compressor.distill import loaded
 from compressor.executor import Reference
 from compressor.plan import DROP, Action, Plan
-from compressor.reconstruct import RIDGE, _LeastSquares, reconstruct
+from compressor.recovery.distill import loaded
+from compressor.recovery.reconstruct import RIDGE, _LeastSquares, reconstruct
 from compressor.student import full_plan
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from compressor import pipeline
-from compressor.distill import Settings, distill
 from compressor.errors import DataError, RecipeError
 from compressor.model import load_teacher
 from compressor.plan import Format
 from compressor.quantize import quantize
-from compressor.reinforce import Reinforce, clipped_gain
-from compressor.reinforce import Settings as Rl
-from compressor.reward import Judge, Written, check_rewards, fluency, informativeness, relevance
-from compressor.rollouts import Rollouts, write
+from compressor.recovery.distill import Settings, distill
+from compressor.recovery.reinforce import Reinforce, clipped_gain
+from compressor.recovery.reinforce import Settings as Rl
+from compressor.recovery.reward import Judge, Written, check_rewards, fluency, informativeness, relevance
+from compressor.recovery.rollouts import Rollouts, write
 from compressor.student import Student, full_plan
 from compressor.text import load_prompts
 from tests.test_pipeline import recipe

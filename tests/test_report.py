@@ -1,13 +1,18 @@
 """The report: its numbers survive the file, its page says them, its pictures are drawn."""
 
+import base64
 import json
 import math
 import stat
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
+import yaml
 
 from compressor.files import write_json_atomic, write_text_atomic
+from compressor.page import card, headline, markdown, write
+from compressor.pictures import figures
 from compressor.progress import LineProgress, Progress, duration
 from compressor.report import (
     BudgetLine,
@@ -25,10 +30,6 @@ from compressor.report import (
     TrainingPoint,
     Trial,
     best_so_far,
-    figures,
-    headline,
-    markdown,
-    write,
 )
 
 
@@ -141,6 +142,45 @@ def test_a_training_on_own_text_is_told_by_its_own_measures():
     assert "distillation.png" in figures(report)
 
 
+class Reader(HTMLParser):
+    """What a page shows, and what it would fetch."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.words, self.sources = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_html_page_is_whole_in_itself(tmp_path):
+    hostile = Sample("<script>alert(1)</script>", "a <b>teacher</b>", "student & co")
+    write(replace(example(), samples=(hostile,)), tmp_path)
+    page = Reader((tmp_path / "report.html").read_text())
+    pictures = figures(example())
+    assert len(page.sources) == len(pictures) and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert base64.b64decode(page.sources[0].split(",")[1]).startswith(b"\x89PNG")
+    assert {"script", "b", "link"}.isdisjoint(page.tags) and {"details", "table", "h1"} <= set(page.tags)
+    text = " ".join(page.words)
+    assert "<script>alert(1)</script>" in text and "a <b>teacher</b>" in text and "layers.2.ffn" in text
+    for row in example().rows:
+        assert row.name in text
+
+
+def test_the_card_says_what_the_folder_holds():
+    report = example()
+    front, text = card(report).removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front)["base_model"] == "org/teacher"
+    assert headline(report) in text and "| w8 | 1 | 30.0 MB |" in text and "plan.png" not in text
+    local = replace(report, recipe={**report.recipe, "model": {"path": "/home/me/models/teacher"}})
+    assert "/home/me" not in card(local) and card(local).count("base_model") == 0
+
+
 def test_every_picture_that_the_page_shows_is_written(tmp_path):
     page = write(example(), tmp_path).read_text()
     shown = {part.split(")")[0] for part in page.split("](")[1:]}
@@ -149,6 +189,7 @@ def test_every_picture_that_the_page_shows_is_written(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == shown | {
         "report.md",
+        "report.html",
         "report.json",
     }  # no temporary file is left
 

@@ -35,15 +35,19 @@ def _without_rounding(graph: ir.Graph) -> None:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
         elif node.op_type == "MatMulIntegerToFloat":
-            x = node.inputs[0].producer().inputs[0]  # type: ignore[union-attr]
-            zeros = node.inputs[5:6]
-            weight = ir.node("DequantizeLinear", [node.inputs[1], node.inputs[3], *zeros], {"axis": 1})
-            weight.outputs[0].name = f"{node.outputs[0].name}.weight"
-            plain = [weight, ir.node("MatMul", [x, weight.outputs[0]])]
-            if len(node.inputs) > 6:
-                plain.append(ir.node("Add", [plain[-1].outputs[0], node.inputs[6]]))
-            for number, made in enumerate(plain[1:]):
-                made.outputs[0].name = f"{node.outputs[0].name}.exact.{number}"
-            graph.insert_before(node, plain)
-            node.outputs[0].replace_all_uses_with(plain[-1].outputs[0], replace_graph_outputs=True)
+            x, (codes, scales) = node.inputs[0].producer().inputs[0], (node.inputs[1], node.inputs[3])  # type: ignore[union-attr]
+            zeros, bias = (node.inputs[i] if len(node.inputs) > i else None for i in (5, 6))
+            # plain arithmetic: ONNX Runtime makes a rounding MatMulNBits out of DequantizeLinear and MatMul
+            made = [ir.node("Cast", [codes], {"to": ir.DataType.FLOAT.value})]
+            if zeros is not None:
+                made.append(ir.node("Cast", [zeros], {"to": ir.DataType.FLOAT.value}))
+                made.append(ir.node("Sub", [made[0].outputs[0], made[1].outputs[0]]))
+            made.append(ir.node("Mul", [made[-1].outputs[0], scales]))
+            made.append(ir.node("MatMul", [x, made[-1].outputs[0]]))
+            if bias is not None:
+                made.append(ir.node("Add", [made[-1].outputs[0], bias]))
+            for number, plain in enumerate(made):
+                plain.outputs[0].name = f"{node.outputs[0].name}.exact.{number}"
+            graph.insert_before(node, made)
+            node.outputs[0].replace_all_uses_with(made[-1].outputs[0], replace_graph_outputs=True)
             graph.remove(node, safe=True)

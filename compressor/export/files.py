@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def export_onnx(student: Student, folder: Path) -> None:
 def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
     """Write a model of a plan's shape with random weights, for timing."""
     matrices = _made(decoder, plan, partial(Stored.random, np.random.default_rng(0)))
-    gains = {name: np.ones(length, np.float32) for name, length in decoder.vectors().items()}
+    gains = {name: np.ones(shape, np.float32) for name, shape in decoder.vectors().items()}
     _write(decoder, plan, matrices, gains, Path(folder))
 
 
@@ -111,7 +112,7 @@ def fixed_bytes(decoder: Decoder) -> int:
     That is the norm gains and the graph. A graph is a sum of what each site writes, so its bound is the sum of the
     bounds of attention, feed-forward and tables, each in the format whose nodes take most.
     """
-    vectors = sum(aligned(4 * length) for length in decoder.vectors().values())
+    vectors = sum(aligned(4 * prod(shape)) for shape in decoder.vectors().values())
     base = _graph_bytes(decoder)
     formats = ("fp32", "fp16", "int8", "w8b256", "w4b256")
     growth = {
@@ -133,7 +134,7 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
-    gains = {name: np.broadcast_to(np.float32(0), (length,)) for name, length in decoder.vectors().items()}
+    gains = {name: np.broadcast_to(np.float32(0), shape) for name, shape in decoder.vectors().items()}
     return len(_serialize(decoder_model(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)))
 
 

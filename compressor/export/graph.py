@@ -45,11 +45,11 @@ class GraphBuilder:
         self._store = store
         self._quantized: dict[ir.Value, tuple[ir.Value, ...]] = {}
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float | str) -> ir.Value:
         """One node of the standard operators with one output, called `name`."""
         return self.node("", kind, inputs, [name], attributes)[0]
 
-    def ms(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float) -> ir.Value:
+    def ms(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float | str) -> ir.Value:
         """One node of ONNX Runtime's own operators with one output, called `name`."""
         return self.node("com.microsoft", kind, inputs, [name], attributes)[0]
 
@@ -178,38 +178,58 @@ def last(b: GraphBuilder, x: ir.Value, keep: ir.Value) -> ir.Value:
 
 
 class Stream:
-    """The residual stream x [B, S, D]; the last sub-layer's output waits, to be added inside the next norm's kernel."""
+    """The residual stream x [B, S, D]; what sub-layers gave waits, to be added inside the next norm's kernel."""
 
-    def __init__(self, b: GraphBuilder, x: ir.Value, epsilon: float):
-        self._b = b
+    def __init__(self, b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[str, np.ndarray]):
+        self._b, self._decoder, self._vectors = b, decoder, vectors
         self._x = x
-        self._waiting: ir.Value | None = None
-        self._epsilon = epsilon
+        self._waiting: list[ir.Value] = []
 
-    def norm(self, name: str, gain: np.ndarray) -> ir.Value:
-        """Add what waits to the stream and return its root-mean-square norm."""
-        b, weight = self._b, self._b.tensor(name, gain)
-        if self._waiting is None:
-            return b.op(
-                "SimplifiedLayerNormalization", [self._x, weight], f"{name}.out", epsilon=self._epsilon, axis=-1
-            )
+    def norm(self, name: str, front: bool = False) -> ir.Value:
+        """Add what waits to the stream and return its norm. front: of the stream in front of what waits, which goes on
+        waiting."""
+        if front or not self._waiting:
+            return norm(self._b, self._x, name, self._decoder, self._vectors)
+        b = self._b
+        weights = norm_weights(b, name, self._vectors)
+        while len(self._waiting) > 1:
+            last = self._waiting.pop()
+            self._waiting[-1] = b.op("Add", [self._waiting[-1], last], f"{last.name}.together")
+        kind = "SkipSimplifiedLayerNormalization" if len(weights) == 1 else "SkipLayerNormalization"
         normed, _, _, self._x = b.node(
             "com.microsoft",
-            "SkipSimplifiedLayerNormalization",
-            [self._x, self._waiting, weight],
+            kind,
+            [self._x, *self._waiting, *weights],
             [f"{name}.out", "", "", f"{name}.sum"],
-            {"epsilon": self._epsilon},
+            {"epsilon": self._decoder.norm_epsilon},
         )
-        self._waiting = None
+        self._waiting = []
         return normed
 
-    def add(self, delta: ir.Value) -> None:
-        assert self._waiting is None, "two sub-layers without a norm between them"
-        self._waiting = delta
+    def add(self, delta: ir.Value, name: str) -> None:
+        """What the sub-layer `name` gave, behind its own last norm, if it has one."""
+        if self._decoder.post_norm:
+            delta = norm(self._b, delta, f"{name}.post_norm", self._decoder, self._vectors)
+        self._waiting.append(delta)
 
     def end(self) -> ir.Value:
         """The stream with all that was added."""
-        return self._x if self._waiting is None else self._b.op("Add", [self._x, self._waiting], "end")
+        for delta in self._waiting:
+            self._x = self._b.op("Add", [self._x, delta], f"{delta.name}.end")
+        self._waiting = []
+        return self._x
+
+
+def norm_weights(b: GraphBuilder, name: str, vectors: Mapping[str, np.ndarray]) -> list[ir.Value]:
+    """The gain of the norm `name`, and its bias, if it has one."""
+    return [b.tensor(key, vectors[key]) for key in (name, f"{name}.bias") if key in vectors]
+
+
+def norm(b: GraphBuilder, x: ir.Value, name: str, decoder: Decoder, vectors: Mapping[str, np.ndarray]) -> ir.Value:
+    """The norm `name` over the last axis of x."""
+    weights = norm_weights(b, name, vectors)
+    kind = "SimplifiedLayerNormalization" if len(weights) == 1 else "LayerNormalization"
+    return b.op(kind, [x, *weights], f"{name}.out", epsilon=decoder.norm_epsilon, axis=-1)
 
 
 class Positions:
@@ -220,20 +240,45 @@ class Positions:
     """
 
     def __init__(self, b: GraphBuilder, decoder: Decoder, mask: ir.Value):
+        self._b, self._decoder = b, decoder
+        self._tables: dict[tuple[float, ...], tuple[ir.Value, ir.Value]] = {}
         one = b.small("one", np.array([1], np.int64))
         to_int32 = ir.DataType.INT32.value
         lengths = b.op("ReduceSum", [mask, one], "lengths", keepdims=0)
         self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
-        total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
-        self.total = b.op("Cast", [total], "total_sequence_length", to=to_int32)
-        ends = [b.small(f"positions.{i}", np.array(i, np.int64)) for i in (0, decoder.max_positions, 1)]
-        positions = b.op("Cast", [b.op("Range", ends, "positions")], "positions.float", to=ir.DataType.FLOAT.value)
-        column = b.op("Unsqueeze", [positions, one], "positions.column")
-        frequencies = b.small("frequencies", np.array([decoder.rope_frequencies], np.float32))
-        angles = b.op("Mul", [column, frequencies], "angles")
-        scale = b.small("rope_scale", np.array(decoder.rope_scale, np.float32))
-        self.cos = b.op("Mul", [b.op("Cos", [angles], "cos"), scale], "cos.scaled")
-        self.sin = b.op("Mul", [b.op("Sin", [angles], "sin"), scale], "sin.scaled")
+        self._total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
+        self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
+
+    def rotation(self, local: bool) -> tuple[ir.Value | None, ir.Value | None]:
+        """(cos, sin) of an attention, or nothing without rotary positions."""
+        decoder, b = self._decoder, self._b
+        frequencies = decoder.local_frequencies if local and decoder.local_frequencies else decoder.rope_frequencies
+        if not frequencies:
+            return None, None
+        if frequencies not in self._tables:
+            end = f".local{len(self._tables)}" if self._tables else ""
+            one = b.small("one", np.array([1], np.int64))
+            ends = [b.small(f"positions.{i}", np.array(i, np.int64)) for i in (0, decoder.max_positions, 1)]
+            positions = b.op("Range", ends, f"positions{end}")
+            positions = b.op("Cast", [positions], f"positions{end}.float", to=ir.DataType.FLOAT.value)
+            column = b.op("Unsqueeze", [positions, one], f"positions{end}.column")
+            row = b.small(f"frequencies{end}", np.array([frequencies], np.float32))
+            angles = b.op("Mul", [column, row], f"angles{end}")
+            scale = b.small("rope_scale", np.array(decoder.rope_scale, np.float32))
+            cos, sin = (
+                b.op("Mul", [b.op(kind, [angles], f"{kind.lower()}{end}"), scale], f"{kind.lower()}{end}.scaled")
+                for kind in ("Cos", "Sin")
+            )
+            self._tables[frequencies] = cos, sin
+        return self._tables[frequencies]
+
+    def learned(self, ids: ir.Value, table: np.ndarray) -> ir.Value:
+        """Rows of a table of positions for the tokens that are fed, [S, D]."""
+        b = self._b
+        fed = b.op("Squeeze", [b.op("Shape", [ids], "ids.fed", start=1, end=2)], "fed")
+        start = b.op("Sub", [self._total, fed], "fed.start")
+        places = b.op("Range", [start, self._total, b.small("positions.1", np.array(1, np.int64))], "places")
+        return b.op("Gather", [b.tensor("positions", table), places], "positions.rows")
 
 
 def attention(
@@ -249,8 +294,10 @@ def attention(
 ) -> None:
     """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
     name, head_dim = f"layers.{layer}.attention", decoder.head_dim
-    x = stream.norm(f"{name}.norm", vectors[f"{name}.norm"])
+    x = stream.norm(f"{name}.norm")
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
+    window = decoder.window_of(layer)
+    rotation = positions.rotation(window is not None)
     inputs: list[ir.Value | None] = [qkv, None, None]
     if decoder.qk_norm:
         widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
@@ -264,14 +311,15 @@ def attention(
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
-        [*inputs, *past, positions.last, positions.total, positions.cos, positions.sin],
+        _given([*inputs, *past, positions.last, positions.total, *rotation]),
         [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
-        {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": 1}
-        | ({"local_window_size": decoder.window} if decoder.window else {}),
+        {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": int(rotation[0] is not None)}
+        | ({"local_window_size": window} if window else {})
+        | ({"softcap": decoder.attention_cap} if decoder.attention_cap else {}),
     )
     b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
     b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
-    stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"))
+    stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
 
 
 def head_norm(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray], decoder: Decoder) -> ir.Value:
@@ -279,23 +327,41 @@ def head_norm(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.
     apart = b.small("heads_apart", np.array([0, 0, -1, decoder.head_dim], np.int64))
     together = b.small("heads_together", np.array([0, 0, -1], np.int64))
     heads = b.op("Reshape", [x, apart], f"{name}.heads")
-    weight = b.tensor(name, vectors[name])
-    epsilon = decoder.norm_epsilon
-    normed = b.op("SimplifiedLayerNormalization", [heads, weight], f"{name}.normed", epsilon=epsilon, axis=-1)
+    normed = b.op(
+        "SimplifiedLayerNormalization",
+        [heads, b.tensor(name, vectors[name])],
+        f"{name}.normed",
+        epsilon=decoder.norm_epsilon,
+        axis=-1,
+    )
     return b.op("Reshape", [normed, together], f"{name}.out")
 
 
 def feed_forward(
-    b: GraphBuilder, stream: Stream, layer: int, matrices: Matrices, vectors: Mapping[str, np.ndarray]
+    b: GraphBuilder, stream: Stream, layer: int, decoder: Decoder, matrices: Matrices, beside: bool = False
 ) -> None:
-    """Pre-norm gated feed-forward of block `layer`: down(silu(gate x) * up x)."""
+    """Pre-norm feed-forward of block `layer`: down(activation(gate x) * up x), or down(activation(up x)).
+
+    beside: it reads the stream in front of the block's attention, which waits to be added.
+    """
     name = f"layers.{layer}.ffn"
-    x = stream.norm(f"{name}.norm", vectors[f"{name}.norm"])
-    gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
+    x = stream.norm(f"{name}.norm", front=beside)
     up = linear(b, x, f"{name}.up", matrices((f"{name}.up",)), f"{name}.up.out")
-    silu = b.op("Mul", [gate, b.op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
-    product = b.op("Mul", [silu, up], f"{name}.product")
-    stream.add(linear(b, product, f"{name}.down", matrices((f"{name}.down",)), f"{name}.out"))
+    if decoder.gated:
+        gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
+        inner = b.op("Mul", [activation(b, gate, decoder.activation, name), up], f"{name}.product")
+    else:
+        inner = activation(b, up, decoder.activation, name)
+    stream.add(linear(b, inner, f"{name}.down", matrices((f"{name}.down",)), f"{name}.out"), name)
+
+
+def activation(b: GraphBuilder, x: ir.Value, kind: str, name: str) -> ir.Value:
+    """An activation of `network.ACTIVATIONS`."""
+    if kind == "silu":
+        return b.op("Mul", [x, b.op("Sigmoid", [x], f"{name}.sigmoid")], f"{name}.silu")
+    if kind == "relu":
+        return b.op("Relu", [x], f"{name}.relu")
+    return b.op("Gelu", [x], f"{name}.gelu", approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 # -- the whole --
@@ -315,8 +381,16 @@ def decoder_model(
     ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
     table = matrices(("embedding",))
-    stream = Stream(b, embedding(b, ids, "embedding", table), decoder.norm_epsilon)
+    x = embedding(b, ids, "embedding", table)
+    if decoder.embedding_scale != 1:
+        x = b.op(
+            "Mul", [x, b.small("embedding_scale", np.array(decoder.embedding_scale, np.float32))], "embedding.scaled"
+        )
     positions, caches = None, count()
+    if decoder.learned_positions:
+        positions = Positions(b, decoder, mask)
+        x = b.op("Add", [x, positions.learned(ids, vectors["positions"])], "embedding.placed")
+    stream = Stream(b, x, decoder, vectors)
     for site in decoder.sites():
         action = plan[site.name]
         if site.layer is None or action.keep == 0:
@@ -326,10 +400,16 @@ def decoder_model(
             heads = decoder.heads_of(action)
             attention(b, stream, site.layer, next(caches), heads, decoder, matrices, vectors, positions)
         else:
-            feed_forward(b, stream, site.layer, matrices, vectors)
-    x = last(b, stream.norm("norm", vectors["norm"]), b.default(KEEP, np.array(0, np.int64)))
+            beside = decoder.parallel and plan[f"layers.{site.layer}.attention"].keep > 0
+            feed_forward(b, stream, site.layer, decoder, matrices, beside)
+    x = last(b, stream.norm("norm"), b.default(KEEP, np.array(0, np.int64)))
     name = "embedding" if decoder.tied else "head"
-    logits = linear(b, x, name, table if decoder.tied else matrices((name,)), "logits")
+    logits = linear(
+        b, x, name, table if decoder.tied else matrices((name,)), "scores" if decoder.logit_cap else "logits"
+    )
+    if decoder.logit_cap:
+        cap = b.small("logit_cap", np.array(decoder.logit_cap, np.float32))
+        logits = b.op("Mul", [b.op("Tanh", [b.op("Div", [logits, cap], "scores.share")], "scores.tanh"), cap], "logits")
     b.output(logits, "logits", ["batch_size", "kept", decoder.vocabulary])
     return b.model()
 
@@ -342,29 +422,29 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
     head: final norm of `x` and product at the last position.
     """
     b = GraphBuilder(store)
-    gain = np.ones(decoder.hidden, np.float32)
-    gains = {name: np.ones(n, np.float32) for name, n in replace(decoder, layers=copies).vectors().items()}
+    vectors = {name: np.ones(shape, np.float32) for name, shape in replace(decoder, layers=copies).vectors().items()}
     if kind == "embedding":
         source = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     else:
         source = b.input("x", ir.DataType.FLOAT, ["batch_size", "sequence", decoder.hidden])
     if kind in ("embedding", "head"):
+        ends = [key for key in ("norm", "norm.bias") if key in vectors]
         for copy in range(copies):
             name = f"{kind}.{copy}"
             weight = matrices((kind,))
             x = embedding(b, source, name, weight) if kind == "embedding" else source
-            y = Stream(b, x, decoder.norm_epsilon).norm(f"{name}.norm", gain)
+            y = norm(b, x, f"{name}.norm", decoder, {key.replace("norm", f"{name}.norm"): vectors[key] for key in ends})
             if kind == "head" or decoder.tied:
                 y = linear(b, last(b, y, b.small("keep", np.array(1, np.int64))), name, weight, f"{name}.logits")
             b.output(y, f"{name}.end", ["batch_size", "sequence", "width"])
         return b.model()
-    stream = Stream(b, source, decoder.norm_epsilon)
+    stream = Stream(b, source, decoder, vectors)
     if kind == "attention":
         positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"]))
     for copy in range(copies):
         if kind == "attention":
-            attention(b, stream, copy, copy, decoder.heads_of(action), decoder, matrices, gains, positions)
+            attention(b, stream, copy, copy, decoder.heads_of(action), decoder, matrices, vectors, positions)
         else:
-            feed_forward(b, stream, copy, matrices, gains)
+            feed_forward(b, stream, copy, decoder, matrices)
     b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])
     return b.model()

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from compressor.errors import RecipeError
 from compressor.model import Teacher
-from compressor.rollouts import Rollouts
-from eval.generation import distinct, entropy
+from compressor.recovery.rollouts import Rollouts, distinct, entropy
 
 Reward = Callable[[str, str], float]
 """A reward of the user's own: (prompt, what was written behind it) -> number."""

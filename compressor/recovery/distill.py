@@ -3,11 +3,11 @@
 This file has the training itself, whatever it aims at, and the plainest aim:
 
     kd           the student imitates the teacher on given text (`Imitation`, here)
-    on_policy    on what the student itself writes (`compressor.on_policy`)
-    rl           towards a reward that the user composes, on a leash to the teacher (`compressor.reinforce`)
+    on_policy    on what the student itself writes (`compressor.recovery.on_policy`)
+    rl           towards a reward that the user composes, on a leash to the teacher (`compressor.recovery.reinforce`)
 
-What is trained of the student is told in `compressor.trained`. A student is kept only if it got better by its own measure
-on held-out text.
+What is trained of the student is told in `compressor.recovery.trained`. A student is kept only if it got better by its own
+measure on held-out text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from safetensors.torch import load, save
@@ -26,12 +26,15 @@ from torch import Tensor, nn
 
 from compressor.executor import Reference
 from compressor.files import write_bytes_atomic
-from compressor.model import Network, Rounding
+from compressor.network import Network, Rounding
+from compressor.recovery.trained import Train, Trained
 from compressor.student import Student
-from compressor.trained import Train, Trained
 
 CHECKPOINT_SECONDS = 60
 """Least time between two checkpoints, which hold three times the trained weights."""
+
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Settings:
     """How long and how hard to train.
 
     learning_rate: peak; linear warm-up over `warmup` steps, then cosine to a tenth; check_every: steps between two looks at
-    the held-out text; seed: of whatever a step draws.
+    the held-out text; seed: of whatever a step draws; precision: of the products, weights and sums stay in fp32;
+    checkpointing: see `network.Transformer`.
     """
 
     steps: int
@@ -48,6 +52,8 @@ class Settings:
     warmup: int = 5
     check_every: int = 10
     seed: int = 0
+    precision: Precision = "fp32"
+    checkpointing: bool = False
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -108,7 +114,7 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
         network.install(site, action, weights, rounding)
     with torch.no_grad():
         for name, gain in student.vectors.items():
-            network.module(name).weight.copy_(gain)
+            network.vector(name).copy_(gain)
 
 
 def loaded(teacher: Network, student: Student, rounding: Rounding = "dynamic") -> Network:
@@ -182,12 +188,21 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _schedule(step, self.settings)
         told = []
-        for said in self.objective.updates(step):
+        for said in self._updates(step):
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             told.append({**said, "gradient_norm": float(norm)})
         return {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+
+    def _updates(self, step: int) -> Iterator[Told]:
+        model = self.trained.network.model
+        model.checkpointing = self.settings.checkpointing
+        with torch.autocast(
+            self.trained.network.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
+        ):
+            yield from self.objective.updates(step)
+        model.checkpointing = False
 
     def state(self, step: int, curve: Curve, best: Student) -> bytes:
         """Everything that `restore` needs, as safetensors."""

@@ -1,10 +1,15 @@
-"""What a network writes behind prompts, and what the teacher says of it.
+"""What a network writes behind prompts, what it looks like, and what the teacher says of it.
+
+Sources: distinct-n, Li et al. 2016, "A Diversity-Promoting Objective Function"; repetition (seq-rep-n), Welleck et al. 2020,
+"Neural Text Generation with Unlikelihood Training".
 
 Shape letters: B rows, P tokens of a prompt, N new tokens, L = P + N, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.distill import visited
-from compressor.model import Network
-from eval.generation import distinct, repetition
+from compressor.network import Network
+from compressor.recovery.distill import visited
 
 ROWS = 16
 """Rows that run together at most: their logits over the vocabulary lie in memory several times."""
@@ -91,7 +95,7 @@ def judged(teacher: Network, network: Network, written: Sequence[Rollouts]) -> d
     """What a network wrote, in the teacher's eyes and in itself; means over tokens or rows.
 
     reverse_kl: KL(network || teacher) of the next token, in nats; likelihood: the teacher's log-probability of what was
-    written, in nats a token; distinct_2, repetition_4: `eval.generation`.
+    written, in nats a token; distinct_2, repetition_4: the functions of these names.
     """
     kl, likelihood, rows = [], [], []
     for rollouts in written:
@@ -110,3 +114,26 @@ def judged(teacher: Network, network: Network, written: Sequence[Rollouts]) -> d
 def reverse_kl(log_q_BNV: Tensor, log_p_BNV: Tensor) -> Tensor:
     """KL(q || p) over the vocabulary, nats, [B, N]."""
     return (log_q_BNV.exp() * (log_q_BNV - log_p_BNV)).sum(-1)
+
+
+def distinct(tokens: Sequence[int], n: int = 2) -> float:
+    """Different n-grams over all n-grams, in (0, 1]; 1 for a text shorter than n."""
+    grams = _grams(tokens, n)
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams that were there before, in [0, 1): one less distinct-n, at the n that tells loops."""
+    return 1 - distinct(tokens, n)
+
+
+def entropy(tokens: Sequence[int]) -> float:
+    """Entropy of a text's own token frequencies over that of as many different tokens, in [0, 1]; 1 below two tokens."""
+    if len(tokens) < 2:
+        return 1.0
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    return -sum(share * math.log(share) for share in shares) / math.log(len(tokens))
+
+
+def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

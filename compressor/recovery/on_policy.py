@@ -31,9 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.distill import Imitation, Told
-from compressor.model import Network
-from compressor.rollouts import Rollouts, drawn, judged, reverse_kl, write
+from compressor.network import Network
+from compressor.recovery.distill import Imitation, Told
+from compressor.recovery.rollouts import Rollouts, drawn, judged, reverse_kl, write
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.distill import Told
-from compressor.model import Network
-from compressor.reward import Judge
-from compressor.rollouts import Rollouts, drawn, judged, reverse_kl, write
+from compressor.network import Network
+from compressor.recovery.distill import Told
+from compressor.recovery.reward import Judge
+from compressor.recovery.rollouts import Rollouts, drawn, judged, reverse_kl, write
 
 CONTROLLER = 0.1
 """By how much of the KL's relative error beta moves in a step, at most by this."""

@@ -9,10 +9,10 @@ the least-squares solution, in closed form, of
                                    c_t = 1 / (|h_t|^2 + |h'_t + W x'_t|^2)
 
 x, x': its input in the teacher and in the student; h: the teacher's residual stream behind the sub-layer; h': the student's
-in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. A writer thus takes
-back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those that the next norm
-gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as large, would count
-alone, those too that are none in the teacher.
+in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. A
+writer thus takes back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those
+that the next norm gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as
+large, would count alone, those too that are none in the teacher.
 
 Sources: Frantar et al. 2022, "GPTQ" (blocks in order, on the student's own inputs); Li et al. 2025, "GPTAQ" (the teacher's
 output as the target). Departures: the residual stream as the writers' target, the weights, and structured pruning.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from compressor.bank import DAMPING, Bank
-from compressor.model import Network, Stream
+from compressor.network import Network, Stream
 from compressor.plan import Action, Format, Plan, Site
 from compressor.quantize import Weight, as_floats, damped, quantize_together
 from compressor.student import Student

@@ -1,0 +1,370 @@
+"""The one file that knows architectures: from transformers' configurations and weights to a `Decoder` and modules.
+
+A family is a row of `FAMILIES`: where its modules lie in a checkpoint, what its configuration says beside the common keys,
+and what of it is not supported. What differs only in how weights are written is undone here: fused matrices are taken apart,
+transposed ones turned, gains that are stored less one are made whole, factors of the scores go into the queries, heads that
+rotate in part become such that rotate as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError
+from compressor.student import Decoder
+
+Part = Callable[[Tensor, Decoder], Tensor]
+"""A module's weight [O, I] or bias [O] out of the checkpoint's tensor."""
+
+_KINDS = ("weight", "bias")
+
+Places = dict[str, "str | tuple[str, Part]"]
+"""Our modules -> theirs, {i} being the block; with a `Part` where ours is not all of theirs, or is written otherwise."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """places: of the modules. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
+    problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain."""
+
+    places: Places
+    shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
+    problems: Callable[[Any], list[str]] = lambda config: []
+    gain_offset: float = 0.0
+
+
+# -- parts of tensors --
+
+
+def _rows(which: str, tensor: Tensor, decoder: Decoder) -> Tensor:
+    """q, k, v or gate, up out of one matrix, one behind the other."""
+    heads, groups = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    sizes = (
+        {"q": heads, "k": groups, "v": groups} if which in "qkv" else dict.fromkeys(("gate", "up"), decoder.channels)
+    )
+    return dict(zip(sizes, tensor.split(list(sizes.values())), strict=True))[which]
+
+
+def _by_head(which: str, tensor: Tensor, decoder: Decoder) -> Tensor:
+    """q, k or v out of one matrix in which every head has its three beside one another."""
+    heads = tensor.unflatten(0, (decoder.heads, 3, decoder.head_dim))
+    return heads[:, "qkv".index(which)].flatten(0, 1)
+
+
+def _turned(tensor: Tensor, decoder: Decoder) -> Tensor:
+    """A matrix [I, O]."""
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def _turned_rows(which: str, tensor: Tensor, decoder: Decoder) -> Tensor:
+    return _rows(which, _turned(tensor, decoder), decoder)
+
+
+# -- the families --
+
+_LLAMA: Places = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention.norm": "model.layers.{i}.input_layernorm",
+    **{f"attention.{part}": f"model.layers.{{i}}.self_attn.{part}_proj" for part in "qkvo"},
+    "ffn.norm": "model.layers.{i}.post_attention_layernorm",
+    **{f"ffn.{part}": f"model.layers.{{i}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+_QWEN3: Places = _LLAMA | {f"attention.{part}_norm": f"model.layers.{{i}}.self_attn.{part}_norm" for part in "qk"}
+_PHI3: Places = _LLAMA | {
+    **{f"attention.{part}": ("model.layers.{i}.self_attn.qkv_proj", partial(_rows, part)) for part in "qkv"},
+    **{f"ffn.{part}": ("model.layers.{i}.mlp.gate_up_proj", partial(_rows, part)) for part in ("gate", "up")},
+}
+_GEMMA2: Places = _LLAMA | {
+    "attention.post_norm": "model.layers.{i}.post_attention_layernorm",
+    "ffn.norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "ffn.post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_GPT2: Places = {
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+    "attention.norm": "transformer.h.{i}.ln_1",
+    **{f"attention.{part}": ("transformer.h.{i}.attn.c_attn", partial(_turned_rows, part)) for part in "qkv"},
+    "attention.o": ("transformer.h.{i}.attn.c_proj", _turned),
+    "ffn.norm": "transformer.h.{i}.ln_2",
+    "ffn.up": ("transformer.h.{i}.mlp.c_fc", _turned),
+    "ffn.down": ("transformer.h.{i}.mlp.c_proj", _turned),
+}
+_NEOX: Places = {
+    "embedding": "gpt_neox.embed_in",
+    "norm": "gpt_neox.final_layer_norm",
+    "head": "lm_head",
+    "attention.norm": "gpt_neox.layers.{i}.input_layernorm",
+    **{
+        f"attention.{part}": ("gpt_neox.layers.{i}.attention.query_key_value", partial(_by_head, part))
+        for part in "qkv"
+    },
+    "attention.o": "gpt_neox.layers.{i}.attention.dense",
+    "ffn.norm": "gpt_neox.layers.{i}.post_attention_layernorm",
+    "ffn.up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+    "ffn.down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+}
+_PHI: Places = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.final_layernorm",
+    "head": "lm_head",
+    "attention.norm": "model.layers.{i}.input_layernorm",
+    **{f"attention.{part}": f"model.layers.{{i}}.self_attn.{part}_proj" for part in "qkv"},
+    "attention.o": "model.layers.{i}.self_attn.dense",
+    "ffn.norm": "model.layers.{i}.input_layernorm",  # one norm for both: each gets a copy
+    "ffn.up": "model.layers.{i}.mlp.fc1",
+    "ffn.down": "model.layers.{i}.mlp.fc2",
+}
+
+
+def _biased(config: Any, decoder: Decoder) -> Decoder:
+    attention = "qkvo" if getattr(config, "attention_bias", False) else ""
+    ffn = ("gate", "up", "down") if getattr(config, "mlp_bias", False) else ()
+    return replace(decoder, biases=(*attention, *ffn))
+
+
+def _qwen2(config: Any, decoder: Decoder) -> Decoder:
+    return replace(decoder, biases=("q", "k", "v"))
+
+
+def _qwen3(config: Any, decoder: Decoder) -> Decoder:
+    return replace(_biased(config, decoder), qk_norm=True)
+
+
+def _gemma(config: Any, decoder: Decoder) -> Decoder:
+    cap, last = config.attn_logit_softcapping, config.final_logit_softcapping
+    return replace(
+        _biased(config, decoder),
+        post_norm=True,
+        qk_norm=config.model_type != "gemma2",
+        embedding_scale=float(torch.tensor(config.hidden_size**0.5)),
+        attention_cap=cap and float(cap),
+        logit_cap=last and float(last),
+    )
+
+
+def _gpt2(config: Any, decoder: Decoder) -> Decoder:
+    biases = ("q", "k", "v", "o", "up", "down")
+    return replace(decoder, norm="layer", gated=False, biases=biases, learned_positions=True)
+
+
+def _neox(config: Any, decoder: Decoder) -> Decoder:
+    biases = (*("qkvo" if config.attention_bias else ""), "up", "down")
+    return replace(decoder, norm="layer", gated=False, biases=biases, parallel=config.use_parallel_residual)
+
+
+def _phi(config: Any, decoder: Decoder) -> Decoder:
+    biases = ("q", "k", "v", "o", "up", "down", "head")
+    return replace(decoder, norm="layer", gated=False, biases=biases, parallel=True)
+
+
+def _gpt2_problems(config: Any) -> list[str]:
+    wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    return [
+        f"{key} = {not value} (supported: {value})" for key, value in wanted.items() if getattr(config, key) != value
+    ]
+
+
+def _phi_problems(config: Any) -> list[str]:
+    return ["qk_layernorm (supported: none)"] if config.qk_layernorm else []
+
+
+def _gemma_problems(config: Any) -> list[str]:
+    return ["attention in both directions"] if getattr(config, "use_bidirectional_attention", False) else []
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_LLAMA, _biased),
+    "mistral": Family(_LLAMA),
+    "qwen2": Family(_LLAMA, _qwen2),
+    "qwen3": Family(_QWEN3, _qwen3),
+    "phi3": Family(_PHI3),
+    "gemma2": Family(_GEMMA2, _gemma, _gemma_problems, gain_offset=1.0),
+    "gemma3_text": Family(
+        _GEMMA2 | {name: place for name, place in _QWEN3.items() if name.endswith(("q_norm", "k_norm"))},
+        _gemma,
+        _gemma_problems,
+        gain_offset=1.0,
+    ),
+    "gpt2": Family(_GPT2, _gpt2, _gpt2_problems),
+    "gpt_neox": Family(_NEOX, _neox),
+    "phi": Family(_PHI, _phi, _phi_problems),
+}
+"""By `model_type` of the configuration."""
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_ROTATIONS = ("default", "linear", "llama3")
+
+
+# -- from a configuration to a shape --
+
+
+def check_supported(config: Any) -> None:
+    """Raise ModelError unless `decoder_of` knows the configuration."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        problems = [f"model_type {config.model_type!r} (supported: {', '.join(FAMILIES)})"]
+    else:
+        problems = family.problems(config)
+        if _activation(config) not in _ACTIVATIONS:
+            problems.append(f"activation {_activation(config)!r} (supported: {', '.join(_ACTIVATIONS)})")
+        kinds = {rotation["rope_type"] for rotation in _rotations(config).values()}
+        problems += [f"rope_type {kind!r} (supported: {', '.join(_ROTATIONS)})" for kind in kinds - {*_ROTATIONS}]
+    if problems:
+        raise ModelError(
+            f"this architecture is not supported: {'; '.join(problems)}. Another one is a row of compressor.families.FAMILIES"
+        )
+
+
+def decoder_of(config: Any) -> Decoder:
+    """The shape that a supported configuration describes."""
+    heads = config.num_attention_heads
+    rotations = _rotations(config)
+    frequencies = {kind: _frequencies(config, kind, rotation) for kind, rotation in rotations.items()}
+    (whole, scale), (local, _) = (frequencies.get(kind, ((), 1.0)) for kind in ("full_attention", "sliding_attention"))
+    window, blocks = _windows(config)
+    decoder = Decoder(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        channels=getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+        rope_frequencies=whole,
+        rope_scale=scale,
+        tied=config.tie_word_embeddings,
+        activation=_ACTIVATIONS[_activation(config)],  # type: ignore[arg-type]
+        window=window,
+        local=blocks,
+        local_frequencies=local,
+    )
+    return FAMILIES[config.model_type].shape(config, decoder)
+
+
+def _first(config: Any, *keys: str) -> Any:
+    return next(value for key in keys if (value := getattr(config, key, None)) is not None)
+
+
+def _activation(config: Any) -> str:
+    return _first(config, "hidden_activation", "hidden_act", "activation_function")
+
+
+def _windows(config: Any) -> tuple[int | None, tuple[int, ...]]:
+    """(positions that a local attention sees, the blocks with one)."""
+    window, blocks = getattr(config, "sliding_window", None), range(config.num_hidden_layers)
+    if not window or window >= config.max_position_embeddings:
+        return None, ()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(blocks)
+    local = tuple(i for i in blocks if kinds[i] == "sliding_attention")
+    return (window, local) if local else (None, ())
+
+
+def _rotations(config: Any) -> dict[str, dict]:
+    """The parameters of the rotation by kind of attention; one for both where they don't differ, none without."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return {}
+    return {"full_attention": parameters} if "rope_type" in parameters else parameters
+
+
+def _frequencies(config: Any, kind: str, rotation: dict) -> tuple[tuple[float, ...], float]:
+    """(inverse frequencies, factor of cos and sin)."""
+    if rotation["rope_type"] == "default":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        turned = int(width * rotation.get("partial_rotary_factor", 1.0))
+        found = 1.0 / rotation["rope_theta"] ** (torch.arange(0, turned, 2).float() / turned)
+        return (*found.tolist(), *[0.0] * ((width - turned) // 2)), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    named = {} if "rope_type" in config.rope_parameters else {"layer_type": kind}
+    found, scale = ROPE_INIT_FUNCTIONS[rotation["rope_type"]](config, torch.device("cpu"), **named)
+    return tuple(found.tolist()), float(scale)
+
+
+# -- from a checkpoint to modules --
+
+
+def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> dict[str, Tensor]:
+    """Weights of a transformers model -> those of a `network.Transformer`, float32."""
+    family = FAMILIES[config.model_type]
+    weights: dict[str, Tensor] = {}
+    for ours, theirs, part in _modules(family, decoder):
+        for kind in _KINDS:
+            tensor = state.get(f"{theirs}.{kind}")
+            if tensor is not None:
+                weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
+        if ours.endswith("norm"):
+            weights[f"{ours}.weight"] = weights[f"{ours}.weight"] + family.gain_offset
+    if turned := 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim:
+        order = _whole_rotation(turned, decoder.head_dim)
+        heads = [
+            f"layers.{i}.attention.{part}.{kind}" for i in range(decoder.layers) for part in "qk" for kind in _KINDS
+        ]
+        for name in set(heads) & weights.keys():
+            weights[name] = weights[name].unflatten(0, (-1, decoder.head_dim))[:, order].flatten(0, 1)
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar:
+        scaled = "q_norm" if decoder.qk_norm else "q"
+        for layer in range(decoder.layers):
+            weights[f"layers.{layer}.attention.{scaled}.weight"] *= (decoder.head_dim / scalar) ** 0.5
+    return weights
+
+
+def _whole_rotation(turned: int, width: int) -> Tensor:
+    """Order of a head's components, of which the first `turned` rotate, for a kernel that rotates all: the others, at
+    frequency 0, lie behind either half. Products of queries and keys don't depend on it."""
+    half, rest = turned // 2, (width - turned) // 2
+    first, second, other = torch.arange(width).split([half, half, width - turned])
+    return torch.cat([first, other[:rest], second, other[rest:]])
+
+
+def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) -> dict[str, Tensor]:
+    """The inverse, for families whose modules are written as ours are.
+
+    Raises:
+        ModelError: the family's are not.
+    """
+    family = FAMILIES[config.model_type]
+    state: dict[str, Tensor] = {}
+    rewritten = family.gain_offset or any(not isinstance(place, str) for place in family.places.values())
+    if rewritten or 0.0 in decoder.rope_frequencies:
+        raise ModelError(
+            f"a checkpoint of {config.model_type!r} cannot be written: there its weights are written otherwise"
+        )
+    for ours, theirs, _ in _modules(family, decoder):
+        state |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for kind in _KINDS if f"{ours}.{kind}" in weights}
+    return state
+
+
+def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:
+    """(our module, theirs, the part that it is), block by block."""
+    found: list[tuple[str, str, Part | None]] = []
+    for ours, place in family.places.items():
+        theirs, part = (place, None) if isinstance(place, str) else place
+        if "{i}" not in theirs:
+            found.append((ours, theirs, part))
+        else:
+            found += [(f"layers.{i}.{ours}", theirs.format(i=i), part) for i in range(decoder.layers)]
+    return found

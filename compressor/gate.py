@@ -1,0 +1,250 @@
+"""Is a result good enough? A report against limits, and against an earlier report of the same thing; told to people and CI.
+
+Perplexity and bytes are compared as they are. Times are noisy: against a limit the fastest round counts, against a baseline
+the ratio to the fp32 export that was timed beside it, and what may be lost grows by the spread of the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from pydantic import ValidationError
+
+from compressor.errors import ComparisonError, DataError, RegressionError
+from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
+
+if TYPE_CHECKING:
+    from compressor.recipe import GateSection
+
+TOLERANCE = {"perplexity_ratio": 0.01, "bytes": 0.0, "prefill": 0.1, "decode": 0.1}
+"""What may be lost against a baseline, as a share of it."""
+
+SAME_TEACHER = 1e-3
+"""Relative difference up to which two teachers' perplexities are those of one."""
+
+
+def read_report(path: str | Path) -> Report:
+    """The report of a run: its folder, or the report.json in it.
+
+    Raises:
+        DataError: there is none, or it is of another version.
+    """
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected the report of a run, {error.strerror}; name its folder or report.json"
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: expected a report that this version writes, {reason}; run the recipe again") from None
+
+
+# -- lines --
+
+
+def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ...]:
+    """The lines of a recipe's gate, those that it has."""
+    teacher, reference, student = (_row(rows, role) for role in ("teacher", "reference", "student"))
+    lines = []
+    if gate.perplexity_ratio is not None:
+        ratio = _measured(student.perplexity) / _measured(teacher.perplexity)
+        lines.append(GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
+    if gate.bytes is not None:
+        most, size = gate.bytes.resolve(_measured(reference.size_bytes)), _measured(student.size_bytes)
+        lines.append(GateLine("bytes", most, size, size <= most))
+    if gate.prefill is not None:
+        most, time = gate.prefill.resolve(_timed(reference.prefill_ms).median), _timed(student.prefill_ms)
+        lines.append(GateLine("prefill", most, time.median, time.low <= most))
+    if gate.decode is not None:
+        most, time = gate.decode.resolve(_timed(reference.decode_ms).median), _timed(student.decode_ms)
+        lines.append(GateLine("decode", most, time.median, time.low <= most))
+    return tuple(lines)
+
+
+def against_baseline(
+    report: Report, baseline: Report, tolerance: Mapping[str, float] = TOLERANCE, times: bool = True
+) -> tuple[GateLine, ...]:
+    """Perplexity, bytes and times of a report's student against those of an earlier report.
+
+    Args:
+        tolerance: what may be lost, as a share, by the names of `TOLERANCE`, which stands in for those that are left out.
+        times: whether times are compared, which takes the same device.
+
+    Raises:
+        ComparisonError: the two measured different things; all of them are named.
+    """
+    allowed = {**TOLERANCE, **tolerance}
+    if differences := _differences(report, baseline, times):
+        raise ComparisonError(
+            "these reports cannot be compared: "
+            + "; ".join(differences)
+            + ". Run both recipes with the same texts, workload "
+            "and device" + (", or leave the times out (--no-times)" if times else "")
+        )
+    ours, theirs = report.rows, baseline.rows
+    student, old = _row(ours, "student"), _row(theirs, "student")
+    ratios = [
+        _measured(_row(rows, "student").perplexity) / _measured(_row(rows, "teacher").perplexity)
+        for rows in (ours, theirs)
+    ]
+    most = ratios[1] * (1 + allowed["perplexity_ratio"])
+    lines = [GateLine("perplexity_ratio", most, ratios[0], ratios[0] <= most, ratios[1])]
+    size, before = _measured(student.size_bytes), _measured(old.size_bytes)
+    most = before * (1 + allowed["bytes"])
+    lines.append(GateLine("bytes", most, size, size <= most, before))
+    if times:
+        for name in ("prefill", "decode"):
+            here, fp32, there, old_fp32 = (
+                _timed(getattr(_row(rows, role), f"{name}_ms"))
+                for rows in (ours, theirs)
+                for role in ("student", "reference")
+            )
+            carried = there.median / old_fp32.median * fp32.median
+            spread = sum((timing.high - timing.low) / 2 / timing.median for timing in (here, fp32, there, old_fp32))
+            most = carried * (1 + allowed[name] + spread)
+            lines.append(GateLine(name, most, here.median, here.median <= most, carried))  # type: ignore[arg-type]
+    return tuple(lines)
+
+
+def _differences(report: Report, baseline: Report, times: bool) -> list[str]:
+    found = []
+    if report.protocol != baseline.protocol:
+        found.append(f"protocol: {report.protocol!r} against {baseline.protocol!r}")
+    teachers = [_measured(_row(r.rows, "teacher").perplexity) for r in (report, baseline)]
+    if abs(teachers[0] / teachers[1] - 1) > SAME_TEACHER:
+        found.append(f"the teacher's perplexity: {number(teachers[0])} against {number(teachers[1])}")
+    if times:
+        for key in ("cpu", "threads", "provider"):
+            here, there = getattr(report.environment, key), getattr(baseline.environment, key)
+            if here != there:
+                found.append(f"{key}: {here} against {there}")
+    return found
+
+
+def _row(rows: Sequence[Row], role: str) -> Row:
+    found = next((row for row in rows if row.role == role), None)
+    if found is None:
+        raise ComparisonError(f"expected a {role} among the report's models, found none; run the recipe to its end")
+    return found
+
+
+def _measured(value: float | None) -> float:
+    if value is None:
+        raise ComparisonError("expected a measured figure in the report, found none; run the recipe to its end")
+    return value
+
+
+def _timed(timing: Timing | None) -> Timing:
+    if timing is None:
+        raise ComparisonError("expected times in the report, found none; run the recipe to its end")
+    return timing
+
+
+# -- the verdict --
+
+
+def require(report: Report, lines: Sequence[GateLine]) -> None:
+    """Raise RegressionError, with a table of what missed and by how much, unless all lines and the export's parity passed."""
+    missed = [line for line in lines if not line.passed]
+    told = []
+    if missed:
+        told.append(f"{len(missed)} of {len(lines)} checks missed\n\n{gate_table(missed)}")
+    if (parity := report.parity) and not parity.passed:
+        told.append(
+            f"export parity: expected a relative error of at most {parity.tolerance:g} and the same greedy text as torch, "
+            f"got {parity.relative_error:.2g} and {'the same' if parity.greedy_equal else 'another'} text"
+        )
+    if told:
+        raise RegressionError("\n\n".join(told), tuple(missed), report)
+
+
+def gate_table(lines: Sequence[GateLine]) -> str:
+    """The lines as a Markdown table."""
+    rows = []
+    for line in lines:
+        what, show, _ = AXES[line.name]
+        over = f"{100 * (line.measured / line.limit - 1):+.1f}%"
+        before = "–" if line.baseline is None else show(line.baseline)
+        rows.append(
+            (what, before, show(line.limit), show(line.measured), over, "passed" if line.passed else "**missed**")
+        )
+    return table(("check", "baseline", "limit", "measured", "against the limit", "result"), rows)
+
+
+def compare(ours: str | Path | Report, theirs: str | Path | Report) -> str:
+    """Two runs side by side as a Markdown table, ours over theirs in parentheses; a run is its folder, report.json or report.
+
+    Raises:
+        DataError: one is no report.
+    """
+    reports = [found if isinstance(found, Report) else read_report(found) for found in (ours, theirs)]
+    rows = []
+    for role in ("teacher", "reference", "student"):
+        here, there = (report.row(role) for report in reports)  # type: ignore[arg-type]
+        if here is None or there is None:
+            continue
+        for name, show, get in [("perplexity", number, _perplexity), *AXES.values()]:
+            pair = [get(here), get(there)]
+            if None not in pair:
+                rows.append((f"{here.name}: {name}", *map(show, pair), f"{pair[0] / pair[1]:.3f}×"))  # type: ignore[operator]
+    differences = _differences(reports[0], reports[1], times=True)
+    text = table(("figure", "ours", "theirs", "ratio"), rows)
+    return text + (f"\n\nNot the same measurement: {'; '.join(differences)}." if differences else "")
+
+
+def _perplexity(row: Row) -> float | None:
+    return row.perplexity
+
+
+# -- for CI --
+
+
+def as_json(lines: Sequence[GateLine], report: Report) -> str:
+    """{"passed": ..., "checks": [{"name", "limit", "measured", "passed", "baseline"}]}."""
+    return json.dumps({"passed": _passed(lines, report), "checks": [vars(line) for line in lines]}, indent=2) + "\n"
+
+
+def as_junit(lines: Sequence[GateLine], report: Report) -> str:
+    """A test suite of one case a check, as Jenkins, GitLab and GitHub show it."""
+    suite = ElementTree.Element("testsuite", name="compress check")
+    for line in lines:
+        what, show, _ = AXES[line.name]
+        case = ElementTree.SubElement(suite, "testcase", classname="compress.check", name=line.name)
+        if not line.passed:
+            text = f"{what}: expected at most {show(line.limit)}, measured {show(line.measured)}"
+            ElementTree.SubElement(case, "failure", message=text)
+    if report.parity:
+        case = ElementTree.SubElement(suite, "testcase", classname="compress.check", name="parity")
+        if not report.parity.passed:
+            text = f"expected at most {report.parity.tolerance:g}, measured {report.parity.relative_error:.2g}"
+            ElementTree.SubElement(case, "failure", message=text)
+    suite.set("tests", str(len(suite)))
+    suite.set("failures", str(sum(case.find("failure") is not None for case in suite)))
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def as_benchmark(report: Report) -> str:
+    """The student's figures as github-action-benchmark reads them (`customSmallerIsBetter`)."""
+    student = _row(report.rows, "student")
+    entries: list[dict[str, Any]] = [
+        {"name": "perplexity", "unit": "1", "value": student.perplexity},
+        {"name": "KL to the teacher", "unit": "nats per token", "value": student.kl},
+        {"name": "size", "unit": "bytes", "value": student.size_bytes},
+        {"name": "peak memory", "unit": "bytes", "value": student.peak_memory_bytes},
+    ]
+    for name, timing in (("prefill", student.prefill_ms), ("decode", student.decode_ms)):
+        if timing is not None:
+            half = (timing.high - timing.low) / 2
+            entries.append({"name": name, "unit": "ms", "value": timing.median, "range": f"± {half:.3g}"})
+    return json.dumps([entry for entry in entries if entry["value"] is not None], indent=2) + "\n"
+
+
+def _passed(lines: Sequence[GateLine], report: Report) -> bool:
+    return all(line.passed for line in lines) and (report.parity is None or report.parity.passed)

@@ -1,0 +1,532 @@
+"""A decoder in torch, as a `Decoder` describes it: all families run on it, so nothing here knows any.
+
+`Transformer` are the modules, whose names are those of `compressor.student`; `Network` is what everything else sees of
+them: matrices by name, inputs that can be watched, and sites that can be replaced; `Stream` walks through it sub-layer by
+sub-layer.
+
+Shape letters: B batch, N windows, L tokens, D hidden, H heads, K head width, I inputs of a matrix, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from compressor.plan import Action, Format, Site
+from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8
+from compressor.student import Decoder
+
+Rounding = Literal["none", "dynamic", "all"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+class Cache:
+    """Keys and values [B, H, L, K] of the tokens so far, by layer."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to a layer; returns all of it."""
+        if layer in self._layers:
+            key, value = (torch.cat(pair, 2) for pair in zip(self._layers[layer], (key, value), strict=True))
+        self._layers[layer] = key, value
+        return key, value
+
+    def crop(self, length: int) -> None:
+        """Forget what lies behind the first `length` tokens."""
+        self.length = length
+        self._layers = {
+            layer: (key[:, :, :length], value[:, :, :length]) for layer, (key, value) in self._layers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by whether an attention's window is local."""
+
+    rotations: dict[bool, tuple[Tensor, Tensor]]
+    cache: Cache | None = None
+
+
+class Norm(nn.Module):
+    """A norm over the last axis: of root mean squares, or of the variance, with a bias."""
+
+    def __init__(self, size: int, kind: str, epsilon: float):
+        super().__init__()
+        self.kind, self.epsilon = kind, epsilon
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rms":
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class SubLayer(nn.Module):
+    """Attention or feed-forward with the norms around it; what it gives is added to the residual stream.
+
+    dropped: it gives nothing. rounding: what is done to all that its matrices read, to imitate a kernel; None is nothing.
+    """
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.dropped = False
+        self.rounding: Callable[[Tensor], Tensor] | None = None
+        self.norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon)
+        self.post_norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon) if decoder.post_norm else None
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """x: the stream in front of it."""
+        if self.dropped:
+            return torch.zeros_like(x_BLD)
+        added_BLD = self.inner(self.seen(self.norm(x_BLD)), context)
+        return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x if self.rounding is None else self.rounding(x)
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        raise NotImplementedError
+
+
+class Attention(SubLayer):
+    """Causal grouped-query attention of block `layer`."""
+
+    def __init__(self, decoder: Decoder, layer: int):
+        super().__init__(decoder)
+        self.layer, self.width, self.cap = layer, decoder.head_dim, decoder.attention_cap
+        self.window = decoder.window_of(layer)
+        heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
+        self.q = nn.Linear(hidden, heads, "q" in decoder.biases)
+        self.k = nn.Linear(hidden, groups, "k" in decoder.biases)
+        self.v = nn.Linear(hidden, groups, "v" in decoder.biases)
+        self.o = nn.Linear(heads, hidden, "o" in decoder.biases)
+        self.q_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
+        self.k_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        q, k, v = (matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2) for matrix in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotations:
+            cos_LK, sin_LK = context.rotations[self.window is not None]
+            q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+        mixed_BHLK = attend(q, k, v, self.window, self.cap)
+        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(SubLayer):
+    """down(activation(gate x) * up x), or without a gate down(activation(up x))."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(decoder)
+        self.activation = decoder.activation
+        hidden, channels = decoder.hidden, decoder.channels
+        self.gate = nn.Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
+        self.up = nn.Linear(hidden, channels, "up" in decoder.biases)
+        self.down = nn.Linear(channels, hidden, "down" in decoder.biases)
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        activate = ACTIVATIONS[self.activation]
+        inner = activate(self.up(x_BLD)) if self.gate is None else activate(self.gate(x_BLD)) * self.up(x_BLD)
+        return self.down(self.seen(inner))
+
+
+class Block(nn.Module):
+    def __init__(self, decoder: Decoder, layer: int):
+        super().__init__()
+        self.parallel = decoder.parallel
+        self.attention = Attention(decoder, layer)
+        self.ffn = FeedForward(decoder)
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        behind_BLD = x_BLD + self.attention(x_BLD, context)
+        return behind_BLD + self.ffn(x_BLD if self.parallel else behind_BLD, context)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: token ids [B, L] -> logits [B, L, V].
+
+    checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
+    """
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.rounding: Callable[[Tensor], Tensor] | None = None
+        self.checkpointing = False
+        self.embedding = nn.Embedding(decoder.vocabulary, decoder.hidden)
+        self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
+        self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
+        self.norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon)
+        self.head = nn.Linear(decoder.hidden, decoder.vocabulary, "head" in decoder.biases)
+        if decoder.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        return self.logits(self.hidden(ids_BL))
+
+    def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states [B, L, D] behind the last norm. cache: of the tokens before, to which these are added."""
+        return self.every_hidden(ids_BL, cache)[-1]
+
+    def every_hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> list[Tensor]:
+        """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
+        context = self.context(ids_BL.shape[1], cache)
+        states = [self.embedded(ids_BL, cache.length if cache else 0)]
+        again = self.checkpointing and torch.is_grad_enabled()
+        for block in self.layers:
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            states.append(run(states[-1], context))
+        if cache is not None:
+            cache.length += ids_BL.shape[1]
+        return [*states[:-1], self.norm(states[-1])]
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Hidden states -> logits [B, L, V]."""
+        seen_BLD = hidden_BLD if self.rounding is None else self.rounding(hidden_BLD)
+        logits_BLV, cap = self.head(seen_BLD), self.decoder.logit_cap
+        return logits_BLV if cap is None else cap * torch.tanh(logits_BLV / cap)
+
+    def embedded(self, ids_BL: Tensor, start: int = 0) -> Tensor:
+        """The stream in front of the first block. start: position of the first token."""
+        x_BLD = self.embedding(ids_BL)
+        if self.decoder.embedding_scale != 1:
+            x_BLD = x_BLD * self.decoder.embedding_scale
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(torch.arange(start, start + ids_BL.shape[1], device=ids_BL.device))
+        return x_BLD
+
+    def context(self, length: int, cache: Cache | None = None) -> Context:
+        """For `length` tokens behind those in the cache."""
+        decoder, device, start = self.decoder, self.embedding.weight.device, cache.length if cache else 0
+        positions_L1 = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None]
+        rotations = {}
+        for local, frequencies in ((False, decoder.rope_frequencies), (True, decoder.local_frequencies)):
+            frequencies = frequencies or decoder.rope_frequencies
+            if frequencies:
+                angles_LK = positions_L1 * torch.tensor(frequencies, device=device)
+                angles_LK = torch.cat([angles_LK, angles_LK], 1)
+                rotations[local] = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
+        return Context(rotations, cache)
+
+
+def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
+    """Heads turned by position (Su et al. 2021, "RoFormer"), their halves being the pairs, as in GPT-NeoX."""
+    first, second = x_BHLK.chunk(2, -1)
+    return x_BHLK * cos_LK + torch.cat([-second, first], -1) * sin_LK
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None) -> Tensor:
+    """Causal attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
+
+    window: positions that a query sees, its own included. cap: scores x become cap tanh(x / cap).
+    """
+    k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
+    length, total = q.shape[2], k.shape[2]
+    plain = window is None or total <= window
+    if cap is None and plain and length in (1, total):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+    distance_LM = torch.arange(total - length, total)[:, None] - torch.arange(total)
+    visible_LM = (distance_LM >= 0) if plain else (distance_LM >= 0) & (distance_LM < window)  # type: ignore[operator]
+    visible_LM = visible_LM.to(q.device)
+    if cap is None:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
+    return scores.masked_fill(~visible_LM, -torch.inf).softmax(-1) @ v
+
+
+def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
+    """What the format's kernel does to all that it reads, as far as it is imitated."""
+    if fmt.kind == "dynamic" and rounding != "none":
+        return fake_dynamic_int8
+    if fmt.kind == "blockwise" and rounding == "all":
+        return lambda x: fake_block_int8(x, fmt.block)
+    return None
+
+
+class Network:
+    """A decoder whose sites can be replaced one by one.
+
+    Args:
+        model: its modules; taken over, not copied.
+        configuration: transformers' configuration of the whole and of its generation, which are deployed with it.
+    """
+
+    def __init__(self, model: Transformer, configuration: tuple[Any, Any]):
+        self.model, self.configuration = model.eval().requires_grad_(False), configuration
+        self.decoder = model.decoder
+        self.sites = {site.name: site for site in self.decoder.sites()}
+
+    def copy(self) -> Network:
+        """An independent network with the same weights."""
+        return Network(copy.deepcopy(self.model), self.configuration)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def to(self, device: torch.device | str) -> Network:
+        self.model.to(device)
+        return self
+
+    # -- running --
+
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """Final hidden states [B, L, D], behind the last norm."""
+        return self.model.hidden(ids_BL.to(self.device))
+
+    def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
+        """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
+        return self.model.every_hidden(ids_BL.to(self.device))
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Hidden states -> logits [B, L, V]."""
+        return self.model.logits(hidden_BLD)
+
+    @torch.no_grad()
+    def array_logits(self, ids_L: np.ndarray) -> np.ndarray:
+        """Token ids [L] -> logits [L, V], for `eval.perplexity`."""
+        return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
+
+    @torch.no_grad()
+    def generate(
+        self, ids_BL: Tensor, new_tokens: int, pick: Callable[[Tensor], Tensor], ends: Collection[int] = ()
+    ) -> Tensor:
+        """Prompts with at most `new_tokens` more, [B, L + N], on the network's device; ends when every row had an end token.
+
+        Args:
+            pick: logits [B, V] -> token ids [B].
+            ends: what a row has behind an end token means nothing.
+        """
+        ids_BL = ids_BL.to(self.device)
+        ended_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=self.device)
+        fresh_BL, cache = ids_BL, Cache()
+        with parametrize.cached():  # weights in training are computed once, not for every token
+            for _ in range(new_tokens):
+                last_BD = self.model.hidden(fresh_BL, cache)[:, -1]
+                fresh_BL = pick(self.logits(last_BD))[:, None]
+                ids_BL = torch.cat([ids_BL, fresh_BL], 1)
+                ended_B |= torch.isin(fresh_BL[:, 0], torch.tensor(list(ends), device=self.device))
+                if ended_B.all():
+                    break
+        return ids_BL
+
+    def greedy(self, ids_L: Tensor, new_tokens: int, eos: int | None = None) -> list[int]:
+        """At most `new_tokens` greedy tokens behind `ids_L`; ends behind `eos`."""
+        ends = () if eos is None else (eos,)
+        whole_BL = self.generate(ids_L[None], new_tokens, lambda logits_BV: logits_BV.argmax(-1), ends)
+        return whole_BL[0, len(ids_L) :].tolist()
+
+    def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
+        """A call that decodes one token behind `context_BL`, every time from the same cache."""
+        cache, token_BL = Cache(), context_BL[:, -1:].to(self.device)
+        with torch.no_grad():
+            self.model.hidden(context_BL.to(self.device), cache)
+
+        @torch.no_grad()
+        def step() -> Tensor:
+            logits = self.logits(self.model.hidden(token_BL, cache))
+            cache.crop(context_BL.shape[1])
+            return logits
+
+        return step
+
+    def stream(self, ids_NL: Tensor) -> Stream:
+        """These windows in front of the first block."""
+        return Stream(self, ids_NL)
+
+    # -- weights --
+
+    def matrix(self, name: str) -> nn.Parameter:
+        """The weight [output, input] of one matrix; the embedding's is [vocabulary, hidden]."""
+        return self.module(name).weight
+
+    def module(self, name: str) -> Any:
+        """The module that holds a matrix or a norm gain."""
+        return self.model.get_submodule(name)
+
+    def vector(self, name: str) -> nn.Parameter:
+        """What is stored beside the matrices, by the names of `Decoder.vectors`."""
+        return self.model.get_parameter(name if name.endswith(".bias") else f"{name}.weight")
+
+    def vectors(self) -> dict[str, Tensor]:
+        """All that is stored beside the matrices: norm gains and their biases, a table of positions."""
+        return {name: self.vector(name) for name in self.decoder.vectors()}
+
+    def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(name of an input, matrices that read it), over the pruned and quantized linear layers.
+
+        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down.
+        """
+        for site in self.sites.values():
+            if site.layer is not None:
+                yield f"{site.name}.in", tuple(m.name for m in site.matrices if m.pruned == "rows")
+                yield f"{site.name}.out", tuple(m.name for m in site.matrices if m.pruned == "columns")
+
+    @contextmanager
+    def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """While open, `see(input name, x_BLI)` is called for every input of `inputs()` during a forward pass."""
+
+        def hook(name: str):
+            return lambda _module, arguments: see(name, arguments[0].detach())
+
+        with _watching({self.module(matrices[0]): hook(name) for name, matrices in self.inputs()}):
+            yield
+
+    def install(
+        self, site: Site, action: Action, weights: Mapping[str, Weight], rounding: Rounding = "dynamic"
+    ) -> None:
+        """Replace a site.
+
+        Args:
+            weights: its matrices under `action`; none where it is dropped.
+            rounding: which kernels' rounding of activations is imitated. `dynamic`: that of dynamic int8, which moves
+                a model much; `all`: also the blocks of int8 inside weight-only kernels, which move it little and cost
+                some 8% of a forward pass, so that scoring leaves them out; `none`.
+        """
+        rounder = _rounder(Format.parse(action.format), rounding)
+        if site.layer is None:
+            module = self.module(site.name)
+            module.weight = self._parameter(weights[site.name].dequantize())
+            if (bias := weights[site.name].bias) is not None:
+                module.bias = self._parameter(bias)
+            if site.name == "embedding" and self.decoder.tied:
+                self.model.head.weight = module.weight
+            if site.name == "head" or self.decoder.tied:
+                self.model.rounding = rounder
+            return
+        sub_layer = self.module(site.name)
+        sub_layer.dropped, sub_layer.rounding = action.keep == 0, rounder
+        for name, given in weights.items():
+            linear = self.module(name)
+            linear.weight = self._parameter(given.dequantize())
+            linear.bias = None if given.bias is None else self._parameter(given.bias)
+            linear.out_features, linear.in_features = given.shape
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device), requires_grad=False)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they lie in memory; a tied table counts once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def save_configuration(self, folder: Path) -> None:
+        """Write config.json and generation_config.json, as transformers reads them."""
+        for configuration in self.configuration:
+            configuration.save_pretrained(folder)
+
+    @property
+    def family(self) -> str:
+        """transformers' name of the architecture, `model_type`."""
+        return self.configuration[0].model_type
+
+    def special_tokens(self) -> dict[str, int | list[int]]:
+        """Ids of the tokens that begin, end and pad a text, under transformers' names, those that there are; what
+        ends a generation counts before what ends a text."""
+        config, generation = self.configuration
+        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        found = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        return {name: token for name, token in found.items() if token is not None}
+
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a text."""
+        ends = self.special_tokens().get("eos_token_id", ())
+        return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    def digest(self) -> str:
+        """A hash of shape and weights, for cache keys."""
+        digest = hashlib.sha256(json.dumps(self.decoder.to_dict()).encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+class _Seen(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class Stream:
+    """The residual stream of some windows on their way through a network, sub-layer by sub-layer.
+
+    hidden_NLD: in front of the next sub-layer, or behind the last; on the network's device.
+    """
+
+    BATCH = 4
+    """Windows that run together."""
+
+    @torch.no_grad()
+    def __init__(self, network: Network, ids_NL: Tensor):
+        self._network = network
+        self._sites = [site for site in network.sites.values() if site.layer is not None]
+        self._context = network.model.context(ids_NL.shape[1])
+        self.hidden_NLD = network.model.embedded(ids_NL.to(network.device))
+        self._read_NLD = self.hidden_NLD
+
+    @property
+    def site(self) -> Site:
+        """The sub-layer that comes next."""
+        return self._sites[0]
+
+    def inputs(self, matrix: str) -> Iterator[tuple[slice, Tensor]]:
+        """What a matrix of the next sub-layer reads, batch by batch: (windows, x_BLI)."""
+        for windows in self._batches():
+            seen: list[Tensor] = []
+
+            def see(_module: nn.Module, arguments: tuple, seen: list[Tensor] = seen) -> None:
+                seen.append(arguments[0])
+                raise _Seen
+
+            with _watching({self._network.module(matrix): see}), suppress(_Seen):
+                self._run(windows)
+            yield windows, seen[0]
+
+    def advance(self) -> None:
+        """Pass the next sub-layer."""
+        self.hidden_NLD = torch.cat([self.hidden_NLD[windows] + self._run(windows) for windows in self._batches()])
+        if self.site.kind == "ffn" or not self._network.decoder.parallel:
+            self._read_NLD = self.hidden_NLD
+        self._sites.pop(0)
+
+    def _batches(self) -> Iterator[slice]:
+        return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
+
+    def _run(self, windows: slice) -> Tensor:
+        """What the next sub-layer adds to the stream."""
+        return self._network.module(self.site.name)(self._read_NLD[windows], self._context)
+
+
+@contextmanager
+def _watching(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

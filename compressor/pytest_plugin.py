@@ -1,0 +1,37 @@
+"""A fixture for test suites that guard a compressed model.
+
+def test_student(compressed):
+    compressed("recipe.yaml").check(baseline="ci/baseline.json")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from compressor.report import Report
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
+    """`compressed(recipe, out=None, overrides=(), **options)`: the report of a run, made once in a session.
+
+    recipe: path of a YAML file; out: a folder, in which a later session goes on; a temporary one when absent; overrides:
+    `section.key=value`; options: those of `compressor.compress`.
+    """
+    import compressor
+
+    made: dict[tuple, Report] = {}
+
+    def run(recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), **options: Any) -> Report:
+        key = (str(recipe), str(out), tuple(overrides))
+        if key not in made:
+            folder = out or tmp_path_factory.mktemp("compressed")
+            made[key] = compressor.compress(compressor.Recipe.load(recipe, overrides), folder, **options)
+        return made[key]
+
+    return run

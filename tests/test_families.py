@@ -1,0 +1,232 @@
+"""Every family at a tiny size: the same numbers as transformers, in torch and in ONNX, whole and compressed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import compressor
+from compressor.bank import Bank
+from compressor.errors import ModelError
+from compressor.executor import Executor
+from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes
+from compressor.families import FAMILIES
+from compressor.folder import save_folder
+from compressor.model import Teacher, load_teacher, read_decoder, save_teacher
+from compressor.plan import DROP, Action, Plan
+from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.reconstruct import reconstruct
+from compressor.student import full_plan
+
+LLAMA = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GPT2 = {
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_inner": 96,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24}
+CONFIGS = {
+    "llama": ("LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
+    "llama-biased": ("LlamaConfig", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-far": (
+        "LlamaConfig",
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", LLAMA | {"sliding_window": 20, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", LLAMA | {"tie_word_embeddings": True}),
+    "qwen2-half-local": (
+        "Qwen2Config",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 32, "tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", LLAMA),
+    "phi3-partly-rotated": (
+        "Phi3Config",
+        LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "gemma2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt_neox": ("GPTNeoXConfig", NEOX | {"rotary_pct": 0.5}),
+    "gpt_neox-serial": ("GPTNeoXConfig", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "phi": ("PhiConfig", LLAMA | {"partial_rotary_factor": 0.5}),
+}
+families = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
+    """A model folder of every configuration; no gain is 1 and no bias 0, so that none can be forgotten."""
+    made = {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    for name, (config, changes) in CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**changes))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+def mixed_plan(decoder) -> Plan:
+    """Every kind of action in three blocks."""
+    kept = max(1, decoder.kv_heads // 2)
+    actions = {
+        "embedding": Action(1, "w8"),
+        "layers.0.attention": Action(kept, "w4"),
+        "layers.0.ffn": Action(64, "int8"),
+        "layers.1.attention": DROP,
+        "layers.1.ffn": Action(decoder.channels, "w2"),
+        "layers.2.attention": Action(decoder.kv_heads, "int8"),
+        "layers.2.ffn": DROP,
+        "head": Action(1, "w4"),
+    }
+    return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))
+
+
+def theirs(folder: Path, ids_BL: torch.Tensor) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(ids_BL).logits
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@families
+def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, tmp_path):
+    """Longer than every window; token by token with a cache, too."""
+    ids_BL = windows[:2, :48]
+    wanted = theirs(folders[name], ids_BL).numpy()
+    teacher = load_teacher(folders[name])
+    assert read_decoder(folders[name]) == teacher.network.decoder
+    with torch.no_grad():
+        assert error(teacher.network.model(ids_BL).numpy(), wanted) < 1e-5
+    assert (
+        error(
+            teacher.network.cached_step(ids_BL[:, :31])()[:, -1].numpy(),
+            theirs(folders[name], torch.cat([ids_BL[:, :31], ids_BL[:, 30:31]], 1))[:, -1].numpy(),
+        )
+        < 1e-5
+    )
+    plan = full_plan(teacher.network.decoder, "fp32", "fp32")
+    bank = Bank(tmp_path / "bank", teacher.network, windows[:4], windows[:2])
+    save_folder(bank.realize(plan), teacher, tmp_path / "onnx")
+    with OnnxDecoder(tmp_path / "onnx", threads=1) as decoder:
+        assert error(decoder.logits(ids_BL[0].numpy()), wanted[0]) < 1e-5
+        prompt = ids_BL[0, :20]
+        assert decoder.generate(prompt.numpy(), 24) == teacher.network.greedy(prompt, 24)
+    limit = fixed_bytes(teacher.network.decoder) + sum(
+        s.size_bytes(plan[s.name]) for s in teacher.network.decoder.sites()
+    )
+    assert exported_bytes(tmp_path / "onnx") <= limit
+
+
+@families
+def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, name, windows, tmp_path):
+    teacher = load_teacher(folders[name])
+    network, plan = teacher.network, mixed_plan(teacher.network.decoder)
+    bank = Bank(tmp_path / "bank", network, windows[:8], windows[:2])
+    before = Executor(bank, windows[8:16]).score(plan).kl
+    rebuilt = reconstruct(bank, plan, windows[:8])
+    text = windows[16:20]
+    settings = Settings(steps=2, warmup=0, check_every=1)
+    student, curve = distill(
+        network, rebuilt, lambda copy: Imitation(network, copy, text), windows[20:], settings, tmp_path / "part"
+    )
+    assert 0 < before < 20 and len(curve.training) == 2
+
+    save_folder(student, teacher, tmp_path / "onnx")
+    ids_L = windows[20, :40]
+    exact = loaded(network, student, "none")
+    with torch.no_grad():
+        wanted = exact.model(ids_L[None])[0].numpy()
+    with OnnxDecoder(tmp_path / "onnx", threads=1, exact=True) as decoder:
+        assert error(decoder.logits(ids_L.numpy()), wanted) < 1e-4
+        assert decoder.generate(ids_L[:12].numpy(), 12) == exact.greedy(ids_L[:12], 12)
+    with OnnxDecoder(tmp_path / "onnx", threads=1) as decoder:
+        deployed = decoder.logits(ids_L.numpy())
+    again = compressor.load(tmp_path / "onnx")
+    with torch.no_grad():
+        assert error(again(ids_L[None])[0].numpy(), deployed) < 0.05
+    limit = fixed_bytes(network.decoder) + sum(site.size_bytes(plan[site.name]) for site in network.decoder.sites())
+    assert exported_bytes(tmp_path / "onnx") <= limit
+
+
+@families
+def test_a_teacher_is_written_back_or_refused(folders, name, windows, tmp_path):
+    teacher = load_teacher(folders[name])
+    if name.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3"):
+        save_teacher(teacher, tmp_path)
+        assert torch.equal(theirs(tmp_path, windows[:1]), theirs(folders[name], windows[:1]))
+    else:
+        with pytest.raises(ModelError, match="written otherwise"):
+            save_teacher(teacher, tmp_path)
+
+
+def test_every_family_is_tried():
+    tried = {getattr(transformers, config)(**changes).model_type for config, changes in CONFIGS.values()}
+    assert tried == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "match"),
+    [
+        ("OPTConfig", {}, "model_type 'opt' .supported: llama, .*FAMILIES"),
+        ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("PhiConfig", {"qk_layernorm": True}, "qk_layernorm"),
+        ("LlamaConfig", {"hidden_act": "tanh"}, "activation 'tanh'"),
+        (
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'yarn' .supported: default, linear, llama3",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(config, changes, match, tmp_path):
+    getattr(transformers, config)(**changes).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=match):
+        read_decoder(tmp_path)
+
+
+def test_the_teacher_of_a_family_keeps_its_own_name(folders):
+    assert isinstance(load_teacher(folders["gpt2"]), Teacher)
+    assert load_teacher(folders["gpt2"]).network.family == "gpt2"
