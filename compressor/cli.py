@@ -89,13 +89,19 @@ def run(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page of tables (docs/recipe.md).")] = False,
+) -> None:
     """Prints the JSON schema of a recipe.
 
     compress schema > recipe.schema.json
     """
     from compressor.recipe import recipe_schema
+    from compressor.reference import recipe_reference
 
+    if markdown:
+        typer.echo(recipe_reference(), nl=False)
+        return
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 

@@ -705,14 +705,15 @@ def _schema_at(location: tuple) -> tuple[type[Section] | None, str | None]:
         if field is None:
             return section, description if i < len(location) - 1 else None
         description = field.description
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         if i < len(location) - 1 and any(not isinstance(rest, int) for rest in location[i + 1 :]):
             section = inner
     return section, description
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, if it holds one."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    inner = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    inner = (section_in(argument) for argument in getattr(annotation, "__args__", ()))
     return next((section for section in inner if section), None)

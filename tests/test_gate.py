@@ -224,6 +224,6 @@ def test_the_fixture_for_other_peoples_suites(pytester, monkeypatch, tmp_path):
             report.check(baseline=replace(report, rows=rows))
         """
     )
-    result = pytester.runpytest_inprocess("-p", "compressor.pytest_plugin", "-p", "no:cacheprovider")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*RegressionError: 1 of 5 checks missed*"])

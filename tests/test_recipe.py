@@ -18,9 +18,9 @@ from compressor.recipe import (
     Limit,
     Recipe,
     Section,
-    _section_in,
     parse_limit,
     recipe_schema,
+    section_in,
 )
 from compressor.recipe import SearchSection as Search
 
@@ -221,7 +221,7 @@ BAD_VALUES = ["", "x" * 200, -1, 0, 1e400, float("nan"), True, [], ["x"], [[]], 
 
 def _leaves(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         yield (*path, name)
         if inner and inner.__name__ != "TextSource":
             yield from _leaves(inner, (*path, name))

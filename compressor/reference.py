@@ -1,0 +1,70 @@
+"""docs/recipe.md: every key of a recipe, from the schema itself; `compress schema --markdown` prints it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from compressor.recipe import Recipe, Section, section_in
+
+LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def recipe_reference() -> str:
+    """The reference as Markdown, a table for each section."""
+    parts = [
+        "# The recipe",
+        "Made by `compress schema --markdown`. Unknown keys are refused; paths are relative to the recipe's folder. Sizes "
+        "are written as `60MB`, `60MiB` or `25%`, times as `12ms`, `1.5s` or `50%`; a share is one of what the teacher has that "
+        "is exported in fp32.",
+        *_section(Recipe, ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(section: type[Section], path: str) -> list[str]:
+    """Its table, then those of the sections inside it."""
+    schema = section.model_json_schema()
+    rows, inner = [], []
+    for name, field in section.model_fields.items():
+        found, described = section_in(field.annotation), " ".join((field.description or "").split())
+        if found and found.__name__ != "TextSource":
+            inner += _section(found, f"{path}{name}.")
+            continue
+        default = "**needed**" if field.is_required() else _code(field.get_default())
+        rows.append(
+            f"| `{path}{name}` | {_kind(schema['properties'][name], schema)} | {default} | {_cell(described)} |"
+        )
+    head = f"## {path.rstrip('.')}\n\n{' '.join((section.__doc__ or '').split())}" if path else ""
+    table = "\n".join(["| key | values | default | meaning |", "| --- | --- | --- | --- |", *rows]) if rows else ""
+    return [part for part in (head, table) if part] + inner
+
+
+def _kind(schema: dict[str, Any], whole: dict[str, Any]) -> str:
+    """What values a key takes, in words."""
+    if "$ref" in schema:
+        schema = whole["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in schema:
+        kinds = [_kind(option, whole) for option in schema["anyOf"] if option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema['items'], whole)}"
+    if schema.get("type") == "object":
+        return "mapping"
+    bounds = [f"{word} {schema[key]:g}" for key, word in LIMITS.items() if key in schema]
+    kind = {"integer": "whole number", "boolean": "true, false", "string": "text"}.get(schema["type"], schema["type"])
+    return f"{kind}, {', '.join(bounds)}" if bounds else kind
+
+
+def _code(default: Any) -> str:
+    if default is None:
+        return "–"
+    return f"`{json.dumps(default)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
