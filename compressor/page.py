@@ -220,12 +220,13 @@ def _rows_table(report: Report) -> str:
     note = f"Ratios in parentheses refer to {base.name}. " if base else ""
     text = table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on text that nothing saw before."
     names = list(report.rows[0].texts) if report.rows else []
-    if len(names) > 1:
+    if names:
+        found = [(row.name, [row.texts[name] for name in names]) for row in report.rows]
         by_text = [
-            (row.name, *(f"{number(row.texts[n].perplexity)}, {number(row.texts[n].kl)}" for n in names))
-            for row in report.rows
+            (name, *(f"{number(t.perplexity)}, {number(t.kl)}, {number(t.bits_per_byte)}" for t in texts))
+            for name, texts in found
         ]
-        text += "\n\nPerplexity and KL by text:\n\n" + table(("model", *names), by_text)
+        text += "\n\nBy text: perplexity, KL, bits for every byte:\n\n" + table(("model", *names), by_text)
     return text
 
 

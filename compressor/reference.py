@@ -15,8 +15,8 @@ def recipe_reference() -> str:
     parts = [
         "# The recipe",
         "Made by `compress schema --markdown`. Unknown keys are refused; paths are relative to the recipe's folder. Sizes "
-        "are written as `60MB`, `60MiB` or `25%`, times as `12ms`, `1.5s` or `50%`; a share is one of what the teacher has that "
-        "is exported in fp32.",
+        "are written as `60MB`, `60MiB` or `25%`, times as `12ms`, `1.5s` or `50%`; a share is one of the teacher's, "
+        "exported in fp32.",
         *_section(Recipe, ""),
     ]
     return "\n\n".join(parts) + "\n"

@@ -36,10 +36,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Perplexity and KL on one evaluation text."""
+    """Perplexity and KL on one evaluation text, and its loss in bits for every byte of the text that was predicted, which
+    compares models whose tokens differ, and scripts."""
 
     perplexity: float
     kl: float
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

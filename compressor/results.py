@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from math import ceil
+from math import ceil, log2
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,7 +193,7 @@ def _rows(
             role=role,  # type: ignore[arg-type]
             perplexity=overall[key].perplexity,
             kl=None if key == "teacher" else overall[key].kl,
-            texts={name: report.TextQuality(q.perplexity, q.kl) for name, q in quality[key].items()},
+            texts={text: _text_quality(run, text, found) for text, found in quality[key].items()},
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
             decode_ms=_timing(times[key].decode),
@@ -201,6 +201,13 @@ def _rows(
         )
         for key, (name, role) in ROLES.items()
     )
+
+
+def _text_quality(run: Run, text: str, quality: Quality) -> report.TextQuality:
+    predicted_NL = run.texts.evaluation[text][:, 1:]
+    size = sum(len(written.encode()) for written in run.teacher.tokenizer.batch_decode(predicted_NL))
+    bits = log2(quality.perplexity) * predicted_NL.numel() / size if size else None
+    return report.TextQuality(quality.perplexity, quality.kl, bits)
 
 
 def _timing(spread: measure.Spread) -> report.Timing:

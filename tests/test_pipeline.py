@@ -79,6 +79,8 @@ def test_rows_are_measured(finished):
         assert row.perplexity > 1 and row.prefill_ms.median > 0 and row.decode_ms.median > 0
         assert list(row.texts) == ["wiki-evaluation", "novel-evaluation"]
         wiki, novel = (math.log(q.perplexity) for q in row.texts.values())
+        # a token of the tiny model is a byte; one that begins or ends inside a letter is read as three
+        assert row.texts["novel-evaluation"].bits_per_byte == pytest.approx(novel / math.log(2), rel=0.05)
         assert wiki != novel and math.log(row.perplexity) == pytest.approx((wiki + novel) / 2)
     teacher, fp32, uniform, student = report.rows
     assert fp32.perplexity == pytest.approx(teacher.perplexity, rel=1e-3) and fp32.kl < 1e-4

@@ -109,11 +109,11 @@ def test_page():
 
 
 def test_several_texts_stand_side_by_side():
-    texts = {"wiki": TextQuality(20.0, 0.4), "novel": TextQuality(31.0, 0.6)}
+    texts = {"wiki": TextQuality(20.0, 0.4, 1.25), "novel": TextQuality(31.0, 0.6)}
     rows = tuple(replace(row, texts=texts) for row in example().rows)
     page = markdown(replace(example(), rows=rows))
-    assert "| model | wiki | novel |" in page and "| student | 20.0, 0.400 | 31.0, 0.600 |" in page
-    assert "by text" not in markdown(example())
+    assert "| model | wiki | novel |" in page and "| student | 20.0, 0.400, 1.25 | 31.0, 0.600, – |" in page
+    assert "By text" not in markdown(example())
 
 
 def test_what_failed_is_said_at_the_top():
