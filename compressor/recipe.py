@@ -167,7 +167,7 @@ class TextSource(Section):
     model_config = ConfigDict(json_schema_extra=_string_too)
 
     file: str | None = None
-    """Path of a UTF-8 text file, relative to the recipe's folder."""
+    """Path of a UTF-8 text file, relative to the recipe's folder; one that ends in .jsonl has a JSON object a line."""
     dataset: str | None = None
     """Hub id of a data set, or its local folder; streamed, never downloaded whole."""
     config: str | None = None
@@ -175,7 +175,7 @@ class TextSource(Section):
     split: str | None = None
     """Split of the data set, such as `train`; needed with `dataset`."""
     column: str = "text"
-    """Column that holds the text."""
+    """Column, or key of a JSON object, that holds the text."""
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +197,9 @@ class TextSource(Section):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, str]:
-        return self.file or {key: value for key, value in self if value is not None}
+        if self.file and self.column == "text":
+            return self.file
+        return {key: value for key, value in self if value is not None}
 
     @property
     def name(self) -> str:

@@ -120,7 +120,13 @@ def tokens_digest(tokens_NL: Tensor) -> str:
 
 def _windows(source: TextSource, tokenizer: Any, sequence_length: int) -> Iterator[list[int]]:
     ids: list[int] = []
-    for chunk in _chunks(_file_lines(source) if source.file else _dataset_rows(source)):
+    if not source.file:
+        pieces = _dataset_rows(source)
+    elif source.file.endswith(".jsonl"):
+        pieces = _json_rows(source)
+    else:
+        pieces = _file_lines(source)
+    for chunk in _chunks(pieces):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         whole = len(ids) - len(ids) % sequence_length
         yield from (ids[i : i + sequence_length] for i in range(0, whole, sequence_length))
@@ -150,6 +156,22 @@ def _file_lines(source: TextSource) -> Iterator[str]:
         raise DataError(f"{source}: expected a text file, {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: expected UTF-8, found byte {error.object[error.start]:#x}; convert it") from None
+
+
+def _json_rows(source: TextSource) -> Iterator[str]:
+    """The texts of a file of JSON lines, a blank line between two."""
+    for number, line in enumerate(_file_lines(source), 1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: expected JSON, {error.msg}; write one object a line") from None
+        if not isinstance(row, dict) or not isinstance(row.get(source.column), str):
+            keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {line.strip()[:60]}"
+            raise DataError(f"{where}: expected a text under {source.column!r}, {keys}; name the key as column")
+        yield f"{row[source.column]}\n\n"
 
 
 def _dataset_rows(source: TextSource) -> Iterator[str]:

@@ -47,6 +47,32 @@ def test_sources_take_turns_and_drop_out(tmp_path):
     assert (load_tokens(sources, words, 80, 10)[:, 0] // 1000).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
+def test_json_lines_are_texts_with_a_blank_line_between(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "1 2 3", "id": 0}, {"text": "4 5 6"}]
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    assert load_tokens([TextSource(file=str(path))], words, 6, 6).tolist() == [[1, 2, 3, 4, 5, 6]]
+    path.write_text(json.dumps({"body": "7 8"}))
+    named = TextSource(file=str(path), column="body")
+    assert load_tokens([named], words, 2, 2).tolist() == [[7, 8]]
+    assert TextSource.model_validate(named.model_dump()) == named
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("{", "line 2: expected JSON"),
+        ("[1]", r"line 2: expected a text under 'text', got \[1\]"),
+        ('{"body": "a"}', "line 2: expected a text under 'text', found body; name the key as column"),
+    ],
+)
+def test_lines_that_hold_no_text(tmp_path, line, match):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "1"}\n' + line)
+    with pytest.raises(DataError, match=match):
+        load_tokens([TextSource(file=str(path))], words, 10, 10)
+
+
 def test_too_short_says_how_many(tmp_path):
     with pytest.raises(DataError, match="expected 4 windows of 10 tokens, found 3.*to 30"):
         load_tokens([source(tmp_path, 0, 39)], words, 40, 10)
