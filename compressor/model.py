@@ -36,7 +36,7 @@ def load_teacher(
         gguf: name of a GGUF file in that folder; its weights are dequantized.
 
     Raises:
-        ModelError: nothing can be loaded from there, or the architecture is not supported.
+        ModelError: nothing can be loaded from there, its weights are pickled, or the architecture is not supported.
     """
     import transformers
 
@@ -48,7 +48,9 @@ def load_teacher(
         config = transformers.AutoConfig.from_pretrained(path, **options)
         check_supported(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+        # pickled weights are not read: they may run code
+        safe = {} if gguf else {"use_safetensors": True}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **safe, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, gguf, error) from error
     config = model.config

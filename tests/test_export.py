@@ -289,6 +289,13 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     with pytest.raises(BankError, match="the plan says fp16"):
         export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
         read_student(tmp_path, decoder, uniform(decoder, "fp16"))
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    elsewhere = next(e for t in graph.graph.initializer for e in t.external_data if e.key == "location")
+    elsewhere.value = "../secret"
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(BankError, match=r"expected all weights in model.onnx_data, .* points to ../secret"):
+        read_student(tmp_path, decoder, plan)
+    export_onnx(student(decoder, plan), tmp_path)
     data = tmp_path / "model.onnx_data"
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(BankError, match="bytes, its graph says"):

@@ -1,7 +1,10 @@
 """The network: sites replaced one by one, against plain forward passes of the same weights."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compressor.errors import ModelError
 from compressor.model import load_teacher, read_decoder
@@ -128,6 +131,14 @@ def test_torch_pruning_finds_the_same_coupled_channels(tiny):
         "up": "rows",
         "down": "columns",
     }
+
+
+def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="safetensors"):
+        load_teacher(folder)
 
 
 def test_a_missing_model_is_one_clear_error(tmp_path):

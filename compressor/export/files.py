@@ -173,6 +173,11 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
     graph = ir.load(folder / GRAPH_FILE).graph
     tensors = {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
+    for tensor in external:
+        if tensor.location != DATA_FILE:
+            raise BankError(
+                f"{folder / GRAPH_FILE}: expected all weights in {DATA_FILE}, {tensor.name} points to {tensor.location}"
+            )
     end = max((tensor.offset or 0) + (tensor.length or 0) for tensor in external)
     size = (folder / DATA_FILE).stat().st_size
     if size != end:
