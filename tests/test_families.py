@@ -131,6 +131,22 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+def by_genai(folder: Path, prompt: list[int], new_tokens: int) -> list[int] | None:
+    """Greedy tokens of ONNX Runtime GenAI behind a prompt; None where it is not installed."""
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return None
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + new_tokens)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(map(int, generator.get_sequence(0)[len(prompt) :]))
+
+
 @families
 def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, tmp_path):
     """Longer than every window; token by token with a cache, too."""
@@ -184,6 +200,8 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         assert decoder.generate(ids_L[:12].numpy(), 12) == exact.greedy(ids_L[:12], 12)
     with OnnxDecoder(tmp_path / "onnx", threads=1) as decoder:
         deployed = decoder.logits(ids_L.numpy())
+        made = decoder.generate(ids_L[:12].numpy(), 12)
+    assert by_genai(tmp_path / "onnx", ids_L[:12].tolist(), 12) in (made, None)
     again = compressor.load(tmp_path / "onnx")
     with torch.no_grad():
         assert error(again(ids_L[None])[0].numpy(), deployed) < 0.05

@@ -9,6 +9,9 @@ from compressor.export.files import GRAPH_FILE
 from compressor.plan import Action
 from compressor.student import Decoder
 
+UNKNOWN = ("gpt2", "gpt_neox")
+"""Families that GenAI does not know, or under whose name it expects other inputs; it runs them by the general one."""
+
 
 def genai_config(
     decoder: Decoder, plan: Mapping[str, Action], family: str, special_tokens: Mapping[str, Any]
@@ -21,7 +24,7 @@ def genai_config(
     caches = sum(site.kind == "attention" and plan[site.name].keep > 0 for site in decoder.sites())
     return {
         "model": {
-            "type": family,
+            "type": "decoder" if family in UNKNOWN else family,
             **special_tokens,
             "context_length": decoder.max_positions,
             "vocab_size": decoder.vocabulary,
