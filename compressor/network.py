@@ -423,8 +423,10 @@ class Network:
             return
         sub_layer = self.module(site.name)
         sub_layer.dropped, sub_layer.rounding = action.keep == 0, rounder
-        for name, given in weights.items():
-            linear = self.module(name)
+        for matrix in site.matrices if action.keep else ():
+            given, linear = weights[matrix.name], self.module(matrix.name)
+            wanted = matrix.shape(action.keep, site.units)
+            assert given.shape == wanted, f"{matrix.name}: {given.shape} where {action} is {wanted}"
             linear.weight = self._parameter(given.dequantize())
             linear.bias = None if given.bias is None else self._parameter(given.bias)
             linear.out_features, linear.in_features = given.shape

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -43,16 +45,16 @@ def test_fifty_kills_at_random_moments(tiny_folder, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(path), str(killed)], stdout=subprocess.PIPE, text=True, env=environment
         )
-        at = process.stdout.readline().strip()  # the imports are over
-        end = time.monotonic() + rng.uniform(0, length / 4)
-        os.set_blocking(process.stdout.fileno(), False)
-        while time.monotonic() < end and process.poll() is None:
-            at = (process.stdout.read() or at).split("\n")[-2:][0] or at
-            time.sleep(0.01)
+        seen = [process.stdout.readline().strip()]  # the imports are over
+        reader = threading.Thread(target=lambda lines=process.stdout, seen=seen: seen.extend(map(str.strip, lines)))
+        reader.start()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, length / 4))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            kills, stages = kills + 1, stages | {at}
+            reader.join()
+            kills, stages = kills + 1, stages | {seen[-1]}
             continue
         assert process.returncode == 0
         finished += 1
