@@ -324,11 +324,11 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> di
         ]
         for name in set(heads) & weights.keys():
             weights[name] = weights[name].unflatten(0, (-1, decoder.head_dim))[:, order].flatten(0, 1)
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar:
+    if scalar := getattr(config, "query_pre_attn_scalar", None):
         scaled = "q_norm" if decoder.qk_norm else "q"
-        for layer in range(decoder.layers):
-            weights[f"layers.{layer}.attention.{scaled}.weight"] *= (decoder.head_dim / scalar) ** 0.5
+        names = [f"layers.{i}.attention.{scaled}.{kind}" for i in range(decoder.layers) for kind in _KINDS]
+        for name in set(names) & weights.keys():
+            weights[name] = weights[name] * (decoder.head_dim / scalar) ** 0.5
     return weights
 
 

@@ -76,6 +76,7 @@ CONFIGS = {
         LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "gemma2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-biased": ("Gemma2Config", GEMMA | {"attention_bias": True}),
     "gemma3": (
         "Gemma3TextConfig",
         GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
