@@ -36,6 +36,7 @@ from compressor.recipe import Recipe
 from compressor.recovery import distill, on_policy, reinforce
 from compressor.recovery.reconstruct import reconstruct
 from compressor.recovery.reward import Judge, Reward, check_rewards
+from compressor.recovery.rollouts import Writer
 from compressor.recovery.trained import LEARNING_RATES
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
@@ -440,14 +441,11 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
 def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list[Tensor]) -> distill.Objective:
     """What `distill.method` aims at."""
     wanted, teacher = run.recipe.distill, run.teacher.network
-    ends, new_tokens = teacher.ends(), wanted.rollouts.new_tokens
+    writer = Writer(teacher, network, prompts, held_out, wanted.rollouts.new_tokens, teacher.ends(), wanted.seed)
     if wanted.method == "rl":
         rl = wanted.rl
-        settings = reinforce.Settings(
-            wanted.rows // rl.group, rl.group, new_tokens, rl.clip, rl.epochs, rl.leash, rl.target_kl, wanted.seed
-        )
-        judge = Judge(run.teacher, rl.rewards, run.rewards)
-        return reinforce.Reinforce(teacher, network, prompts, held_out, judge, settings, ends)
+        settings = reinforce.Settings(wanted.rows // rl.group, rl.group, rl.clip, rl.epochs, rl.leash, rl.target_kl)
+        return reinforce.Reinforce(writer, Judge(run.teacher, rl.rewards, run.rewards), settings)
     text = distill.Imitation(
         teacher,
         network,
@@ -460,8 +458,8 @@ def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list
     )
     if wanted.method == "kd":
         return text
-    own = on_policy.Settings(wanted.rows, new_tokens, wanted.on_policy.share, wanted.on_policy.discount, wanted.seed)
-    return on_policy.OnPolicy(teacher, network, prompts, held_out, text, own, ends)
+    own = on_policy.Settings(wanted.rows, wanted.on_policy.share, wanted.on_policy.discount)
+    return on_policy.OnPolicy(writer, text, own)
 
 
 def _prompts(run: Run) -> tuple[list[Tensor], list[Tensor]]:

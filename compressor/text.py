@@ -72,14 +72,7 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
         DataError: the file cannot be read, or a line is neither.
     """
     prompts = []
-    for number, line in enumerate(_file_lines(TextSource(file=file)), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected JSON, {error.msg}; write one object a line") from None
+    for where, entry in _json_lines(TextSource(file=file)):
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
             ids = tokenizer(entry["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
         elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
@@ -91,7 +84,7 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
                 ) from None
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
-            raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {line.strip()[:60]}')
+            raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {str(entry)[:60]}')
         if not ids:
             raise DataError(f"{where}: expected at least one token; give some text")
         prompts.append(torch.tensor(ids[-most:]))
@@ -158,18 +151,23 @@ def _file_lines(source: TextSource) -> Iterator[str]:
         raise DataError(f"{source}: expected UTF-8, found byte {error.object[error.start]:#x}; convert it") from None
 
 
+def _json_lines(source: TextSource) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every line that is not empty."""
+    for number, line in enumerate(_file_lines(source), 1):
+        if line.strip():
+            try:
+                yield f"{source}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{source}, line {number}: expected JSON, {error.msg}; write one object a line"
+                ) from None
+
+
 def _json_rows(source: TextSource) -> Iterator[str]:
     """The texts of a file of JSON lines, a blank line between two."""
-    for number, line in enumerate(_file_lines(source), 1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected JSON, {error.msg}; write one object a line") from None
+    for where, row in _json_lines(source):
         if not isinstance(row, dict) or not isinstance(row.get(source.column), str):
-            keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {line.strip()[:60]}"
+            keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {str(row)[:60]}"
             raise DataError(f"{where}: expected a text under {source.column!r}, {keys}; name the key as column")
         yield f"{row[source.column]}\n\n"
 

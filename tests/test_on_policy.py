@@ -16,7 +16,7 @@ from compressor.quantize import quantize
 from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.on_policy import OnPolicy, ValueHead
 from compressor.recovery.on_policy import Settings as Own
-from compressor.recovery.rollouts import Rollouts, distinct, drawn, entropy, judged, repetition, reverse_kl, write
+from compressor.recovery.rollouts import Rollouts, Writer, distinct, entropy, judged, repetition, reverse_kl, write
 from compressor.student import Student, full_plan
 
 TOKENS, LENGTH = 3, 3
@@ -89,8 +89,8 @@ def optimum(teacher: Toy) -> float:
 
 def trained(teacher: Toy, discount: float) -> float:
     student = Bigram()
-    settings = Own(rollouts=32, new_tokens=LENGTH, share=1.0, discount=discount)
-    objective = OnPolicy(teacher, student, [torch.tensor([0])], [], None, settings)
+    writer = Writer(teacher, student, [torch.tensor([0])], [], LENGTH)
+    objective = OnPolicy(writer, None, Own(rollouts=32, share=1.0, discount=discount))
     actor = torch.optim.Adam([student.table_VV], lr=0.03)
     critic = torch.optim.Adam(objective.parameters.values(), lr=0.05)
     for step in range(300):
@@ -119,7 +119,7 @@ def test_the_advantage_is_the_error_of_the_value_one_step_on(tiny):
         student.matrix("layers.1.ffn.down").mul_(0.5)
     ids_BL = torch.tensor([[1, 2, 3, end, 5], [1, 2, 4, 6, 8]])
     rollouts = Rollouts(ids_BL, 2, torch.tensor([[True, True, False], [True, True, True]]))
-    objective = OnPolicy(tiny, student, [], [], None, Own(discount=0.8), (end,))
+    objective = OnPolicy(Writer(tiny, student, [], [], ends=(end,)), None, Own(discount=0.8))
     with torch.no_grad():
         objective.value.weight.normal_()
         loss, told = objective.losses(rollouts)
@@ -195,7 +195,8 @@ def test_what_is_written_is_sampled_from_the_network_and_counts_to_its_end(tiny,
 
 def test_prompts_of_a_step_are_each_drawn_once_a_pass(windows):
     prompts = [torch.tensor([n]) for n in range(6)]
-    seen = [int(p) for step in range(3) for p in drawn(prompts, 4, step, seed=0)]
+    writer = Writer(None, None, prompts, [])
+    seen = [int(p) for step in range(3) for p in writer.drawn(4, step)]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
@@ -218,8 +219,8 @@ def test_repetition_distinct_and_entropy_by_hand():
 def on_policy(teacher: Network, windows: torch.Tensor, share: float = 0.5):
     def make(network: Network) -> OnPolicy:
         text = Imitation(teacher, network, windows[:12])
-        settings = Own(rollouts=6, new_tokens=12, share=share, discount=0.5)
-        return OnPolicy(teacher, network, list(windows[:12, :8]), list(windows[20:, :8]), text, settings)
+        writer = Writer(teacher, network, list(windows[:12, :8]), list(windows[20:, :8]), new_tokens=12)
+        return OnPolicy(writer, text, Own(rollouts=6, share=share, discount=0.5))
 
     return make
 

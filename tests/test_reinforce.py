@@ -15,7 +15,7 @@ from compressor.recovery.distill import Settings, distill
 from compressor.recovery.reinforce import Reinforce, clipped_gain
 from compressor.recovery.reinforce import Settings as Rl
 from compressor.recovery.reward import Judge, Written, check_rewards, fluency, informativeness, relevance
-from compressor.recovery.rollouts import Rollouts, write
+from compressor.recovery.rollouts import Rollouts, Writer, write
 from compressor.student import Student, full_plan
 from compressor.text import load_prompts
 from tests.test_pipeline import recipe
@@ -40,10 +40,11 @@ def student(teacher) -> Student:
 
 
 def reinforce(teacher, windows, judge, **changes):
-    settings = Rl(**{"prompts": 2, "group": 8, "new_tokens": 8, **changes})
+    settings = Rl(**{"prompts": 2, "group": 8, **changes})
 
     def make(network) -> Reinforce:
-        return Reinforce(teacher.network, network, list(windows[:8, :6]), list(windows[8:, :6]), judge, settings)
+        writer = Writer(teacher.network, network, list(windows[:8, :6]), list(windows[8:, :6]), new_tokens=8)
+        return Reinforce(writer, judge, settings)
 
     return make
 
@@ -73,12 +74,12 @@ def test_the_leash_is_tightened_above_its_target_and_loosened_below(teacher, win
     judge = Judge(teacher, {"fluency": 1.0}, {})
     for target, factor in ((1e-9, 1.1), (1e9, 0.9)):
         objective = reinforce(teacher, windows, judge, leash=0.5, target_kl=target)(teacher.network.copy())
-        objective.network.model.requires_grad_(True)
+        objective.writer.network.model.requires_grad_(True)
         with torch.no_grad():
-            objective.network.matrix("layers.0.ffn.down").mul_(0.5)
+            objective.writer.network.matrix("layers.0.ffn.down").mul_(0.5)
         told = list(objective.updates(0))
         assert [t["leash"] for t in told] == [0.5, 0.5] and objective.state["leash"] == pytest.approx(0.5 * factor)
-    free = reinforce(teacher, windows, judge)(objective.network)
+    free = reinforce(teacher, windows, judge)(objective.writer.network)
     told = list(free.updates(0))
     assert free.state["target_kl"] == told[0]["reverse_kl"] and free.state["leash"] == pytest.approx(0.1)
 
@@ -87,16 +88,15 @@ def test_a_first_update_follows_the_advantages_of_the_group(teacher, windows):
     """At weight 1 the gradient is that of - mean log pi(a | s) A; a group of equal rewards teaches nothing."""
     judge = Judge(teacher, {"vowels": 1.0}, {"vowels": vowels})
     objective = reinforce(teacher, windows, judge, leash=0.0, prompts=1, epochs=1)(teacher.network.copy())
-    weight = objective.network.matrix("layers.1.ffn.down").requires_grad_(True)
+    weight = objective.writer.network.matrix("layers.1.ffn.down").requires_grad_(True)
     next(objective.updates(0))
     found, weight.grad = weight.grad, None
-    (rollouts,) = write(objective.network, [objective.prompts[1]] * 8, 8, seed=0)
-    (again,) = write(objective.network, [objective.prompts[0]] * 8, 8, seed=0)
     matches = []
-    for ours in (rollouts, again, *(write(objective.network, [p] * 8, 8, seed=0)[0] for p in objective.prompts[2:])):
+    for prompt in objective.writer.prompts:
+        (ours,) = write(objective.writer.network, [prompt] * 8, 8, seed=0)
         rewards, _ = judge(ours, ours.log_probabilities(teacher.network))
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-        (-ours.picked(ours.log_probabilities(objective.network)) * advantage[:, None]).mean().backward()
+        (-ours.picked(ours.log_probabilities(objective.writer.network)) * advantage[:, None]).mean().backward()
         matches.append(torch.allclose(weight.grad, found, rtol=1e-3, atol=1e-6))
         weight.grad = None
     assert sum(matches) == 1

@@ -25,27 +25,24 @@ Shape letters: B rows, N new tokens, V vocabulary, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compressor.network import Network
 from compressor.recovery.distill import Imitation, Told
-from compressor.recovery.rollouts import Rollouts, drawn, judged, reverse_kl, write
+from compressor.recovery.rollouts import Rollouts, Writer, reverse_kl
 
 
 @dataclass(frozen=True)
 class Settings:
-    """rollouts: texts written in a step. new_tokens: of each. share: of the steps that are on-policy; the others imitate on
-    given text. discount: gamma. seed: of the prompts' order and of what is written."""
+    """rollouts: texts written in a step. share: of the steps that are on-policy; the others imitate on given text. discount:
+    gamma."""
 
     rollouts: int = 8
-    new_tokens: int = 32
     share: float = 0.5
     discount: float = 0.9
-    seed: int = 0
 
 
 class ValueHead(nn.Module):
@@ -67,26 +64,14 @@ class OnPolicy:
     `entropy` of the student where it wrote, in nats.
 
     Args:
-        prompts: token ids [P]; held_out_prompts: others, by whose continuations a student is judged.
         text: what the steps that are not on-policy do.
-        ends: ids of tokens that end a text.
     """
 
     decides = "reverse_kl"
 
-    def __init__(
-        self,
-        teacher: Network,
-        network: Network,
-        prompts: Sequence[Tensor],
-        held_out_prompts: Sequence[Tensor],
-        text: Imitation,
-        settings: Settings,
-        ends: Collection[int] = (),
-    ):
-        self.teacher, self.network, self.text, self.settings, self.ends = teacher, network, text, settings, ends
-        self.prompts, self.held_out_prompts = prompts, held_out_prompts
-        self.value = ValueHead(network.decoder.hidden).to(network.device)
+    def __init__(self, writer: Writer, text: Imitation, settings: Settings):
+        self.writer, self.text, self.settings = writer, text, settings
+        self.value = ValueHead(writer.network.decoder.hidden).to(writer.network.device)
         self.parameters = {f"value/{name}": parameter for name, parameter in self.value.named_parameters()}
         self.state: dict[str, float] = {}
 
@@ -95,8 +80,7 @@ class OnPolicy:
         if math.floor((step + 1) * s.share + 1e-9) == math.floor(step * s.share + 1e-9):
             yield from self.text.updates(step)
             return
-        prompts = drawn(self.prompts, s.rollouts, step, s.seed)
-        written = write(self.network, prompts, s.new_tokens, s.seed * 1_000_003 + step, self.ends)
+        written = self.writer.write(self.writer.drawn(s.rollouts, step), step)
         total = sum(int(rollouts.live_BN.sum()) for rollouts in written)
         told: dict[str, float] = {}
         for rollouts in written:
@@ -110,14 +94,15 @@ class OnPolicy:
 
     def losses(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """The actor's and the critic's loss together, mean over tokens, and what is told; `value_error` squared."""
+        network, ends = self.writer.network, torch.tensor(list(self.writer.ends))
         with torch.no_grad():
-            log_p_BNV = rollouts.log_probabilities(self.teacher)
-        states_BMD = rollouts.states(self.network)
-        log_q_BNV = torch.log_softmax(self.network.logits(states_BMD[:, :-1]), -1)
+            log_p_BNV = rollouts.log_probabilities(self.writer.teacher)
+        states_BMD = rollouts.states(network)
+        log_q_BNV = torch.log_softmax(network.logits(states_BMD[:, :-1]), -1)
         kl_BN = reverse_kl(log_q_BNV, log_p_BNV)
         value_BM = self.value(states_BMD.detach())
         with torch.no_grad():
-            ended_BN = torch.isin(rollouts.new_BN, torch.tensor(list(self.ends), device=kl_BN.device))
+            ended_BN = torch.isin(rollouts.new_BN, ends.to(kl_BN.device))
             y_BN = -kl_BN + self.settings.discount * value_BM[:, 1:] * ~ended_BN
             advantage_BN = y_BN - value_BM[:, :-1]
             advantage_BN -= rollouts.mean(advantage_BN)
@@ -131,6 +116,4 @@ class OnPolicy:
         return rollouts.mean(actor_BN) + rollouts.mean(critic_BN), measures
 
     def held_out(self) -> Told:
-        """What the student writes behind the held-out prompts, always with the same random numbers: `rollouts.judged`."""
-        written = write(self.network, self.held_out_prompts, self.settings.new_tokens, 0, self.ends)
-        return judged(self.teacher, self.network, written)
+        return self.writer.look()[1]

@@ -19,16 +19,15 @@ Shape letters: G texts of a group, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compressor.network import Network
 from compressor.recovery.distill import Told
 from compressor.recovery.reward import Judge
-from compressor.recovery.rollouts import Rollouts, drawn, judged, reverse_kl, write
+from compressor.recovery.rollouts import Rollouts, Writer, reverse_kl
 
 CONTROLLER = 0.1
 """By how much of the KL's relative error beta moves in a step, at most by this."""
@@ -36,18 +35,15 @@ CONTROLLER = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """prompts: in a step; group: texts behind each; new_tokens: of each; clip: the c of the loss; epochs: updates with what
-    was written in a step; leash: beta at first; target_kl: in nats a token, the first step's when None; seed: of the prompts'
-    order and of what is written."""
+    """prompts: in a step; group: texts behind each; clip: the c of the loss; epochs: updates with what was written in a step;
+    leash: beta at first; target_kl: in nats a token, the first step's when None."""
 
     prompts: int = 2
     group: int = 4
-    new_tokens: int = 32
     clip: float = 0.2
     epochs: int = 2
     leash: float = 0.1
     target_kl: float | None = None
-    seed: int = 0
 
 
 class Reinforce:
@@ -59,38 +55,25 @@ class Reinforce:
     A reward that rises while `kl`, `reverse_kl`, `repetition_4` or `likelihood` get worse is being exploited.
 
     Args:
-        prompts: token ids [P]; held_out_prompts: others, by whose continuations a student is judged.
         judge: gives the reward.
-        ends: ids of tokens that end a text.
     """
 
     decides = "cost"
 
-    def __init__(
-        self,
-        teacher: Network,
-        network: Network,
-        prompts: Sequence[Tensor],
-        held_out_prompts: Sequence[Tensor],
-        judge: Judge,
-        settings: Settings,
-        ends: Collection[int] = (),
-    ):
-        self.teacher, self.network, self.judge, self.settings, self.ends = teacher, network, judge, settings, ends
-        self.prompts, self.held_out_prompts = prompts, held_out_prompts
+    def __init__(self, writer: Writer, judge: Judge, settings: Settings):
+        self.writer, self.judge, self.settings = writer, judge, settings
         self.parameters: dict[str, nn.Parameter] = {}
         self.state = {"leash": settings.leash}
 
     def updates(self, step: int) -> Iterator[Told]:
-        s = self.settings
+        s, writer = self.settings, self.writer
         groups: list[tuple[Rollouts, Tensor, Tensor]] = []
         rewards: dict[str, float] = {}
-        prompts = drawn(self.prompts, s.prompts, step, s.seed)
+        prompts = writer.drawn(s.prompts, step)
         for number, prompt_P in enumerate(prompts):
-            seed = (s.seed * 1_000_003 + step) * s.prompts + number
-            for rollouts in write(self.network, [prompt_P] * s.group, s.new_tokens, seed, self.ends):
+            for rollouts in writer.write([prompt_P] * s.group, step * s.prompts + number):
                 with torch.no_grad():
-                    log_p_GNV = rollouts.log_probabilities(self.teacher)
+                    log_p_GNV = rollouts.log_probabilities(self.writer.teacher)
                 reward_G, parts = self.judge(rollouts, log_p_GNV)
                 advantage_G = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-6)
                 groups.append((rollouts, advantage_G.to(log_p_GNV), log_p_GNV))
@@ -100,7 +83,7 @@ class Reinforce:
         for epoch in range(s.epochs):
             told = dict.fromkeys(("loss", "reverse_kl", "clipped"), 0.0)
             for number, (rollouts, advantage_G, log_p_GNV) in enumerate(groups):
-                log_q_GNV = rollouts.log_probabilities(self.network)
+                log_q_GNV = rollouts.log_probabilities(writer.network)
                 picked_GN = rollouts.picked(log_q_GNV)
                 if epoch == 0:
                     old.append(picked_GN.detach())
@@ -119,13 +102,12 @@ class Reinforce:
         self.state["leash"] *= 1 + CONTROLLER * max(-1.0, min(1.0, seen / target - 1))
 
     def held_out(self) -> Told:
-        written = write(self.network, self.held_out_prompts, self.settings.new_tokens, 0, self.ends)
-        told = judged(self.teacher, self.network, written)
+        written, told = self.writer.look()
         rewards: dict[str, float] = {}
         with torch.no_grad():
             for rollouts in written:
-                reward_B, parts = self.judge(rollouts, rollouts.log_probabilities(self.teacher))
-                share = len(rollouts.ids_BL) / len(self.held_out_prompts)
+                reward_B, parts = self.judge(rollouts, rollouts.log_probabilities(self.writer.teacher))
+                share = len(rollouts.ids_BL) / len(self.writer.held_out)
                 for name, value in {"reward": float(reward_B.mean()), **parts}.items():
                     rewards[name] = rewards.get(name, 0.0) + share * value
         return {**told, **rewards, "cost": self.settings.leash * told["reverse_kl"] - rewards["reward"]}

@@ -85,9 +85,34 @@ def write(
     return written
 
 
-def drawn(prompts: Sequence[Tensor], count: int, step: int, seed: int) -> list[Tensor]:
-    """The prompts of one step: every pass over them has an order of its own."""
-    return [prompts[visited(len(prompts), step * count + i, seed)] for i in range(count)]
+@dataclass(frozen=True)
+class Writer:
+    """A student in training that writes behind prompts, and its teacher.
+
+    prompts: token ids [P]; held_out: others, by whose continuations it is judged. new_tokens: of every text, at most. ends:
+    ids of tokens that end one. seed: of the prompts' order and of what is written.
+    """
+
+    teacher: Network
+    network: Network
+    prompts: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    new_tokens: int = 32
+    ends: Collection[int] = ()
+    seed: int = 0
+
+    def drawn(self, count: int, step: int) -> list[Tensor]:
+        """The prompts of one step: every pass over them has an order of its own."""
+        return [self.prompts[visited(len(self.prompts), step * count + i, self.seed)] for i in range(count)]
+
+    def write(self, prompts: Sequence[Tensor], number: int) -> list[Rollouts]:
+        """The number-th time that it writes in a training; see `write`."""
+        return write(self.network, prompts, self.new_tokens, self.seed * 1_000_003 + number, self.ends)
+
+    def look(self) -> tuple[list[Rollouts], dict[str, float]]:
+        """What it writes behind the held-out prompts, always with the same random numbers, and what is `judged` of it."""
+        written = write(self.network, self.held_out, self.new_tokens, 0, self.ends)
+        return written, judged(self.teacher, self.network, written)
 
 
 @torch.no_grad()
