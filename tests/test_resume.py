@@ -49,7 +49,7 @@ def test_fifty_kills_at_random_moments(tiny_folder, tmp_path):
         reader = threading.Thread(target=lambda lines=process.stdout, seen=seen: seen.extend(map(str.strip, lines)))
         reader.start()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0, length / 4))
+            process.wait(rng.uniform(0, length))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
