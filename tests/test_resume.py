@@ -18,7 +18,7 @@ from compressor.report import Report
 from tests.conftest import ROOT
 from tests.test_pipeline import recipe
 
-KILLS = int(os.environ.get("KILLS", "50"))
+KILLS = 50
 
 SCRIPT = (
     "import json, sys\nfrom pathlib import Path\nfrom compressor import Recipe, compress\n"
