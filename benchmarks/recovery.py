@@ -37,6 +37,7 @@ from compressor.recovery.distill import loaded
 from compressor.recovery.rollouts import judged, write
 from compressor.report import number, table
 from compressor.stages import Stages
+from compressor.text import prompts_of
 from policies import POLICIES
 
 WAYS = ["none", "reconstruct", "scales", *(f"reconstruct+{way}" for way in ("scales", "weights", "on_policy", "rl"))]
@@ -63,7 +64,7 @@ def main() -> None:
     plan = POLICIES["dynamic_programming"](problem, 0).ask().plan
 
     texts = {name: Reference(run.teacher.network, text_NL) for name, text_NL in run.texts.evaluation.items()}
-    prompts = [ids_L[:PROMPT_TOKENS] for ids_L in run.texts.evaluation_NL.unfold(1, 64, 64).flatten(0, 1)]
+    prompts = prompts_of(run.texts.evaluation_NL, PROMPT_TOKENS, NEW_TOKENS)
     prompts = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
     teacher, of_teacher = (
         quality(run.teacher.network, texts),

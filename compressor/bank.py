@@ -107,12 +107,16 @@ class Bank:
             self._store(f"{site.name}/order", stored)
         return stored["order"]
 
+    def kept(self, site: Site, keep: int) -> Tensor:
+        """The units of a site that stay when `keep` do, in their own order, int64 [keep]."""
+        return self.order(site)[site.units - keep :].sort().values
+
     def pruned(self, site: Site, keep: int) -> dict[str, Tensor]:
         """A site with `keep` units left and the last matrix compensated, float32 and not yet quantized."""
         dense = {matrix.name: self.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
         if keep == site.units:
             return dense
-        units = self.order(site)[site.units - keep :].sort().values
+        units = self.kept(site, keep)
         for matrix in site.matrices:
             w_OI = dense[matrix.name]
             if matrix.pruned == "rows":
@@ -129,8 +133,7 @@ class Bank:
             if matrix.bias:
                 bias_O = self.teacher.module(matrix.name).bias.detach().cpu()
                 if matrix.pruned == "rows" and keep < site.units:
-                    units = self.order(site)[site.units - keep :].sort().values
-                    bias_O = bias_O[unit_columns(units, matrix.rows // site.units)]
+                    bias_O = bias_O[unit_columns(self.kept(site, keep), matrix.rows // site.units)]
                 biased[matrix.name] = replace(weights[matrix.name], bias=bias_O.clone())
         return biased
 
@@ -192,8 +195,7 @@ class Bank:
         narrow = site.matrices[-1]
         hessian = self._hessian(f"{site.name}.out")
         if keep < site.units:
-            units = self.order(site)[site.units - keep :].sort().values
-            columns = unit_columns(units, narrow.columns // site.units)
+            columns = unit_columns(self.kept(site, keep), narrow.columns // site.units)
             hessian = hessian[columns][:, columns]
         return [(wide, self._hessian(f"{site.name}.in")), ([narrow.name], hessian)]
 

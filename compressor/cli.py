@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,14 +74,15 @@ def run(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TQDM_DISABLE", "1")
         from compressor import pipeline
-        from compressor.progress import JsonProgress, renderer, silent
+        from compressor.progress import JsonProgress, ProgressCallback, renderer, silent
 
         folder = out or Path("runs", recipe.stem)
         if quiet:
-            report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=silent)
+            shown: AbstractContextManager[ProgressCallback] = nullcontext(silent)
         else:
-            with JsonProgress(sys.stderr) if json_lines else renderer(sys.stderr) as progress:
-                report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=progress)
+            shown = nullcontext(JsonProgress(sys.stderr)) if json_lines else renderer(sys.stderr)
+        with shown as progress:
+            report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=progress)
 
         from compressor.page import headline
 
@@ -136,10 +137,7 @@ def check(
         from compressor.files import write_text_atomic
 
         report = gate.read_report(folder)
-        lines = report.gate
-        if baseline is not None:
-            allowed = dict(map(parse_tolerance, tolerance or ()))
-            lines = (*lines, *gate.against_baseline(report, gate.read_report(baseline), allowed, times))
+        lines = gate.every_line(report, baseline, dict(map(parse_tolerance, tolerance or ())), times)
         for path, text in ((json_file, gate.as_json), (junit, gate.as_junit)):
             if path is not None:
                 write_text_atomic(path, text(lines, report))

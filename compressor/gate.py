@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 from pydantic import ValidationError
 
 from compressor.errors import ComparisonError, DataError, RegressionError
+from compressor.recipe import GateSection, ToleranceSection
 from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
 
-if TYPE_CHECKING:
-    from compressor.recipe import GateSection
-
-TOLERANCE = {"perplexity_ratio": 0.01, "bytes": 0.0, "prefill": 0.1, "decode": 0.1}
-"""What may be lost against a baseline, as a share of it."""
+TOLERANCE: dict[str, float] = ToleranceSection().model_dump()
+"""What may be lost against a baseline, as a share of it, where nothing else is said."""
 
 SAME_TEACHER = 1e-3
 """Relative difference up to which two teachers' perplexities are those of one."""
@@ -59,12 +57,11 @@ def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ..
     if gate.bytes is not None:
         most, size = gate.bytes.resolve(_measured(reference.size_bytes)), _measured(student.size_bytes)
         lines.append(GateLine("bytes", most, size, size <= most))
-    if gate.prefill is not None:
-        most, time = gate.prefill.resolve(_timed(reference.prefill_ms).median), _timed(student.prefill_ms)
-        lines.append(GateLine("prefill", most, time.median, time.low <= most))
-    if gate.decode is not None:
-        most, time = gate.decode.resolve(_timed(reference.decode_ms).median), _timed(student.decode_ms)
-        lines.append(GateLine("decode", most, time.median, time.low <= most))
+    for name, limit in (("prefill", gate.prefill), ("decode", gate.decode)):
+        if limit is not None:
+            base, time = (_timed(getattr(row, f"{name}_ms")) for row in (reference, student))
+            most = limit.resolve(base.median)
+            lines.append(GateLine(name, most, time.median, time.low <= most))  # type: ignore[arg-type]
     return tuple(lines)
 
 
@@ -111,6 +108,19 @@ def against_baseline(
             most = carried * (1 + allowed[name] + spread)
             lines.append(GateLine(name, most, here.median, here.median <= most, carried))  # type: ignore[arg-type]
     return tuple(lines)
+
+
+def every_line(
+    report: Report,
+    baseline: str | Path | Report | None = None,
+    tolerance: Mapping[str, float] = TOLERANCE,
+    times: bool = True,
+) -> tuple[GateLine, ...]:
+    """The lines of the run's own recipe, and those against a baseline, if there is one: a report, or where it lies."""
+    if baseline is None:
+        return report.gate
+    earlier = baseline if isinstance(baseline, Report) else read_report(baseline)
+    return (*report.gate, *against_baseline(report, earlier, tolerance, times))
 
 
 def _differences(report: Report, baseline: Report, times: bool) -> list[str]:

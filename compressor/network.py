@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,9 +64,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by whether an attention's window is local."""
+    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention."""
 
-    rotations: dict[bool, tuple[Tensor, Tensor]]
+    rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
     cache: Cache | None = None
 
 
@@ -118,7 +118,7 @@ class Attention(SubLayer):
     def __init__(self, decoder: Decoder, layer: int):
         super().__init__(decoder)
         self.layer, self.width, self.cap = layer, decoder.head_dim, decoder.attention_cap
-        self.window = decoder.window_of(layer)
+        self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
         self.q = nn.Linear(hidden, heads, "q" in decoder.biases)
         self.k = nn.Linear(hidden, groups, "k" in decoder.biases)
@@ -131,8 +131,8 @@ class Attention(SubLayer):
         q, k, v = (matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2) for matrix in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if context.rotations:
-            cos_LK, sin_LK = context.rotations[self.window is not None]
+        if self.frequencies:
+            cos_LK, sin_LK = context.rotations[self.frequencies]
             q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
@@ -193,19 +193,25 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [B, L, D] behind the last norm. cache: of the tokens before, to which these are added."""
-        return self.every_hidden(ids_BL, cache)[-1]
+        (last_BLD,) = deque(self._states(ids_BL, cache), maxlen=1)  # the others need not lie in memory
+        return self.norm(last_BLD)
 
-    def every_hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> list[Tensor]:
+    def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
         """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
+        *states, last_BLD = self._states(ids_BL)
+        return [*states, self.norm(last_BLD)]
+
+    def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
+        """The stream in front of the first block and behind every block."""
         context = self.context(ids_BL.shape[1], cache)
-        states = [self.embedded(ids_BL, cache.length if cache else 0)]
+        x_BLD = self.embedded(ids_BL, cache.length if cache else 0)
+        yield x_BLD
         again = self.checkpointing and torch.is_grad_enabled()
         for block in self.layers:
-            run = partial(checkpoint, block, use_reentrant=False) if again else block
-            states.append(run(states[-1], context))
+            x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False) if again else block(x_BLD, context)
+            yield x_BLD
         if cache is not None:
             cache.length += ids_BL.shape[1]
-        return [*states[:-1], self.norm(states[-1])]
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -227,12 +233,10 @@ class Transformer(nn.Module):
         decoder, device, start = self.decoder, self.embedding.weight.device, cache.length if cache else 0
         positions_L1 = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None]
         rotations = {}
-        for local, frequencies in ((False, decoder.rope_frequencies), (True, decoder.local_frequencies)):
-            frequencies = frequencies or decoder.rope_frequencies
-            if frequencies:
-                angles_LK = positions_L1 * torch.tensor(frequencies, device=device)
-                angles_LK = torch.cat([angles_LK, angles_LK], 1)
-                rotations[local] = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
+        for frequencies in {decoder.frequencies_of(layer) for layer in range(decoder.layers)} - {()}:
+            angles_LK = positions_L1 * torch.tensor(frequencies, device=device)
+            angles_LK = torch.cat([angles_LK, angles_LK], 1)
+            rotations[frequencies] = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
         return Context(rotations, cache)
 
 

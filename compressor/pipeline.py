@@ -42,7 +42,7 @@ from compressor.search import Scorer, Trials, best, build_problem, finalists, la
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
-from compressor.text import load_prompts, load_tokens, tokens_digest
+from compressor.text import load_prompts, load_tokens, prompts_of, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -80,12 +80,12 @@ def compress(
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
-        page.write(result, out)
-        write_text_atomic(out / recipe.export.folder / "README.md", page.card(result))
-        if earlier:
-            lines = gate.against_baseline(result, earlier, recipe.gate.tolerance.model_dump(), recipe.gate.times)
-            result = replace(result, gate=result.gate + lines)
+        try:
+            lines = gate.every_line(result, earlier, recipe.gate.tolerance.model_dump(), recipe.gate.times)
+            result = replace(result, gate=lines)
+        finally:  # what was measured is written, whether it can be compared or not
             page.write(result, out)
+            write_text_atomic(out / recipe.export.folder / "README.md", page.card(result))
         gate.require(result, result.gate)
         return result
 
@@ -477,13 +477,11 @@ def _prompts(run: Run) -> tuple[list[Tensor], list[Tensor]]:
                 f"found {len(every)}; give more, or lower it"
             )
         return every[wanted.held_out :], every[: wanted.held_out]
-    length = wanted.prompt_tokens + wanted.new_tokens
-
-    def pieces(windows_NL: Tensor) -> list[Tensor]:
-        return list(windows_NL.unfold(1, length, length)[..., : wanted.prompt_tokens].flatten(0, 1))
-
-    held_out = pieces(run.texts.held_out_NL)
-    return pieces(run.texts.trained_NL), held_out[:: max(1, len(held_out) // wanted.held_out)][: wanted.held_out]
+    length = wanted.prompt_tokens, wanted.new_tokens
+    held_out = prompts_of(run.texts.held_out_NL, *length)
+    return prompts_of(run.texts.trained_NL, *length), held_out[:: max(1, len(held_out) // wanted.held_out)][
+        : wanted.held_out
+    ]
 
 
 def export(run: Run, problem: Problem, trials: Searches, student: Student) -> dict[str, Path]:

@@ -124,12 +124,6 @@ class JsonProgress:
         line = {**asdict(progress), "seconds": round(self.clock() - self.began, 3)}
         print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
 
 def renderer(file: TextIO) -> BarProgress | LineProgress:
     """Bars on a terminal, lines anywhere else. A context manager that is called with each `Progress`."""

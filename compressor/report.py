@@ -235,10 +235,7 @@ class Report:
         """
         from compressor import gate
 
-        lines = self.gate
-        if baseline is not None:
-            earlier = baseline if isinstance(baseline, Report) else gate.read_report(baseline)
-            lines += gate.against_baseline(self, earlier, tolerance or {}, times)
+        lines = gate.every_line(self, baseline, tolerance or {}, times)
         gate.require(self, lines)
         return lines
 

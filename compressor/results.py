@@ -187,13 +187,14 @@ def _rows(
 ) -> tuple[report.Row, ...]:
     sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
+    tokens_a_byte = {text: _tokens_a_byte(run, text_NL[:, 1:]) for text, text_NL in run.texts.evaluation.items()}
     return tuple(
         report.Row(
             name=name,
             role=role,  # type: ignore[arg-type]
             perplexity=overall[key].perplexity,
             kl=None if key == "teacher" else overall[key].kl,
-            texts={text: _text_quality(run, text, found) for text, found in quality[key].items()},
+            texts={text: _text_quality(found, tokens_a_byte[text]) for text, found in quality[key].items()},
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
             decode_ms=_timing(times[key].decode),
@@ -203,10 +204,14 @@ def _rows(
     )
 
 
-def _text_quality(run: Run, text: str, quality: Quality) -> report.TextQuality:
-    predicted_NL = run.texts.evaluation[text][:, 1:]
+def _tokens_a_byte(run: Run, predicted_NL: torch.Tensor) -> float | None:
+    """Tokens for every byte of their text; None where that is empty."""
     size = sum(len(written.encode()) for written in run.teacher.tokenizer.batch_decode(predicted_NL))
-    bits = log2(quality.perplexity) * predicted_NL.numel() / size if size else None
+    return predicted_NL.numel() / size if size else None
+
+
+def _text_quality(quality: Quality, tokens_a_byte: float | None) -> report.TextQuality:
+    bits = None if tokens_a_byte is None else log2(quality.perplexity) * tokens_a_byte
     return report.TextQuality(quality.perplexity, quality.kl, bits)
 
 

@@ -66,10 +66,10 @@ def noise_coefficients(
         dense = {matrix.name: teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
         deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
         noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
-        for matrices in (noisy, dense):
-            student.install(site, whole[name], executor.bank.with_biases(site, site.units, as_floats(matrices)))
-            if matrices is noisy:
-                alphas[name] = executor.compare(0).kl / NOISE
+        given, wrong = (executor.bank.with_biases(site, site.units, as_floats(w)) for w in (dense, noisy))
+        student.install(site, whole[name], wrong)
+        alphas[name] = executor.compare(0).kl / NOISE
+        student.install(site, whole[name], given)
         progress(index + 1, len(teacher.sites))
     return alphas
 
@@ -107,8 +107,7 @@ class _SubLayer:
             narrow = self.site.matrices[-1]
             delta = -self.full[narrow.name]
             if keep:
-                units = self.bank.order(self.site)[self.site.units - keep :].sort().values
-                columns = unit_columns(units, narrow.columns // self.site.units)
+                columns = unit_columns(self.bank.kept(self.site, keep), narrow.columns // self.site.units)
                 delta[:, columns] += self.bank.pruned(self.site, keep)[narrow.name]
             self._pruned[keep] = float(self._weigh(narrow.name, delta).sum()) if keep < self.site.units else 0.0
         return self._pruned[keep]

@@ -106,6 +106,10 @@ class Decoder:
         """Positions that the attention of a block sees; None is all of them."""
         return self.window if layer in self.local else None
 
+    def frequencies_of(self, layer: int) -> tuple[float, ...]:
+        """Inverse frequencies of the rotation in the attention of a block; none without."""
+        return (layer in self.local and self.local_frequencies) or self.rope_frequencies
+
     def heads_of(self, action: Action) -> tuple[int, int]:
         """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
         return action.keep * self.heads // self.kv_heads, action.keep

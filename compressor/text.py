@@ -74,7 +74,7 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
     prompts = []
     for where, entry in _json_lines(TextSource(file=file)):
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            ids = tokenizer(entry["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
+            text = entry["prompt"]
         elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
             try:
                 text = tokenizer.apply_chat_template(entry["messages"], tokenize=False, add_generation_prompt=True)
@@ -82,13 +82,19 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
                 raise DataError(
                     f"{where}: expected messages that the tokenizer's chat template takes; {error}; give a prompt instead"
                 ) from None
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {str(entry)[:60]}')
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise DataError(f"{where}: expected at least one token; give some text")
         prompts.append(torch.tensor(ids[-most:]))
     return prompts
+
+
+def prompts_of(windows_NL: Tensor, prompt_tokens: int, new_tokens: int) -> list[Tensor]:
+    """Prompts [P] out of windows, cut such that what follows them there is in no other."""
+    length = prompt_tokens + new_tokens
+    return list(windows_NL.unfold(1, length, length)[..., :prompt_tokens].flatten(0, 1))
 
 
 def _shares(read: list[list[list[int]]], wanted: int) -> list[int]:

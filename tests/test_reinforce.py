@@ -94,7 +94,7 @@ def test_a_first_update_follows_the_advantages_of_the_group(teacher, windows):
     matches = []
     for prompt in objective.writer.prompts:
         (ours,) = write(objective.writer.network, [prompt] * 8, 8, seed=0)
-        rewards, _ = judge(ours, ours.log_probabilities(teacher.network))
+        rewards, _ = judge(ours, ours.picked(ours.log_probabilities(teacher.network)))
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         (-ours.picked(ours.log_probabilities(objective.writer.network)) * advantage[:, None]).mean().backward()
         matches.append(torch.allclose(weight.grad, found, rtol=1e-3, atol=1e-6))
@@ -124,9 +124,8 @@ def test_rewards_by_hand():
 def test_a_judge_weighs_its_rewards(teacher, windows):
     own = {"length": lambda prompt, text: float(len(text))}
     rollouts = Rollouts(windows[:2, :10], 6, torch.tensor([[True] * 4, [True, True, False, False]]))
-    log_p = rollouts.log_probabilities(teacher.network)
-    total, parts = Judge(teacher, {"fluency": 0.5, "length": 2.0}, own)(rollouts, log_p)
-    picked = rollouts.picked(log_p)
+    picked = rollouts.picked(rollouts.log_probabilities(teacher.network))
+    total, parts = Judge(teacher, {"fluency": 0.5, "length": 2.0}, own)(rollouts, picked)
     expected = [0.5 * float(picked[0].mean()) + 2 * 4, 0.5 * float(picked[1, :2].mean()) + 2 * 2]
     assert total.tolist() == pytest.approx(expected)
     assert parts["reward_length"] == 3.0 and parts.keys() == {"reward_fluency", "reward_length"}

@@ -249,10 +249,10 @@ class Positions:
         self._total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
         self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
 
-    def rotation(self, local: bool) -> tuple[ir.Value | None, ir.Value | None]:
-        """(cos, sin) of an attention, or nothing without rotary positions."""
+    def rotation(self, layer: int) -> tuple[ir.Value | None, ir.Value | None]:
+        """(cos, sin) of the attention of a block, or nothing without rotary positions."""
         decoder, b = self._decoder, self._b
-        frequencies = decoder.local_frequencies if local and decoder.local_frequencies else decoder.rope_frequencies
+        frequencies = decoder.frequencies_of(layer)
         if not frequencies:
             return None, None
         if frequencies not in self._tables:
@@ -297,7 +297,7 @@ def attention(
     x = stream.norm(f"{name}.norm")
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     window = decoder.window_of(layer)
-    rotation = positions.rotation(window is not None)
+    rotation = positions.rotation(layer)
     inputs: list[ir.Value | None] = [qkv, None, None]
     if decoder.qk_norm:
         widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim

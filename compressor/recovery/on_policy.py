@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.recovery.distill import Imitation, Told
-from compressor.recovery.rollouts import Rollouts, Writer, reverse_kl
+from compressor.recovery.rollouts import Rollouts, Writer, add, reverse_kl
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,11 @@ class OnPolicy:
             loss, measures = self.losses(rollouts)
             share = int(rollouts.live_BN.sum()) / total
             (loss * share).backward()
-            for name, value in {"loss": loss.detach(), **measures}.items():
-                told[name] = told.get(name, 0.0) + share * float(value)
+            add(told, {"loss": float(loss.detach()), **measures}, share)
         told["value_error"] = math.sqrt(told["value_error"])
         yield told
 
-    def losses(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
         """The actor's and the critic's loss together, mean over tokens, and what is told; `value_error` squared."""
         network, ends = self.writer.network, torch.tensor(list(self.writer.ends))
         with torch.no_grad():
@@ -109,11 +108,11 @@ class OnPolicy:
         actor_BN = kl_BN - rollouts.picked(log_q_BNV) * advantage_BN
         critic_BN = (y_BN - value_BM[:, :-1]).square()
         measures = {
-            "reverse_kl": rollouts.mean(kl_BN.detach()),
-            "value_error": rollouts.mean(critic_BN.detach()),
-            "entropy": rollouts.mean(-(log_q_BNV.detach().exp() * log_q_BNV.detach()).sum(-1)),
+            "reverse_kl": float(rollouts.mean(kl_BN.detach())),
+            "value_error": float(rollouts.mean(critic_BN.detach())),
+            "entropy": float(rollouts.mean(-(log_q_BNV.detach().exp() * log_q_BNV.detach()).sum(-1))),
         }
         return rollouts.mean(actor_BN) + rollouts.mean(critic_BN), measures
 
     def held_out(self) -> Told:
-        return self.writer.look()[1]
+        return self.writer.look()[0]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from compressor.recovery.distill import Told
 from compressor.recovery.reward import Judge
-from compressor.recovery.rollouts import Rollouts, Writer, reverse_kl
+from compressor.recovery.rollouts import Rollouts, Writer, add, reverse_kl
 
 CONTROLLER = 0.1
 """By how much of the KL's relative error beta moves in a step, at most by this."""
@@ -73,12 +73,12 @@ class Reinforce:
         for number, prompt_P in enumerate(prompts):
             for rollouts in writer.write([prompt_P] * s.group, step * s.prompts + number):
                 with torch.no_grad():
-                    log_p_GNV = rollouts.log_probabilities(self.writer.teacher)
-                reward_G, parts = self.judge(rollouts, log_p_GNV)
+                    log_p_GNV = rollouts.log_probabilities(writer.teacher)
+                reward_G, parts = self.judge(rollouts, rollouts.picked(log_p_GNV))
                 advantage_G = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-6)
                 groups.append((rollouts, advantage_G.to(log_p_GNV), log_p_GNV))
-                for name, value in {"reward": float(reward_G.mean()), **parts}.items():
-                    rewards[name] = rewards.get(name, 0.0) + value * len(rollouts.ids_BL) / (s.group * len(prompts))
+                share = len(rollouts.ids_BL) / (s.group * len(prompts))
+                add(rewards, {"reward": float(reward_G.mean()), **parts}, share)
         old: list[Tensor] = []
         for epoch in range(s.epochs):
             told = dict.fromkeys(("loss", "reverse_kl", "clipped"), 0.0)
@@ -102,14 +102,12 @@ class Reinforce:
         self.state["leash"] *= 1 + CONTROLLER * max(-1.0, min(1.0, seen / target - 1))
 
     def held_out(self) -> Told:
-        written, told = self.writer.look()
+        told, written, picked = self.writer.look()
         rewards: dict[str, float] = {}
-        with torch.no_grad():
-            for rollouts in written:
-                reward_B, parts = self.judge(rollouts, rollouts.log_probabilities(self.writer.teacher))
-                share = len(rollouts.ids_BL) / len(self.writer.held_out)
-                for name, value in {"reward": float(reward_B.mean()), **parts}.items():
-                    rewards[name] = rewards.get(name, 0.0) + share * value
+        for rollouts, picked_BN in zip(written, picked, strict=True):
+            reward_B, parts = self.judge(rollouts, picked_BN)
+            share = len(rollouts.ids_BL) / len(self.writer.held_out)
+            add(rewards, {"reward": float(reward_B.mean()), **parts}, share)
         return {**told, **rewards, "cost": self.settings.leash * told["reverse_kl"] - rewards["reward"]}
 
 

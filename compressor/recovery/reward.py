@@ -66,13 +66,15 @@ class Judge:
         self._teacher, self._weights, self._own = teacher, weights, own
 
     @torch.no_grad()
-    def __call__(self, rollouts: Rollouts, log_p_BNV: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The reward of every row [B], and the mean of each part, unweighed, as `reward_{name}`."""
-        picked_BN = rollouts.picked(log_p_BNV)
+    def __call__(self, rollouts: Rollouts, picked_BN: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The reward of every row [B], and the mean of each part, unweighed, as `reward_{name}`.
+
+        picked_BN: the teacher's log-probabilities of the new tokens.
+        """
         parts: dict[str, list[float]] = {name: [] for name in self._weights}
+        embedding_VD = self._teacher.network.matrix("embedding")
         for row, ids in enumerate(rollouts.rows()):
             prompt = rollouts.ids_BL[row, : rollouts.prompt].tolist()
-            embedding_VD = self._teacher.network.matrix("embedding")
             written = Written(prompt, ids, picked_BN[row][rollouts.live_BN[row]], embedding_VD)
             for name, found in parts.items():
                 if name in self._own:

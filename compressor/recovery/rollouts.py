@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,31 +109,45 @@ class Writer:
         """The number-th time that it writes in a training; see `write`."""
         return write(self.network, prompts, self.new_tokens, self.seed * 1_000_003 + number, self.ends)
 
-    def look(self) -> tuple[list[Rollouts], dict[str, float]]:
-        """What it writes behind the held-out prompts, always with the same random numbers, and what is `judged` of it."""
+    def look(self) -> tuple[dict[str, float], list[Rollouts], list[Tensor]]:
+        """What is `judged` of what it writes behind the held-out prompts, always with the same random numbers; that, and
+        the teacher's log-probabilities of its tokens [B, N]."""
         written = write(self.network, self.held_out, self.new_tokens, 0, self.ends)
-        return written, judged(self.teacher, self.network, written)
+        told, picked = _judged(self.teacher, self.network, written)
+        return told, written, picked
 
 
-@torch.no_grad()
 def judged(teacher: Network, network: Network, written: Sequence[Rollouts]) -> dict[str, float]:
     """What a network wrote, in the teacher's eyes and in itself; means over tokens or rows.
 
     reverse_kl: KL(network || teacher) of the next token, in nats; likelihood: the teacher's log-probability of what was
     written, in nats a token; distinct_2, repetition_4: the functions of these names.
     """
-    kl, likelihood, rows = [], [], []
+    return _judged(teacher, network, written)[0]
+
+
+@torch.no_grad()
+def _judged(teacher: Network, network: Network, written: Sequence[Rollouts]) -> tuple[dict[str, float], list[Tensor]]:
+    kl, picked, rows = [], [], []
     for rollouts in written:
         log_p_BNV, log_q_BNV = rollouts.log_probabilities(teacher), rollouts.log_probabilities(network)
         kl.append(reverse_kl(log_q_BNV, log_p_BNV)[rollouts.live_BN])
-        likelihood.append(rollouts.picked(log_p_BNV)[rollouts.live_BN])
+        picked.append(rollouts.picked(log_p_BNV))
         rows += rollouts.rows()
-    return {
+    likelihood = [picked_BN[rollouts.live_BN] for picked_BN, rollouts in zip(picked, written, strict=True)]
+    told = {
         "reverse_kl": float(torch.cat(kl).mean()),
         "likelihood": float(torch.cat(likelihood).mean()),
         "distinct_2": float(np.mean([distinct(row) for row in rows])),
         "repetition_4": float(np.mean([repetition(row) for row in rows])),
     }
+    return told, picked
+
+
+def add(told: dict[str, float], said: Mapping[str, float], share: float) -> None:
+    """Add a share of some measures to those that were told."""
+    for name, value in said.items():
+        told[name] = told.get(name, 0.0) + share * float(value)
 
 
 def reverse_kl(log_q_BNV: Tensor, log_p_BNV: Tensor) -> Tensor:
