@@ -89,23 +89,24 @@ class Bank:
             if stored is None:
                 stored = collect(self.teacher, self.calibration_NL, self.fisher_NL, self.seed, progress)
                 self._store("statistics", stored)
-            self._statistics = Statistics(stored)
+            self._statistics = Statistics(stored, self.teacher.device)
         return self._statistics
 
     def order(self, site: Site) -> Tensor:
-        """Units of an attention or feed-forward in order of removal, int64 [units]; the first goes first."""
+        """Units of an attention or feed-forward in order of removal, int64 [units], on the teacher's device; the first goes
+        first."""
         stored = self._load(f"{site.name}/order")
         if stored is None:
             narrow = site.matrices[-1]
             order = removal_order(
-                self.teacher.matrix(narrow.name).cpu(),
+                self.teacher.matrix(narrow.name),
                 self._hessian(f"{site.name}.out"),
                 unit=narrow.columns // site.units,
                 chunk=1 if site.kind == "attention" else ORDER_CHUNK,
             )
             stored = {"order": order}
             self._store(f"{site.name}/order", stored)
-        return stored["order"]
+        return stored["order"].to(self.teacher.device)
 
     def kept(self, site: Site, keep: int) -> Tensor:
         """The units of a site that stay when `keep` do, in their own order, int64 [keep]."""
@@ -113,7 +114,7 @@ class Bank:
 
     def pruned(self, site: Site, keep: int) -> dict[str, Tensor]:
         """A site with `keep` units left and the last matrix compensated, float32 and not yet quantized."""
-        dense = {matrix.name: self.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        dense: dict[str, Tensor] = {matrix.name: self.teacher.matrix(matrix.name) for matrix in site.matrices}
         if keep == site.units:
             return dense
         units = self.kept(site, keep)
@@ -131,14 +132,15 @@ class Bank:
         biased = dict(weights)
         for matrix in site.matrices:
             if matrix.bias:
-                bias_O = self.teacher.module(matrix.name).bias.detach().cpu()
+                bias_O = self.teacher.module(matrix.name).bias.detach()
                 if matrix.pruned == "rows" and keep < site.units:
                     bias_O = bias_O[unit_columns(self.kept(site, keep), matrix.rows // site.units)]
                 biased[matrix.name] = replace(weights[matrix.name], bias=bias_O.clone())
         return biased
 
     def variant(self, site: Site, action: Action) -> dict[str, Weight]:
-        """The stored weights of a site under an action, by matrix name; empty where the site is dropped."""
+        """The stored weights of a site under an action, by matrix name, on the teacher's device; empty where the site is
+        dropped."""
         if action.keep == 0:
             return {}
         key = (site.name, action)
@@ -152,6 +154,7 @@ class Bank:
             if fmt.kind != "float" or action.keep < site.units:
                 self._store(name, matrix_tensors(weights))
         else:
+            stored = {key: tensor.to(self.teacher.device) for key, tensor in stored.items()}
             weights = matrices_from(site, action, stored)
         self._remember(key, weights)
         return weights
@@ -164,11 +167,11 @@ class Bank:
         return self.student(plan, matrices)
 
     def student(self, plan: Plan, matrices: dict[str, Weight]) -> Student:
-        """A plan's student with these matrices and the teacher's norm gains."""
+        """A plan's student with these matrices and the teacher's norm gains, on the CPU."""
         dropped = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
         gains = self.teacher.vectors()
         vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if not name.startswith(dropped)}
-        return Student(self.teacher.decoder, plan, matrices, vectors)
+        return Student(self.teacher.decoder, plan, {name: w.to("cpu") for name, w in matrices.items()}, vectors)
 
     # -- making --
 

@@ -19,13 +19,14 @@ from compressor.network import Network
 
 @dataclass(frozen=True)
 class Statistics:
-    """Named tensors, as `collect` made them."""
+    """Named tensors, as `collect` made them; what is asked for comes on `device`."""
 
     tensors: dict[str, Tensor]
+    device: torch.device
 
     def second_moment(self, name: str) -> Tensor:
         """E[x x^T] of an input, float32 [I, I]; `head.in` is what the output head reads."""
-        return self.tensors[f"{name}:moment"]
+        return self.tensors[f"{name}:moment"].to(self.device)
 
     def rounding_variance(self, name: str) -> float:
         """Mean squared error of an input under dynamic uint8, one scale a sequence."""
@@ -33,11 +34,11 @@ class Statistics:
 
     def fisher(self, matrix: str) -> Tensor:
         """E[g_o^2] of a matrix's outputs, float32 [O]; of the embedding, at the vectors it looks up, [hidden]."""
-        return self.tensors[f"{matrix}:fisher"]
+        return self.tensors[f"{matrix}:fisher"].to(self.device)
 
     def token_frequency(self) -> Tensor:
         """How often each token occurs in the text, per token, float32 [vocabulary]."""
-        return self.tensors["frequency"]
+        return self.tensors["frequency"].to(self.device)
 
 
 def collect(

@@ -16,15 +16,18 @@ import torch
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.export.runtime import Device
 from compressor.network import Network
+from compressor.student import Precision
 from eval.memory import peak_growth_bytes
-from eval.timing import time_call
+from eval.timing import CacheFlusher, time_call
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where students run: device, threads (None for one a core), tokens of the prefill and of the decode's context."""
+    """Where students run and in which floats, threads (None for one a core), tokens of the prefill and of the decode's
+    context."""
 
     device: Device
+    precision: Precision
     threads: int | None
     prefill_tokens: int
     context: int
@@ -34,8 +37,10 @@ class Target:
         """Everything that changes a time, as the key of the latency table."""
         return {
             "cpu": processor(),
+            "gpu": gpu() if self.device == "cuda" else None,
             "cores": cores(),
             "device": self.device,
+            "precision": self.precision,
             "threads": self.threads,
             "runtime": f"onnxruntime {runtime_version()}",
             "prefill_tokens": self.prefill_tokens,
@@ -107,7 +112,21 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     """The teacher in torch, as calls to be timed; on the network's device, with torch's own number of threads."""
     ids_BL = torch.zeros(1, target.prefill_tokens, dtype=torch.int64)
     step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
-    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)[:, -1:]), step, lambda: None)
+    # logits in host memory, as ONNX Runtime gives them: a GPU has finished then
+    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)[:, -1:]).cpu(), lambda: step().cpu(), lambda: None)
+
+
+def cache_flusher(device: Device) -> Callable[[], object]:
+    """A call that leaves no weights in the caches of the device, see `eval.timing.CacheFlusher`."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return CacheFlusher()
+    buffer = torch.zeros(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+
+    def flush() -> None:
+        buffer.add_(1)
+        torch.cuda.synchronize()
+
+    return flush
 
 
 def peak_memory_bytes(folder: Path, target: Target) -> int:
@@ -135,6 +154,11 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def gpu() -> str | None:
+    """Name of the GPU that torch sees first."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def runtime_version() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from compressor.errors import ModelError
 from compressor.families import check_supported, checkpoint_of, decoder_of, weights_of
 from compressor.network import Network, Transformer
-from compressor.student import Decoder
+from compressor.student import Decoder, Precision
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,19 @@ class Teacher:
 
 
 def load_teacher(
-    path: str | Path, *, gguf: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    gguf: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    precision: Precision = "float32",
 ) -> Teacher:
     """Load a causal language model in float32, and its tokenizer.
 
     Args:
         path: hub id or local folder.
         gguf: name of a GGUF file in that folder; its weights are dequantized.
+        precision: of the students that are exported.
 
     Raises:
         ModelError: nothing can be loaded from there, its weights are pickled, or the architecture is not supported.
@@ -56,7 +62,7 @@ def load_teacher(
     config = model.config
     if gguf:  # the weights are plain floats now
         del config.quantization_config
-    decoder = decoder_of(config)
+    decoder = replace(decoder_of(config), precision=precision)
     network = _empty(decoder, (config, model.generation_config))
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:

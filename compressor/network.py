@@ -466,8 +466,9 @@ class Network:
         return (ends,) if isinstance(ends, int) else tuple(ends)
 
     def digest(self) -> str:
-        """A hash of shape and weights, for cache keys."""
-        digest = hashlib.sha256(json.dumps(self.decoder.to_dict()).encode())
+        """A hash of shape and weights, for cache keys; the precision of students changes neither."""
+        shape = {name: value for name, value in self.decoder.to_dict().items() if name != "precision"}
+        digest = hashlib.sha256(json.dumps(shape).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy().data)

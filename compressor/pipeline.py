@@ -21,13 +21,13 @@ from torch import Tensor
 
 from compressor import actions, gate, page, report, results
 from compressor.bank import Bank
-from compressor.errors import DataError, RecipeError
+from compressor.errors import DataError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
-from compressor.export import check_formats, exported_bytes, fixed_bytes, site_stack
+from compressor.export import exported_bytes, fixed_bytes, refused_formats, site_stack
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import Target, opened, time_models
+from compressor.measure import Target, cache_flusher, opened, runtime_version, time_models
 from compressor.model import Teacher, load_teacher
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
@@ -164,8 +164,30 @@ def target_of(recipe: Recipe) -> Target:
     device = recipe.target.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = recipe.target.precision
+    if precision == "auto":
+        precision = "float16" if device == "cuda" else "float32"
     workload = recipe.target.workload
-    return Target(device, recipe.target.threads, workload.prefill, workload.context)
+    return Target(device, precision, recipe.target.threads, workload.prefill, workload.context)
+
+
+def runnable(recipe: Recipe, target: Target) -> Recipe:
+    """The recipe with the formats that the target runs.
+
+    Raises:
+        RuntimeTargetError: it does not run one that the recipe names, or none at all.
+    """
+    search, left = recipe.search, {}
+    for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
+        formats = getattr(search, key)
+        refused = refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
+        left[key] = tuple(name for name in formats if name not in refused)
+        if refused and (key in search.model_fields_set or not left[key]):
+            raise RuntimeTargetError(
+                f"onnxruntime {runtime_version()} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
+                f"{target.precision}: take them out of search.{key}. It says: {next(iter(refused.values()))}"
+            )
+    return recipe.model_copy(update={"search": search.model_copy(update=left)})
 
 
 def start(
@@ -180,14 +202,18 @@ def start(
     Raises:
         RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
     """
-    model, target = recipe.model, target_of(recipe)
-    check_formats(recipe.search.formats, recipe.search.embedding_formats, target.device)
+    target = target_of(recipe)
+    recipe, model = runnable(recipe, target), recipe.model
     with stages.timed("teacher"):
         teacher = load_teacher(
-            model.path, gguf=model.gguf, revision=model.revision, trust_remote_code=trust_remote_code
+            model.path,
+            gguf=model.gguf,
+            revision=model.revision,
+            trust_remote_code=trust_remote_code,
+            precision=target.precision,
         )
         texts = Texts.read(recipe, teacher.tokenizer)
-        teacher.network.to("cuda" if torch.cuda.is_available() and recipe.target.device != "cpu" else "cpu")
+        teacher.network.to(target.device if torch.cuda.is_available() else "cpu")
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
     with stages.timed("statistics", bank.key) as report_progress:
@@ -248,7 +274,7 @@ def measure_latency(run: Run) -> Latency:
             device=target.device,
             threads=target.threads,
         )
-        table.measure(wanted, stack, progress=report_progress)
+        table.measure(wanted, stack, flush=cache_flusher(target.device), progress=report_progress)
         times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
         return {
             "bytes": exported_bytes(folders["fp32"]),

@@ -66,16 +66,17 @@ class Format:
         """Whether every block stores a zero point; 8-bit blocks are symmetric."""
         return self.kind == "blockwise" and self.bits < 8
 
-    def tensor_bytes(self, rows: int, columns: int) -> list[int]:
-        """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales, zero points."""
+    def tensor_bytes(self, rows: int, columns: int, float_bytes: int = 4) -> list[int]:
+        """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales of `float_bytes` each,
+        zero points."""
         if self.kind == "dropped" or rows == 0 or columns == 0:
             return []
         if self.kind == "float":
             return [rows * columns * self.bits // 8]
         if self.kind == "dynamic":
-            return [rows * columns, rows * 4, rows]
+            return [rows * columns, rows * float_bytes, rows]
         blocks = -(-columns // self.block)
-        sizes = [rows * blocks * (self.block * self.bits // 8), rows * blocks * 4]
+        sizes = [rows * blocks * (self.block * self.bits // 8), rows * blocks * float_bytes]
         return [*sizes, rows * -(-blocks * self.bits // 8)] if self.has_zeros else sizes
 
 
@@ -110,7 +111,7 @@ class Site:
     """One place in the network that gets one decision.
 
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
-    1 for embedding and head, which are never pruned.
+    1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Site:
     layer: int | None
     units: int
     matrices: tuple[Matrix, ...]
+    float_bytes: int = 4
 
     @property
     def parameters(self) -> int:
@@ -131,7 +133,8 @@ class Site:
         fmt, total = Format.parse(action.format), 0
         for matrix in self.matrices:
             rows, columns = matrix.shape(action.keep, self.units)
-            sizes = [*fmt.tensor_bytes(rows, columns), *([4 * rows] if matrix.bias else [])]
+            sizes = fmt.tensor_bytes(rows, columns, self.float_bytes)
+            sizes += [self.float_bytes * rows] if matrix.bias else []
             total += sum(aligned(size) for size in sizes)
         return total
 

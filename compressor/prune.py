@@ -29,7 +29,7 @@ def removal_order(w_OI: Tensor, hessian_II: Tensor, unit: int = 1, chunk: int = 
     units = w_OI.shape[1] // unit
     w = w_OI.clone()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
-    left = torch.ones(units, dtype=torch.bool)
+    left = torch.ones(units, dtype=torch.bool, device=w.device)
     order: list[Tensor] = []
     while left.any():
         losses = _unit_losses(w, inverse, unit, left)
@@ -51,7 +51,7 @@ def _unit_losses(w: Tensor, inverse: Tensor, unit: int, left: Tensor) -> Tensor:
     if unit == 1:
         losses = w.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
     else:
-        losses = torch.zeros(len(left))
+        losses = w.new_zeros(len(left))
         for index in left.nonzero().flatten().tolist():
             part = slice(index * unit, (index + 1) * unit)
             losses[index] = (torch.linalg.solve(inverse[part, part], w[:, part].T) * w[:, part].T).sum()
@@ -60,7 +60,7 @@ def _unit_losses(w: Tensor, inverse: Tensor, unit: int, left: Tensor) -> Tensor:
 
 def unit_columns(units: Tensor, unit: int) -> Tensor:
     """Column indices of the given units, in the order given."""
-    return (units[:, None] * unit + torch.arange(unit)).flatten()
+    return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
 
 
 def compensate(w_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ zero points [O, ceil(G * bits / 8)], low bits first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -70,6 +70,10 @@ class Grid:
         return matrix_OI, scales, zeros
 
 
+PARTS = ("values", "codes", "scales", "zeros", "bias")
+"""Tensors of a weight, those that it has."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A stored [O, I] matrix: float values, or codes on a grid.
@@ -103,6 +107,11 @@ class Weight:
             centre = 0.0 if self.format.kind == "dynamic" else 2.0 ** (self.format.bits - 1)
             zeros = torch.full_like(self.scales, centre)
         return Grid(self.format, self.scales, zeros)
+
+    def to(self, device: torch.device | str) -> Weight:
+        """The same weight on a device."""
+        moved = {name: t.to(device) for name in PARTS if (t := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
     def dequantize(self) -> Tensor:
         """The matrix that the deployed kernel multiplies with, float32 [O, I]."""
@@ -155,7 +164,7 @@ class Weight:
             tensors = [getattr(part, name) for part in parts]
             return None if tensors[0] is None else torch.cat(tensors)
 
-        return cls(parts[0].format, *map(stack, ("values", "codes", "scales", "zeros", "bias")))
+        return cls(parts[0].format, *map(stack, PARTS))
 
     def rows(self, start: int, stop: int) -> Weight:
         """The matrix of output rows `start` to `stop`."""
@@ -172,7 +181,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     per_byte = 8 // bits
     padded = nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    packed = torch.zeros(padded.shape[:2], dtype=torch.uint8)
+    packed = codes.new_zeros(padded.shape[:2])
     for index in range(per_byte):
         packed |= padded[:, :, index] << (bits * index)
     return packed
@@ -182,7 +191,7 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`, with the padding: bytes [O, M] -> uint8 codes [O, M * 8 / bits]."""
     if bits == 8:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
 
 
@@ -210,7 +219,7 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
     columns = w_OI.shape[1]
     pad = -columns % format.block
     w_OGB = nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
-    importance = torch.ones(columns) if importance_I is None else importance_I
+    importance = w_OI.new_ones(columns) if importance_I is None else importance_I
     importance_GB = nn.functional.pad(importance, (0, pad)).view(-1, format.block).to(w_OI)
     top_code = 2**format.bits - 1
     low, high = w_OGB.amin(2).clamp_max(0), w_OGB.amax(2).clamp_min(0)
@@ -319,7 +328,7 @@ def damped(hessian_II: Tensor, damping: float) -> Tensor:
     hessian = hessian_II.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
-    return hessian + torch.eye(len(hessian)).to(hessian) * (damping * hessian.diagonal().mean())
+    return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * hessian.diagonal().mean())
 
 
 def inverse_cholesky(hessian_II: Tensor) -> Tensor:

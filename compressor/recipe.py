@@ -244,7 +244,10 @@ class TargetSection(Section):
     runtime: Literal["onnx"] = "onnx"
     """Runtime that the student is exported to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device that the exported student runs on; `auto` takes CUDA when ONNX Runtime has it."""
+    """Device that the exported student runs on; `auto` takes CUDA when torch sees a GPU."""
+    precision: Literal["auto", "float32", "float16"] = "auto"
+    """What the exported student computes in, and the type of scales and norms; `auto` is float16 on CUDA, whose attention
+    kernel knows no float32, and float32 on the CPU."""
     threads: Count | None = None
     """Threads of ONNX Runtime; the number of physical cores when absent."""
     workload: Workload = Workload()
@@ -280,9 +283,9 @@ class SearchSection(Section):
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64")
-    """Weight formats of attention and feed-forward."""
+    """Weight formats of attention and feed-forward; of the default, those that the target runs."""
     embedding_formats: Formats = ("fp32", "w8", "w4")
-    """Weight formats of the embedding and the output head."""
+    """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
     """Fractions of the key/value groups (with their query heads) that an attention may keep, rounded to whole groups;
     0 drops the sub-layer. Every whole number of groups when absent."""

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from math import ceil, log2
+from math import ceil, isfinite, log2
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from compressor import measure, report
-from compressor.export import OnnxDecoder, exported_bytes
+from compressor.errors import ModelError
+from compressor.export import OnnxDecoder, exported_bytes, read_student
 from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
@@ -22,7 +23,6 @@ from compressor.plan import Plan
 from compressor.recovery.distill import loaded
 from compressor.search import best, label, spent
 from compressor.stages import key_of
-from compressor.student import Student
 from compressor.text import tokens_digest
 from eval.perplexity import Quality, compare
 from policies import Problem
@@ -64,7 +64,7 @@ def collect(
     quality = _quality(run, folders, weights)
     times = _times(run, folders, weights)
     memory = _memory(run, folders, weights)
-    parity, samples = _parity(run, student, folders["student"], weights)
+    parity, samples = _parity(run, student.plan, folders["student"], weights)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     rows = _rows(run, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
@@ -106,6 +106,11 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
                 shown = partial(_shifted, progress, place * len(text_NL), windows)
                 for key, quality in compare(teacher, models, text_NL.numpy(), shown).items():
                     found[key][name] = asdict(quality)
+                    if not isfinite(quality.perplexity):
+                        raise ModelError(
+                            f"expected finite logits, those of {ROLES[key][0]} in {run.target.precision} are not; its "
+                            "activations are too large for it: set target.precision: float32"
+                        )
         finally:
             for decoder in decoders.values():
                 decoder.close()
@@ -137,9 +142,9 @@ def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
     return run.stages.value("memory", key_of(weights, run.target.environment), make)
 
 
-def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
-    """Logits and greedy text of ONNX Runtime against torch, both without the rounding of activations (see
-    `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
+def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
+    """Logits and greedy text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations
+    (see `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
     window_L = run.texts.evaluation_NL[0][:PARITY_TOKENS]
     prompts = [windows_L[:PROMPT_TOKENS] for windows_L in run.texts.evaluation_NL[:2]]
@@ -149,7 +154,8 @@ def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[rep
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
-        network = loaded(run.teacher.network, student, "none")
+        teacher = run.teacher.network
+        network = loaded(teacher, read_student(folder, teacher.decoder, plan), "none")
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
         with OnnxDecoder(folder, device, threads, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
@@ -161,7 +167,7 @@ def _parity(run: Run, student: Student, folder: Path, weights: str) -> tuple[rep
             rounded_LV = deployed.logits(window_L.numpy())
             made = [deployed.generate(prompt.numpy(), **length) for prompt in prompts]
         rounding = _relative_error(rounded_LV, expected_LV)
-        teachers = [run.teacher.network.greedy(prompt, **length) for prompt in prompts]
+        teachers = [teacher.greedy(prompt, **length) for prompt in prompts]
         samples = [[tokenizer.decode(ids) for ids in sample] for sample in zip(prompts, teachers, made)]
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 

@@ -84,7 +84,7 @@ class _SubLayer:
     def __init__(self, bank: Bank, site: Site, alpha: float | None = None):
         self.bank, self.site, self.alpha = bank, site, alpha
         self.statistics = bank.statistics()
-        self.full = {matrix.name: bank.teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
+        self.full: dict[str, Tensor] = {matrix.name: bank.teacher.matrix(matrix.name) for matrix in site.matrices}
         self.norm = _squared_norm(self.full)
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._pruned: dict[int, float] = {}
@@ -139,10 +139,10 @@ class _SubLayer:
 def _table_loss(bank: Bank, site: Site, action: Action, alpha: float | None) -> float:
     """Loss of a quantized embedding or head; a tied table counts as both."""
     statistics = bank.statistics()
-    delta_VD = bank.variant(site, action)[site.name].dequantize() - bank.teacher.matrix(site.name).cpu()
+    delta_VD = bank.variant(site, action)[site.name].dequantize() - bank.teacher.matrix(site.name)
     if alpha is not None:
         return alpha * float(delta_VD.square().sum() / bank.teacher.matrix(site.name).square().sum())
-    loss = torch.zeros(())
+    loss = delta_VD.new_zeros(())
     if site.name == "embedding":
         looked_up_D = statistics.token_frequency() @ delta_VD.square()
         loss += (statistics.fisher("embedding") * looked_up_D).sum()

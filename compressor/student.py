@@ -14,13 +14,17 @@ and whatever else `Decoder.vectors` names. A dropped sub-layer has none of its t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from compressor.plan import Action, Format, Matrix, Plan, Site
 from compressor.quantize import Weight
+
+Precision = Literal["float32", "float16"]
+"""Of what a deployed student computes, and of all floats that lie beside its codes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Decoder:
     behind every sub-layer, too. parallel: the feed-forward reads the stream in front of the attention.
     window: positions that a local attention sees, its own included; local: the blocks whose attention is local.
     attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
+    precision: of the students that are exported; torch computes in float32.
     """
 
     layers: int
@@ -63,6 +68,7 @@ class Decoder:
     local_frequencies: tuple[float, ...] = ()
     attention_cap: float | None = None
     logit_cap: float | None = None
+    precision: Precision = "float32"
 
     def sites(self) -> tuple[Site, ...]:
         """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
@@ -84,7 +90,7 @@ class Decoder:
         if not self.tied:
             head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
             sites.append(Site("head", "head", None, 1, (head,)))
-        return tuple(sites)
+        return tuple(replace(site, float_bytes=self.floats.itemsize) for site in sites)
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
@@ -101,6 +107,11 @@ class Decoder:
             biased = self.norm == "layer" and not name.endswith(("q_norm", "k_norm"))
             shapes |= {name: (length,)} | ({f"{name}.bias": (length,)} if biased else {})
         return shapes | ({"positions": (self.max_positions, self.hidden)} if self.learned_positions else {})
+
+    @property
+    def floats(self) -> np.dtype:
+        """Of exported students."""
+        return np.dtype(self.precision)
 
     def window_of(self, layer: int) -> int | None:
         """Positions that the attention of a block sees; None is all of them."""

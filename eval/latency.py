@@ -112,14 +112,15 @@ class LatencyTable:
         make_stack: MakeStack,
         *,
         repeats: int = 7,
+        flush: Callable[[], object] | None = None,
         progress: Callable[[int, int, str], object] = lambda done, of, key: None,
     ) -> None:
         """Measure what is missing of `wanted`; saved entry by entry, so that a kill loses one.
 
+        flush: empties the caches of the device, ahead of every decode; those of the processor if None.
         progress: called with (entries done, entries to do, key) before each.
         """
-        missing = self.missing(wanted)
-        flush = CacheFlusher()
+        missing, flush = self.missing(wanted), flush or CacheFlusher()
         for done, (key, (site, action)) in enumerate(missing.items()):
             progress(done, len(missing), key)
             self._entries[key] = measure_entry(site, action, make_stack, flush, repeats)

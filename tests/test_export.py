@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,7 +16,6 @@ import transformers
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.export import (
     OnnxDecoder,
-    check_formats,
     export_onnx,
     export_random,
     exported_bytes,
@@ -23,11 +23,12 @@ from compressor.export import (
     layout,
     open_session,
     read_student,
+    refused_formats,
     runtime,
     site_stack,
 )
 from compressor.export.graph import KEEP
-from compressor.export.runtime import check_provider
+from compressor.export.runtime import check_placement, check_provider
 from compressor.folder import save_folder
 from compressor.model import load_teacher
 from compressor.plan import ALIGNMENT, DROP, Action, Format, Plan
@@ -146,6 +147,33 @@ def test_mixed_plans_match_the_reference(seed, tmp_path):
         export_onnx(made, tmp_path)
         with OnnxDecoder(tmp_path, threads=1) as model:
             assert distance(model.logits(IDS), reference(made, IDS)) < tolerance, plan
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "int8"])
+def test_half_precision(name, tied, tmp_path):
+    """The same student with fewer bytes, near what float32 gives; and what is read back is, in float32, what was stored."""
+    decoder, plan = tiny(tied), uniform(tiny(tied), name)
+    half = replace(decoder, precision="float16")
+    made = student(decoder, plan)
+    export_onnx(replace(made, decoder=half), tmp_path)
+    stored = read_student(tmp_path, decoder, plan)
+    assert stored.decoder == half and {v.dtype for v in stored.vectors.values()} == {torch.float32}
+    wanted = reference(stored, IDS)
+    assert 0 < distance(wanted, reference(made, IDS)) < 2e-3  # what rounding norms and scales does
+    with OnnxDecoder(tmp_path, threads=1, exact=True) as model:
+        assert distance(model.logits(IDS), wanted) < 1e-5
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        found, cache = model.prefill(IDS)
+        assert found.dtype == np.float32 and distance(found, wanted) < (5e-3 if name.startswith("fp") else 3e-2)
+        assert distance(model.step(7, cache)[0], model.logits([*IDS, 7])[-1]) < 3e-2
+    size = exported_bytes(tmp_path)
+    assert size <= fixed_bytes(half) + sum(site.size_bytes(plan[site.name]) for site in half.sites())
+    saved = sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
+    saved -= sum(site.size_bytes(plan[site.name]) for site in half.sites())
+    assert (saved == 0) == name.startswith("fp")
+    export_onnx(made, tmp_path)
+    assert exported_bytes(tmp_path) - size >= 0.9 * saved or not saved
 
 
 def test_without_attention_or_without_any_layer(tmp_path):
@@ -313,6 +341,9 @@ def test_the_wrong_provider_is_an_error(tmp_path):
             OnnxDecoder(tmp_path, device="cuda")
     with pytest.raises(RuntimeTargetError, match="expected an exported model at"):
         OnnxDecoder(tmp_path / "nowhere")
+    session = open_session(tmp_path / "model.onnx")
+    with pytest.raises(RuntimeTargetError, match="CUDA.* has no kernel for FusedMatMul, GroupQueryAttention as this"):
+        check_placement(session, "CUDAExecutionProvider")
 
 
 def test_other_runtimes_find_the_names_that_they_look_for(tiny_folder, tmp_path):
@@ -369,17 +400,20 @@ def test_a_model_with_random_weights_has_the_shape_and_size_of_the_plan(tmp_path
         assert model.logits(IDS).shape == (len(IDS), decoder.vocabulary)
 
 
-def test_formats_that_the_runtime_refuses_are_named(monkeypatch):
-    check_formats(FORMATS, ("fp32", "fp16", "w8", "w4b256", "w2"))
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_formats_without_a_kernel_are_found(precision, monkeypatch):
+    dynamic = {"int8"} if precision == "float16" else set()
+    assert refused_formats("ffn", FORMATS, "cpu", precision).keys() == dynamic
+    assert not refused_formats("embedding", ("fp32", "fp16", "w8", "w4b256", "w2"), "cpu", precision)
 
     def without_two_bits(model, *rest):
         if b"bits" in model and any(node.i == 2 for node in _attributes(model, "bits")):
-            raise RuntimeTargetError("ONNX Runtime refused a graph in memory: no kernel")
+            raise RuntimeTargetError("ONNX Runtime refused a graph in memory: no kernel\nmore")
         return open_session(model, *rest)
 
     monkeypatch.setattr(runtime, "open_session", without_two_bits)
-    with pytest.raises(RuntimeTargetError, match=r"cannot run w2 \(ffn\), w2b64 \(embedding\) on cpu.*no kernel"):
-        check_formats(("w4", "w2", "int8"), ("w4", "w2b64"))
+    said = "ONNX Runtime refused a graph in memory: no kernel"
+    assert refused_formats("embedding", ("w4", "w2b64"), "cpu", precision) == {"w2b64": said}
 
 
 def _attributes(model: bytes, name: str) -> list[onnx.AttributeProto]:

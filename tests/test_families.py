@@ -1,5 +1,6 @@
 """Every family at a tiny size: the same numbers as transformers, in torch and in ONNX, whole and compressed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import compressor
 from compressor.bank import Bank
 from compressor.errors import ModelError
 from compressor.executor import Executor
-from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes
+from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes
 from compressor.families import FAMILIES
 from compressor.folder import save_folder
 from compressor.model import Teacher, load_teacher, read_decoder, save_teacher
@@ -122,6 +123,12 @@ def mixed_plan(decoder) -> Plan:
     return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))
 
 
+def half_plan(decoder) -> Plan:
+    """The same in formats that float16 graphs take, too."""
+    names = {"int8": "w8", "w2": "w4"}
+    return Plan(tuple((key, Action(a.keep, names.get(a.format, a.format))) for key, a in mixed_plan(decoder).items()))
+
+
 def theirs(folder: Path, ids_BL: torch.Tensor) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
@@ -208,6 +215,24 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         assert error(again(ids_L[None])[0].numpy(), deployed) < 0.05
     limit = fixed_bytes(network.decoder) + sum(site.size_bytes(plan[site.name]) for site in network.decoder.sites())
     assert exported_bytes(tmp_path / "onnx") <= limit
+
+
+@families
+def test_half_precision(folders, name, windows, tmp_path):
+    """float16 is what GPUs take; the CPU runs it, too."""
+    network = load_teacher(folders[name]).network
+    plan = half_plan(network.decoder)
+    made = Bank(tmp_path / "bank", network, windows[:8], windows[:2]).realize(plan)
+    half = replace(made.decoder, precision="float16")
+    export_onnx(replace(made, decoder=half), tmp_path)
+    ids_L = windows[20, :40]
+    with torch.no_grad():
+        wanted = loaded(network, made, "none").model(ids_L[None])[0].numpy()
+    with OnnxDecoder(tmp_path, threads=1, exact=True) as decoder:
+        assert error(decoder.logits(ids_L.numpy()), wanted) < 5e-3
+    with OnnxDecoder(tmp_path, threads=1) as decoder:
+        assert error(decoder.logits(ids_L.numpy()), wanted) < 0.05
+    assert exported_bytes(tmp_path) <= fixed_bytes(half) + sum(s.size_bytes(plan[s.name]) for s in half.sites())
 
 
 @families

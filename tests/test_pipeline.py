@@ -19,7 +19,14 @@ import torch
 import compressor
 from compressor import Recipe, pipeline
 from compressor.bank import Bank
-from compressor.errors import BudgetError, CompressorError, ModelError, RecipeError, RegressionError
+from compressor.errors import (
+    BudgetError,
+    CompressorError,
+    ModelError,
+    RecipeError,
+    RegressionError,
+    RuntimeTargetError,
+)
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.files import exclusive
@@ -117,6 +124,27 @@ def test_torch_and_onnx_runtime_agree(finished, tiny_folder):
     with torch.no_grad():
         plain = teacher.logits(teacher.hidden(torch.from_numpy(ids)[None]))[0].numpy()
     assert np.linalg.norm(plain - expected) / np.linalg.norm(expected) > 0.01  # it is the student, not the teacher
+
+
+def test_half_precision(tiny_folder, tmp_path):
+    """What a GPU takes, on the CPU: the default formats but int8, and everything measured in the same floats."""
+    formats = {"formats": ["fp32", "int8", "w4"]}
+    wanted = recipe(tiny_folder, target={"precision": "float16"}, search=formats, distill={"steps": 0})
+    with pytest.raises(
+        RuntimeTargetError, match=r"cannot run int8 \(ffn\) on cpu in float16: take them out of search.form"
+    ):
+        pipeline.compress(wanted, tmp_path)
+    assert not (tmp_path / "bank").exists()
+    del formats["formats"]
+    data = wanted.to_dict()
+    del data["search"]["formats"]
+    report = pipeline.compress(Recipe.from_dict(data), tmp_path)
+    assert report.recipe["search"]["formats"] == ["fp32", "w8", "w4", "w4b64", "w2", "w2b64"]
+    assert report.parity.passed and report.budget[0].fits
+    assert report.budget[0].measured == exported_bytes(tmp_path / "onnx") <= report.budget[0].predicted
+    fp32 = report.rows[1]
+    assert 0 < fp32.kl < 1e-4
+    assert {v.dtype for v in compressor.load(tmp_path / "onnx").parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("tokens", "shape"), [(128, (8, 16)), (512, (8, 64)), (512 + 128, (10, 64))])

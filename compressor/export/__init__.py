@@ -11,13 +11,12 @@ runtime.py   sessions on the device asked for, generation, calls to be timed
 from compressor.export.files import export_onnx, export_random, exported_bytes, fixed_bytes, read_student
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
-from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, check_formats, open_session, site_stack
+from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, refused_formats, site_stack
 
 __all__ = [
     "BenchCalls",
     "Cache",
     "OnnxDecoder",
-    "check_formats",
     "export_onnx",
     "export_random",
     "exported_bytes",
@@ -26,5 +25,6 @@ __all__ = [
     "int8_products_are_exact",
     "open_session",
     "read_student",
+    "refused_formats",
     "site_stack",
 ]

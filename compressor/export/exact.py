@@ -1,4 +1,4 @@
-"""The deployed graph without the rounding of activations: the same weights and the same nodes, in plain float32 products.
+"""The deployed graph without the rounding of activations: the same weights and the same nodes, in plain float32.
 
 The deployed kernels round what they read to int8. In a deep network a difference in the last bit of a float flips some of
 these codes, and the flips of one layer make more in the next, so that two correct programs end as far apart as the
@@ -20,6 +20,7 @@ from compressor.export.files import GRAPH_FILE
 def exact_graph(folder: Path) -> Iterator[Path]:
     """Path of a graph beside the folder's own, on the same weights, without rounding; gone when the context ends."""
     model = ir.load(folder / GRAPH_FILE)
+    _in_float32(model.graph)
     _without_rounding(model.graph)
     path = folder / f".{GRAPH_FILE}.exact"
     try:
@@ -27,6 +28,24 @@ def exact_graph(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _in_float32(graph: ir.Graph) -> None:
+    """Every float16 that goes in, comes out, or is stored or made as a constant, as a float32: all nodes follow."""
+    half, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype == half:
+            value.dtype = full
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
+            node.attributes["to"] = ir.AttrInt64("to", full.value)
+    for name, value in graph.initializers.items():
+        if value.dtype == half:
+            uses, cast = list(value.uses()), ir.node("Cast", [value], {"to": full.value})
+            cast.outputs[0].name = f"{name}.exact"
+            for node, index in uses:
+                node.replace_input_with(index, cast.outputs[0])
+            graph.insert_before(graph[0], cast)
 
 
 def _without_rounding(graph: ir.Graph) -> None:

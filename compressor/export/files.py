@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ from compressor.export.graph import Matrices, decoder_model
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Plan, aligned
 from compressor.quantize import Weight
-from compressor.student import Decoder, Student
+from compressor.student import Decoder, Precision, Student
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
@@ -34,20 +35,23 @@ def export_onnx(student: Student, folder: Path) -> None:
     """
 
     def matrices(names: tuple[str, ...]) -> Stored:
-        return Stored.of(Weight.concatenate([student.matrices[name] for name in names]))
+        return Stored.of(Weight.concatenate([student.matrices[name] for name in names]), floats)
 
-    vectors = {name: vector.detach().float().numpy() for name, vector in student.vectors.items()}
+    floats = student.decoder.floats
+    vectors = {name: vector.detach().numpy().astype(floats) for name, vector in student.vectors.items()}
     _write(student.decoder, student.plan, matrices, vectors, Path(folder))
 
 
 def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
     """Write a model of a plan's shape with random weights, for timing."""
     matrices = _made(decoder, plan, partial(Stored.random, np.random.default_rng(0)))
-    gains = {name: np.ones(shape, np.float32) for name, shape in decoder.vectors().items()}
+    gains = {name: np.ones(shape, decoder.floats) for name, shape in decoder.vectors().items()}
     _write(decoder, plan, matrices, gains, Path(folder))
 
 
-def _made(decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, int, int, bool], Stored]) -> Matrices:
+def _made(
+    decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, int, int, bool, np.dtype], Stored]
+) -> Matrices:
     """The matrices of a plan, each made from its format, rows and columns, and whether it has a bias."""
     shapes, formats, biased = {}, {}, {}
     for site in decoder.sites():
@@ -58,7 +62,9 @@ def _made(decoder: Decoder, plan: Mapping[str, Action], make: Callable[[Format, 
 
     def matrices(names: tuple[str, ...]) -> Stored:
         first = names[0]
-        return make(formats[first], sum(shapes[name][0] for name in names), shapes[first][1], biased[first])
+        return make(
+            formats[first], sum(shapes[name][0] for name in names), shapes[first][1], biased[first], decoder.floats
+        )
 
     return matrices
 
@@ -112,7 +118,7 @@ def fixed_bytes(decoder: Decoder) -> int:
     That is the norm gains and the graph. A graph is a sum of what each site writes, so its bound is the sum of the
     bounds of attention, feed-forward and tables, each in the format whose nodes take most.
     """
-    vectors = sum(aligned(4 * prod(shape)) for shape in decoder.vectors().values())
+    vectors = sum(aligned(decoder.floats.itemsize * prod(shape)) for shape in decoder.vectors().values())
     base = _graph_bytes(decoder)
     formats = ("fp32", "fp16", "int8", "w8b256", "w4b256")
     growth = {
@@ -134,21 +140,23 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
-    gains = {name: np.broadcast_to(np.float32(0), shape) for name, shape in decoder.vectors().items()}
+    gains = {name: np.broadcast_to(decoder.floats.type(0), shape) for name, shape in decoder.vectors().items()}
     return len(_serialize(decoder_model(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)))
 
 
 def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
-    """The student that was exported to `folder` under `plan`: `export_onnx` backwards, exactly.
+    """The student that was exported to `folder` under `plan`: `export_onnx` backwards, exactly but for the rounding of its
+    floats to its precision.
 
     Raises:
         BankError: a file is missing or truncated, or does not hold what the plan says.
     """
     folder = Path(folder)
     tensors = _open_tensors(folder)
+    decoder = replace(decoder, precision=_precision(tensors))
     matrices: dict[str, Weight] = {}
     gone = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
-    vectors = {name: _vector(tensors, name) for name in decoder.vectors() if not name.startswith(gone)}
+    vectors = {name: _vector(tensors, name).float() for name in decoder.vectors() if not name.startswith(gone)}
     for site in decoder.sites():
         action = plan[site.name]
         if action.keep == 0:
@@ -158,11 +166,15 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
         if site.kind == "attention":
             fused = [f"{site.name}.{part}" for part in "qkv"]
             heights, _, biased = zip(*(shapes.pop(name) for name in fused), strict=True)
-            whole = _stored(tensors, f"{site.name}.qkv", format, sum(heights), decoder.hidden, biased[0]).weight()
+            shapes[f"{site.name}.qkv"] = sum(heights), decoder.hidden, biased[0]
+        found = {
+            name: _stored(tensors, name, format, *shape, decoder.floats).weight() for name, shape in shapes.items()
+        }
+        if site.kind == "attention":
+            whole = found.pop(f"{site.name}.qkv")
             for name, height, end in zip(fused, heights, np.cumsum(heights).tolist(), strict=True):
-                matrices[name] = whole.rows(end - height, end)
-        for name, (rows, columns, bias) in shapes.items():
-            matrices[name] = _stored(tensors, name, format, rows, columns, bias).weight()
+                found[name] = whole.rows(end - height, end)
+        matrices |= found
     return Student(decoder, plan, matrices, vectors)
 
 
@@ -185,17 +197,27 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
     return tensors
 
 
+def _precision(tensors: Mapping[str, ir.TensorProtocol]) -> Precision:
+    floats = _vector(tensors, "norm").dtype
+    return "float16" if floats == torch.float16 else "float32"
+
+
 def _stored(
-    tensors: Mapping[str, ir.TensorProtocol], name: str, format: Format, rows: int, columns: int, bias: bool
+    tensors: Mapping[str, ir.TensorProtocol],
+    name: str,
+    format: Format,
+    rows: int,
+    columns: int,
+    bias: bool,
+    floats: np.dtype,
 ) -> Stored:
     """The arrays of one matrix, checked; int8 codes may be unsigned, from processors that need it."""
     arrays = {}
     for part in ("values", "codes", "scales", "zeros", "bias"):
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
-    expected = {
-        part: (np.dtype(kind).itemsize, *shape) for part, (kind, shape) in layout(format, rows, columns, bias).items()
-    }
+    promised = layout(format, rows, columns, bias, floats)
+    expected = {part: (kind.itemsize, *shape) for part, (kind, shape) in promised.items()}
     found = {part: (array.dtype.itemsize, *array.shape) for part, array in arrays.items()}
     if format.kind == "dynamic":
         expected.pop("zeros", None)

@@ -3,9 +3,10 @@
 Knows nothing of files or sessions: a `store` callable says where a tensor's bytes go. Every sub-layer is one
 function, which the whole model and the latency table's stacks share, so that what is timed is what is deployed.
 
-    float       FusedMatMul(transB) on [O, I]; fp16 through a Cast, which ONNX Runtime folds when the session is made
+    float       FusedMatMul(transB) on [O, I]; of other floats than the graph's through a Cast, which ONNX Runtime folds when
+                the session is made
     blockwise   MatMulNBits, accuracy_level 4 (activations in int8 blocks); embedding: GatherBlockQuantized
-    int8        DynamicQuantizeLinear (shared by the matrices that read one input), MatMulIntegerToFloat
+    int8        DynamicQuantizeLinear (shared by the matrices that read one input), MatMulIntegerToFloat; float32 graphs only
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ Matrices = Callable[[tuple[str, ...]], Stored]
 
 
 class GraphBuilder:
-    """Collects nodes and initializers in order; every tensor is stored once, however many nodes read it."""
+    """Collects nodes and initializers in order; every tensor is stored once, however many nodes read it.
 
-    def __init__(self, store: Store):
+    floats: what the graph computes in, float32 or float16.
+    """
+
+    def __init__(self, store: Store, floats: np.dtype):
+        self.floats, self.float_type = floats, ir.DataType.from_numpy(floats)
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.inputs: list[ir.Value] = []
@@ -70,7 +75,7 @@ class GraphBuilder:
         return self.inputs[-1]
 
     def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        value.name, value.type, value.shape = name, ir.TensorType(self.float_type), ir.Shape(shape)
         self.outputs.append(value)
 
     def small(self, name: str, array: np.ndarray) -> ir.Value:
@@ -78,6 +83,14 @@ class GraphBuilder:
         if name not in self.initializers:
             self._initializer(name, ir.tensor(array, name=name))
         return self.initializers[name]
+
+    def number(self, name: str, number: float) -> ir.Value:
+        """A constant of the graph's floats."""
+        return self.small(name, np.array(number, self.floats))
+
+    def floating(self, x: ir.Value, dtype: np.dtype, name: str) -> ir.Value:
+        """`x`, of this type, in the graph's floats."""
+        return x if dtype == self.floats else self.op("Cast", [x], name, to=self.float_type.value)
 
     def tensor(self, name: str, array: np.ndarray) -> ir.Value:
         """A weight, put where `store` says."""
@@ -114,9 +127,7 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
     """x [B, S, I] times the transpose of the [O, I] matrix `name`, and its bias -> [B, S, O], called `output`."""
     w = {part: b.tensor(f"{name}.{part}", array) for part, array in weight.arrays.items()}
     if weight.format.kind == "float":
-        values = w["values"]
-        if weight.format.bits == 16:
-            values = b.op("Cast", [values], f"{name}.float", to=ir.DataType.FLOAT.value)
+        values = b.floating(w["values"], weight.arrays["values"].dtype, f"{name}.float")
         if "bias" not in w:
             return b.ms("FusedMatMul", [x, values], output, transB=1)
         product = b.ms("FusedMatMul", [x, values], f"{output}.unbiased", transB=1)
@@ -149,7 +160,7 @@ def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.V
     w = {part: b.tensor(f"{name}.{part}", array) for part, array in weight.arrays.items()}
     if weight.format.kind == "float":
         rows = b.op("Gather", [w["values"], ids], f"{name}.rows")
-        return b.op("Cast", [rows], f"{name}.out", to=ir.DataType.FLOAT.value) if weight.format.bits == 16 else rows
+        return b.floating(rows, weight.arrays["values"].dtype, f"{name}.out")
     flat = b.small("table_shape", np.array([weight.rows, -1], np.int64))
     table = b.op("Reshape", [w["codes"], flat], f"{name}.table")
     rows = b.ms(
@@ -265,11 +276,11 @@ class Positions:
             row = b.small(f"frequencies{end}", np.array([frequencies], np.float32))
             angles = b.op("Mul", [column, row], f"angles{end}")
             scale = b.small("rope_scale", np.array(decoder.rope_scale, np.float32))
-            cos, sin = (
-                b.op("Mul", [b.op(kind, [angles], f"{kind.lower()}{end}"), scale], f"{kind.lower()}{end}.scaled")
-                for kind in ("Cos", "Sin")
-            )
-            self._tables[frequencies] = cos, sin
+            tables = []
+            for kind in ("cos", "sin"):
+                exact = b.op("Mul", [b.op(kind.title(), [angles], f"{kind}{end}"), scale], f"{kind}{end}.scaled")
+                tables.append(b.floating(exact, np.dtype(np.float32), f"{kind}{end}.float"))
+            self._tables[frequencies] = tables[0], tables[1]
         return self._tables[frequencies]
 
     def learned(self, ids: ir.Value, table: np.ndarray) -> ir.Value:
@@ -305,7 +316,7 @@ def attention(
         q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
         inputs = [*(head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k))), v]
     past = [
-        b.input(f"past_key_values.{cache}.{part}", ir.DataType.FLOAT, ["batch_size", heads[1], "past", head_dim])
+        b.input(f"past_key_values.{cache}.{part}", b.float_type, ["batch_size", heads[1], "past", head_dim])
         for part in ("key", "value")
     ]
     mixed, key, value = b.node(
@@ -373,19 +384,18 @@ def decoder_model(
     """The graph of a whole student.
 
     Inputs: input_ids [B, S] int64; attention_mask [B, past + S] int64;
-    past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] float32, i numbers the attentions that are left: the
+    past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] floats, i numbers the attentions that are left: the
     names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps; `KEEP`, which need not be fed.
-    Outputs: logits [B, S, V] float32, or of the last positions only (`KEEP`); present.{i}.key and .value.
+    Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`); present.{i}.key and .value.
+    Floats are `decoder.floats`, as vectors have to be.
     """
-    b = GraphBuilder(store)
+    b = GraphBuilder(store, decoder.floats)
     ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
     table = matrices(("embedding",))
     x = embedding(b, ids, "embedding", table)
     if decoder.embedding_scale != 1:
-        x = b.op(
-            "Mul", [x, b.small("embedding_scale", np.array(decoder.embedding_scale, np.float32))], "embedding.scaled"
-        )
+        x = b.op("Mul", [x, b.number("embedding_scale", decoder.embedding_scale)], "embedding.scaled")
     positions, caches = None, count()
     if decoder.learned_positions:
         positions = Positions(b, decoder, mask)
@@ -408,7 +418,7 @@ def decoder_model(
         b, x, name, table if decoder.tied else matrices((name,)), "scores" if decoder.logit_cap else "logits"
     )
     if decoder.logit_cap:
-        cap = b.small("logit_cap", np.array(decoder.logit_cap, np.float32))
+        cap = b.number("logit_cap", decoder.logit_cap)
         logits = b.op("Mul", [b.op("Tanh", [b.op("Div", [logits, cap], "scores.share")], "scores.tanh"), cap], "logits")
     b.output(logits, "logits", ["batch_size", "kept", decoder.vocabulary])
     return b.model()
@@ -421,12 +431,14 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
     embedding: lookup and final norm from `input_ids`, and the head's product at the last position where the table is tied.
     head: final norm of `x` and product at the last position.
     """
-    b = GraphBuilder(store)
-    vectors = {name: np.ones(shape, np.float32) for name, shape in replace(decoder, layers=copies).vectors().items()}
+    b = GraphBuilder(store, decoder.floats)
+    vectors = {
+        name: np.ones(shape, decoder.floats) for name, shape in replace(decoder, layers=copies).vectors().items()
+    }
     if kind == "embedding":
         source = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     else:
-        source = b.input("x", ir.DataType.FLOAT, ["batch_size", "sequence", decoder.hidden])
+        source = b.input("x", b.float_type, ["batch_size", "sequence", decoder.hidden])
     if kind in ("embedding", "head"):
         ends = [key for key in ("norm", "norm.bias") if key in vectors]
         for copy in range(copies):

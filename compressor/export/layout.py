@@ -3,10 +3,10 @@
 Knows formats and numpy, neither graphs nor files.
 
     float       values [O, I] float32 or float16
-    blockwise   codes [O, G, block * bits / 8] uint8, scales [O, G] float32, zeros [O, ceil(G * bits / 8)] uint8
-    int8        codes [I, O] int8, scales [O] float32; where int8 products saturate, codes uint8 and zeros [O] = 128
+    blockwise   codes [O, G, block * bits / 8] uint8, scales [O, G] floats, zeros [O, ceil(G * bits / 8)] uint8
+    int8        codes [I, O] int8, scales [O] floats; where int8 products saturate, codes uint8 and zeros [O] = 128
 
-and a bias [O] float32 where there is one.
+and a bias [O] floats where there is one; floats are what the graph computes in, float32 or float16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stored:
     arrays: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, weight: Weight) -> Stored:
+    def of(cls, weight: Weight, floats: np.dtype) -> Stored:
         rows, columns = weight.shape
         arrays = {part: tensor.detach().numpy() for part, tensor in weight.tensors().items()}
         if weight.format.kind == "dynamic":
@@ -43,21 +43,27 @@ class Stored:
                 # the same grid, shifted: (code + 128 - 128) * scale
                 arrays["codes"] = (arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
                 arrays["zeros"] = np.full(rows, 128, np.uint8)
+        arrays |= {part: arrays[part].astype(floats, copy=False) for part in ("scales", "bias") if part in arrays}
         return cls(weight.format, rows, columns, arrays)
 
     @classmethod
-    def blank(cls, format: Format, rows: int, columns: int, bias: bool = False) -> Stored:
+    def blank(cls, format: Format, rows: int, columns: int, bias: bool, floats: np.dtype) -> Stored:
         """All zeros, in no memory: for measuring the graph alone."""
-        shapes = layout(format, rows, columns, bias)
+        shapes = layout(format, rows, columns, bias, floats)
         return cls(
-            format, rows, columns, {part: np.broadcast_to(dtype(0), shape) for part, (dtype, shape) in shapes.items()}
+            format,
+            rows,
+            columns,
+            {part: np.broadcast_to(dtype.type(0), shape) for part, (dtype, shape) in shapes.items()},
         )
 
     @classmethod
-    def random(cls, rng: np.random.Generator, format: Format, rows: int, columns: int, bias: bool = False) -> Stored:
+    def random(
+        cls, rng: np.random.Generator, format: Format, rows: int, columns: int, bias: bool, floats: np.dtype
+    ) -> Stored:
         """Weights of a plausible size, for timing."""
         arrays: dict[str, np.ndarray] = {}
-        for part, (dtype, shape) in layout(format, rows, columns, bias).items():
+        for part, (dtype, shape) in layout(format, rows, columns, bias, floats).items():
             if part == "scales":
                 arrays[part] = np.full(shape, 0.1 / 2**format.bits, dtype)
             elif np.issubdtype(dtype, np.floating):
@@ -67,7 +73,7 @@ class Stored:
         return cls(format, rows, columns, arrays)
 
     def weight(self) -> Weight:
-        """The inverse of `of`: the same values, codes, scales and zero points."""
+        """The inverse of `of`: the same values, codes, scales and zero points; floats as they were rounded."""
         arrays = dict(self.arrays)
         if self.format.kind == "dynamic":
             if arrays.pop("zeros", None) is not None:
@@ -76,27 +82,25 @@ class Stored:
             arrays["scales"] = arrays["scales"].reshape(self.rows, 1)
         # copies: the arrays may be read-only views of a mapped file
         tensors = {part: torch.from_numpy(np.array(array, order="C")) for part, array in arrays.items()}
+        tensors |= {part: tensors[part].float() for part in ("scales", "bias") if part in tensors}
         return Weight.from_tensors(self.format, self.columns, tensors)
 
 
-def layout(format: Format, rows: int, columns: int, bias: bool = False) -> dict[str, tuple[type, tuple[int, ...]]]:
+def layout(
+    format: Format, rows: int, columns: int, bias: bool, floats: np.dtype
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """(numpy type, shape) of every array of a [rows, columns] matrix."""
-    shapes: dict[str, tuple[type, tuple[int, ...]]] = {"bias": (np.float32, (rows,))} if bias else {}
+    byte, values = np.dtype(np.uint8), np.dtype(np.float16 if format.bits == 16 else np.float32)
+    shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {"bias": (floats, (rows,))} if bias else {}
     if format.kind == "float":
-        return shapes | {"values": (np.float16 if format.bits == 16 else np.float32, (rows, columns))}
+        return shapes | {"values": (values, (rows, columns))}
     if format.kind == "dynamic":
-        shapes |= {"codes": (np.int8, (columns, rows)), "scales": (np.float32, (rows,))}
-        if not int8_products_are_exact():
-            shapes |= {"codes": (np.uint8, (columns, rows)), "zeros": (np.uint8, (rows,))}
-        return shapes
+        if int8_products_are_exact():
+            return shapes | {"codes": (np.dtype(np.int8), (columns, rows)), "scales": (floats, (rows,))}
+        return shapes | {"codes": (byte, (columns, rows)), "scales": (floats, (rows,)), "zeros": (byte, (rows,))}
     blocks = -(-columns // format.block)
-    shapes |= {
-        "codes": (np.uint8, (rows, blocks, format.block * format.bits // 8)),
-        "scales": (np.float32, (rows, blocks)),
-    }
-    if format.has_zeros:
-        shapes["zeros"] = (np.uint8, (rows, -(-blocks * format.bits // 8)))
-    return shapes
+    shapes |= {"codes": (byte, (rows, blocks, format.block * format.bits // 8)), "scales": (floats, (rows, blocks))}
+    return shapes | ({"zeros": (byte, (rows, -(-blocks * format.bits // 8)))} if format.has_zeros else {})
 
 
 @cache

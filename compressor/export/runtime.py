@@ -21,11 +21,14 @@ from compressor.export.files import GRAPH_FILE
 from compressor.export.graph import KEEP, stack_model
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
-from compressor.student import Decoder
+from compressor.student import Decoder, Precision
 
 Device = Literal["cpu", "cuda"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PLACED = ("MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention")
+"""Operators that a device has to run itself; without a word, ONNX Runtime gives to the CPU what it has no kernel for."""
+
 REMEDY = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
 
 
@@ -33,11 +36,15 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
     """A session on `device`; `threads` within an operator, None for one a core.
 
     Raises:
-        RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one.
+        RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one, for the whole or for operators
+            that matter.
     """
     wanted = available_provider(device)
+    if device == "cuda":
+        ort.preload_dlls()  # CUDA's libraries may have come as packages
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # a session that waits must not spin on the cores that another one is timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
@@ -48,7 +55,16 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
         what = model if isinstance(model, Path) else "a graph in memory"
         raise RuntimeTargetError(f"ONNX Runtime refused {what}: {str(error).strip().splitlines()[0]}") from error
     check_provider(session.get_providers(), wanted)
+    check_placement(session, wanted)
     return session
+
+
+def check_placement(session: ort.InferenceSession, wanted: str) -> None:
+    """Raise RuntimeTargetError if an operator of `PLACED` runs elsewhere than on `wanted`."""
+    subgraphs = session.get_provider_graph_assignment_info()
+    placed = [(graph.ep_name, node.op_type) for graph in subgraphs for node in graph.get_nodes()]
+    if elsewhere := sorted({kind for provider, kind in placed if provider != wanted and kind in PLACED}):
+        raise RuntimeTargetError(f"{wanted} has no kernel for {', '.join(elsewhere)} as this model needs it")
 
 
 def available_provider(device: Device) -> str:
@@ -69,31 +85,28 @@ def check_provider(providers: list[str], wanted: str) -> None:
         raise RuntimeTargetError(f"expected {wanted}, the session runs on {providers[0]}; {REMEDY}")
 
 
-def check_formats(formats: Sequence[str], table_formats: Sequence[str], device: Device = "cpu") -> None:
-    """Run a feed-forward and a table of a few weights in every format that is offered for them.
+def refused_formats(
+    kind: Literal["attention", "ffn", "embedding"], formats: Sequence[str], device: Device, precision: Precision
+) -> dict[str, str]:
+    """What ONNX Runtime says of the formats that it does not run, by name: a site of this kind with a few weights is tried.
 
     Raises:
-        RuntimeTargetError: ONNX Runtime refuses some; they are named.
+        RuntimeTargetError: it does not run on the device at all.
     """
     available_provider(device)
     frequencies = tuple(10000.0 ** (-i / 32) for i in range(32))
-    probe = Decoder(1, 256, 4, 2, 64, 256, 256, 64, 1e-5, frequencies, 1.0, tied=True)
-    table, _, feed_forward = probe.sites()
+    probe = Decoder(1, 256, 4, 2, 64, 256, 256, 64, 1e-5, frequencies, 1.0, tied=True, precision=precision)
+    site = next(site for site in probe.sites() if site.kind == kind)
     refused: dict[str, str] = {}
-    for site, names in ((feed_forward, formats), (table, table_formats)):
-        for name in names:
+    for name in formats:
+        try:
             action = Action(site.units, name)
-            try:
-                calls = site_stack(probe, site, action, 1, prefill_tokens=2, context=0, device=device, threads=1)
-                calls.prefill()
-                calls.close()
-            except Exception as error:  # ONNX Runtime's exceptions have no common base
-                refused[f"{name} ({site.kind})"] = str(error).strip().splitlines()[0]
-    if refused:
-        raise RuntimeTargetError(
-            f"onnxruntime {ort.__version__} cannot run {', '.join(refused)} on {device}: take them out of search.formats and "
-            f"search.embedding_formats. It says: {next(iter(refused.values()))}"
-        )
+            calls = site_stack(probe, site, action, 1, prefill_tokens=2, context=0, device=device, threads=1)
+            calls.prefill()
+            calls.close()
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            refused[name] = str(error).strip().splitlines()[0]
+    return refused
 
 
 class _Runner:
@@ -102,8 +115,8 @@ class _Runner:
     def __init__(self, model: Path | bytes, device: Device, threads: int | None):
         self._session = open_session(model, device, threads)
         self._device = device
-        inputs = {value.name: value.shape for value in self._session.get_inputs()}
-        self._cache_shapes = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
         self._has_mask = "attention_mask" in inputs
         self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -111,9 +124,11 @@ class _Runner:
     def past(self, length: int, rng: np.random.Generator | None = None) -> dict[str, ort.OrtValue]:
         """Cache inputs for `length` positions: zeros, or random."""
         arrays = {}
-        for name, (_, heads, _, width) in self._cache_shapes.items():
-            shape = (1, heads, length, width)
-            arrays[name] = np.zeros(shape, np.float32) if rng is None else rng.standard_normal(shape, np.float32)
+        for name, value in self._caches.items():
+            shape = (1, value.shape[1], length, value.shape[3])
+            floats = np.float16 if value.type == "tensor(float16)" else np.float32
+            filled = np.zeros(shape, floats) if rng is None else rng.standard_normal(shape, np.float32)
+            arrays[name] = filled.astype(floats, copy=False)
         return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()}
 
     def run(
@@ -176,7 +191,8 @@ class OnnxDecoder(_Runner):
     Args:
         folder: as `export_onnx` left it.
         threads: within an operator; None for one a core.
-        exact: without the rounding of activations, for comparisons with torch; slow (see `exact_graph`).
+        exact: in float32 without the rounding of activations, for comparisons with torch; slow, and on the CPU, whatever the
+            device (see `exact_graph`).
 
     Raises:
         RuntimeTargetError: the folder holds no graph, or the provider is not the one asked for.
@@ -187,7 +203,7 @@ class OnnxDecoder(_Runner):
         if not graph.is_file():
             raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
         with exact_graph(Path(folder)) if exact else nullcontext(graph) as path:
-            super().__init__(path, device, threads)
+            super().__init__(path, "cpu" if exact else device, threads)
 
     @property
     def provider(self) -> str:
@@ -207,7 +223,7 @@ class OnnxDecoder(_Runner):
         """More tokens [S] behind `cache` -> (logits [S, V], or of the `keep` last positions only, the longer cache)."""
         ids = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
         logits, values = self.run("input_ids", ids, cache.values, cache.length, keep)
-        return logits.numpy()[0][-keep:], Cache(cache.length + ids.shape[1], values)
+        return logits.numpy()[0][-keep:].astype(np.float32, copy=False), Cache(cache.length + ids.shape[1], values)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Token ids [S] -> logits [S, V]."""
@@ -258,7 +274,7 @@ def site_stack(
         # drawn anew for every copy: ONNX Runtime keeps prepacked weights of equal contents once, which fit in a cache
         parts = [f"{site.name}.{name.rsplit('.', 1)[-1]}" if site.layer is not None else name for name in names]
         rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1]
-        return Stored.random(rng, format, rows, columns, parts[0] in biased)
+        return Stored.random(rng, format, rows, columns, parts[0] in biased, decoder.floats)
 
     model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
     runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
@@ -268,7 +284,7 @@ def site_stack(
         many = ids[None]
     else:
         name = "x"
-        many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32)
+        many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
     one = many[:, :1]
     empty, filled = runner.past(0), runner.past(context, rng)
     return BenchCalls(

@@ -77,7 +77,7 @@ class _Fitting:
     def readers(self, given: Stream, x_NLI: Tensor) -> None:
         """Fit the matrices that read the stream; x_NLI: what they read in the teacher."""
         names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
-        fit = _LeastSquares(torch.cat([self._dense[name] for name in names]).to(x_NLI))
+        fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
         for windows, x_BLI in given.inputs(names[0]):
             fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T)
         self._finish(fit, names)
@@ -85,9 +85,9 @@ class _Fitting:
     def writer(self, given: Stream, behind_NLD: Tensor) -> None:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
         name = self._site.matrices[-1].name
-        fit = _LeastSquares(self._dense[name].to(behind_NLD))
+        fit = _LeastSquares(self._dense[name])
         bias_D = self._unquantized[name].bias
-        added_D = torch.zeros(()).to(behind_NLD) if bias_D is None else bias_D.to(behind_NLD)
+        added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
         for windows, x_BLI in given.inputs(name):
             h_BLD, front_BLD = behind_NLD[windows], given.hidden_NLD[windows] + added_D
             size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
@@ -124,7 +124,7 @@ class _LeastSquares:
         self._weight += float(c_T1.sum())
 
     def solution(self) -> tuple[Tensor, Tensor]:
-        """(W' [O, I], weighted second moment of the input [I, I]), on the CPU."""
-        moment_II, missed_OI = self._moment_II.cpu() / self._weight, self._missed_OI.cpu() / self._weight
+        """(W' [O, I], weighted second moment of the input [I, I])."""
+        moment_II, missed_OI = self._moment_II / self._weight, self._missed_OI / self._weight
         factor_II = torch.linalg.cholesky(damped(moment_II, RIDGE))
-        return self.w_OI.cpu() + torch.cholesky_solve(missed_OI.T, factor_II).T.contiguous(), moment_II
+        return self.w_OI + torch.cholesky_solve(missed_OI.T, factor_II).T.contiguous(), moment_II
