@@ -110,11 +110,7 @@ def test_formats_run_or_are_refused(kind):
 @families
 def test_families(folders, name, windows, tmp_path):  # noqa: F811
     network = load_teacher(folders[name]).network.to("cuda")
-    plan = {
-        key: Action(a.keep, a.format.replace("int8", "w8").replace("w2", "w4"))
-        for key, a in mixed_plan(network.decoder).items()
-    }
-    made = Bank(tmp_path / "bank", network, windows[:8], windows[:2]).realize(Plan(tuple(plan.items())))
+    made = Bank(tmp_path / "bank", network, windows[:8], windows[:2]).realize(half_plan(network.decoder))
     made = replace(made, decoder=replace(made.decoder, precision="float16"))
     export_onnx(made, tmp_path)
     ids_L = windows[20, :40]
