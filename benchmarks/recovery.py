@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
     options = parser.parse_args()
-    training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}"]
+    training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}", *options.set]
     recipe = Recipe.load(options.recipe, training)  # the text that is trained on is read with the others
     stages = Stages(options.out / "stages", LineProgress(sys.stderr))
     run = pipeline.start(recipe, options.out, False, stages)

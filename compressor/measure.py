@@ -109,11 +109,18 @@ def opened(folder: Path, target: Target) -> Iterator[BenchCalls]:
 
 @contextmanager
 def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
-    """The teacher in torch, as calls to be timed; on the network's device, with torch's own number of threads."""
+    """The teacher in torch, as calls to be timed; on the target, if torch has it, with torch's own number of threads."""
     ids_BL = torch.zeros(1, target.prefill_tokens, dtype=torch.int64)
-    step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
-    # logits in host memory, as ONNX Runtime gives them: a GPU has finished then
-    yield BenchCalls(lambda: network.logits(network.hidden(ids_BL)[:, -1:]).cpu(), lambda: step().cpu(), lambda: None)
+    home = network.device
+    network.to(target.device if torch.cuda.is_available() else "cpu")
+    try:
+        step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
+        # logits in host memory, as ONNX Runtime gives them: a GPU has finished then
+        yield BenchCalls(
+            lambda: network.logits(network.hidden(ids_BL)[:, -1:]).cpu(), lambda: step().cpu(), lambda: None
+        )
+    finally:
+        network.to(home)
 
 
 def cache_flusher(device: Device) -> Callable[[], object]:

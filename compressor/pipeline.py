@@ -213,7 +213,7 @@ def start(
             precision=target.precision,
         )
         texts = Texts.read(recipe, teacher.tokenizer)
-        teacher.network.to(target.device if torch.cuda.is_available() else "cpu")
+        teacher.network.to("cuda" if torch.cuda.is_available() else "cpu")  # wherever the student will run
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
     with stages.timed("statistics", bank.key) as report_progress:
@@ -477,6 +477,7 @@ def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list
         network,
         run.texts.trained_NL,
         windows=run.recipe.batch_windows,
+        together=run.recipe.micro_batch_windows,
         kl_weight=wanted.kl_weight,
         hidden_weight=wanted.hidden_weight,
         temperature=wanted.temperature,

@@ -347,11 +347,11 @@ def fake_dynamic_int8(x_BLD: Tensor) -> Tensor:
 
 
 def _fake_uint8(x: Tensor) -> Tensor:
-    low, high = torch.aminmax(x.detach())
+    low, high = torch.aminmax(x.detach().float())
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / 255).clamp_min(1e-12)
     zero = torch.round(-low / scale).clamp_(0, 255).to(torch.int32)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)
 
 
 def fake_block_int8(x_BLI: Tensor, block: int) -> Tensor:

@@ -392,6 +392,9 @@ class DistillSection(Section):
     """Steps of a finalist, at most `steps`."""
     batch_tokens: Count = 2048
     """Tokens in a step, those of prompts included."""
+    micro_batch_tokens: Count = 512
+    """Tokens of given text that run through the models at once, whole windows, at least one; the more, the faster on a GPU,
+    and the more memory."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits), 1e-4 for weights, 1e-3 for
     lora."""
@@ -500,6 +503,11 @@ class Recipe(Section):
     def batch_windows(self) -> int:
         """Windows in a step of the training."""
         return max(1, self.distill.batch_tokens // self.data.sequence_length)
+
+    @property
+    def micro_batch_windows(self) -> int:
+        """Windows of the training that run through the models at once."""
+        return max(1, self.distill.micro_batch_tokens // self.data.sequence_length)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -134,6 +134,7 @@ def test_dynamic_int8_lets_gradients_through():
     x = torch.randn(1, 4, 8, requires_grad=True)
     fake_dynamic_int8(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+    assert fake_dynamic_int8(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

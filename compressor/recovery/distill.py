@@ -256,7 +256,8 @@ class Imitation:
 
     Args:
         tokens_NL: training text; visited in an order drawn from the seed, again and again.
-        windows: of it in a step. kl_weight, hidden_weight, temperature: the a, b and t of the loss.
+        windows: of it in a step. together: of these at once.
+        kl_weight, hidden_weight, temperature: the a, b and t of the loss.
     """
 
     decides = "kl"
@@ -268,12 +269,14 @@ class Imitation:
         tokens_NL: Tensor,
         *,
         windows: int = 1,
+        together: int = 1,
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
         temperature: float = 1.0,
         seed: int = 0,
     ):
-        self.teacher, self.network, self.tokens_NL, self.windows, self.seed = teacher, network, tokens_NL, windows, seed
+        self.teacher, self.network, self.tokens_NL, self.seed = teacher, network, tokens_NL, seed
+        self.windows, self.together = windows, together
         self.kl_weight, self.hidden_weight, self.temperature = kl_weight, hidden_weight, temperature
         self.parameters: dict[str, nn.Parameter] = {}
         self.state: dict[str, float] = {}
@@ -282,8 +285,8 @@ class Imitation:
         seen = range(step * self.windows, (step + 1) * self.windows)
         batch_BL = self.tokens_NL[[visited(len(self.tokens_NL), n, self.seed) for n in seen]]
         value = 0.0
-        for ids_L in batch_BL:
-            loss = self._loss(ids_L[None]) / len(batch_BL)
+        for ids_BL in batch_BL.split(self.together):
+            loss = self._loss(ids_BL) * (len(ids_BL) / len(batch_BL))
             loss.backward()
             value += float(loss.detach())
         yield {"loss": value}
@@ -294,10 +297,10 @@ class Imitation:
     def _loss(self, ids_BL: Tensor) -> Tensor:
         with torch.no_grad():
             hidden_t = self.teacher.every_hidden(ids_BL)
-            log_p_LV = torch.log_softmax(self.teacher.logits(hidden_t[-1])[0] / self.temperature, -1)
+            log_p_TV = torch.log_softmax(self.teacher.logits(hidden_t[-1]).flatten(0, 1) / self.temperature, -1)
         hidden_s = self.network.every_hidden(ids_BL)
-        log_q_LV = torch.log_softmax(self.network.logits(hidden_s[-1])[0] / self.temperature, -1)
-        kl = nn.functional.kl_div(log_q_LV, log_p_LV, reduction="batchmean", log_target=True)
+        log_q_TV = torch.log_softmax(self.network.logits(hidden_s[-1]).flatten(0, 1) / self.temperature, -1)
+        kl = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
         loss = self.kl_weight * self.temperature**2 * kl
         if self.hidden_weight:
             pairs = zip(hidden_s[1:], hidden_t[1:], strict=True)
