@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
 from compressor import actions
 from compressor.export import fixed_bytes
+from compressor.measure import Target
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Format
 from compressor.recipe import Recipe
@@ -28,6 +30,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     """Sites, actions, sizes, and roughly the time and memory of every stage on this machine."""
     model = recipe.model
     decoder = read_decoder(model.path, gguf=model.gguf, revision=model.revision)
+    decoder = replace(decoder, precision=Target.of(recipe.target).precision)
     sites = decoder.sites()
     menu = actions.menu(recipe.search, sites)
     lines = []
@@ -90,12 +93,13 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     ]
 
 
-def measured_flops(size: int = 768) -> float:
-    """Floating-point operations a second of a square matrix product, the best of five."""
-    a = torch.randn(size, size)
+def measured_flops() -> float:
+    """Floating-point operations a second of a square matrix product where torch will work, the best of five."""
+    device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 768)
+    a = torch.randn(size, size, device=device)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        a @ a
+        float((a @ a)[0, 0])  # waits for a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -16,6 +16,7 @@ import torch
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.export.runtime import Device
 from compressor.network import Network
+from compressor.recipe import TargetSection
 from compressor.student import Precision
 from eval.memory import peak_growth_bytes
 from eval.timing import CacheFlusher, time_call
@@ -31,6 +32,17 @@ class Target:
     threads: int | None
     prefill_tokens: int
     context: int
+
+    @classmethod
+    def of(cls, wanted: TargetSection) -> Target:
+        """`auto` takes the GPU where torch sees one, and float16 there."""
+        device: Device = "cpu" if wanted.device == "cpu" else "cuda"
+        if wanted.device == "auto" and not torch.cuda.is_available():
+            device = "cpu"
+        precision: Precision = "float16" if device == "cuda" else "float32"
+        if wanted.precision != "auto":
+            precision = wanted.precision
+        return cls(device, precision, wanted.threads, wanted.workload.prefill, wanted.workload.context)
 
     @property
     def environment(self) -> dict[str, str | int | None]:

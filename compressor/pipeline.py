@@ -159,18 +159,6 @@ class Run:
         return Executor(self.bank, self.texts.score_NL)
 
 
-def target_of(recipe: Recipe) -> Target:
-    """Where the student will run; `auto` takes the GPU where torch sees one."""
-    device = recipe.target.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = recipe.target.precision
-    if precision == "auto":
-        precision = "float16" if device == "cuda" else "float32"
-    workload = recipe.target.workload
-    return Target(device, precision, recipe.target.threads, workload.prefill, workload.context)
-
-
 def runnable(recipe: Recipe, target: Target) -> Recipe:
     """The recipe with the formats that the target runs.
 
@@ -202,7 +190,7 @@ def start(
     Raises:
         RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
     """
-    target = target_of(recipe)
+    target = Target.of(recipe.target)
     recipe, model = runnable(recipe, target), recipe.model
     with stages.timed("teacher"):
         teacher = load_teacher(
