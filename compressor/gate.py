@@ -131,7 +131,7 @@ def _differences(report: Report, baseline: Report, times: bool) -> list[str]:
     if abs(teachers[0] / teachers[1] - 1) > SAME_TEACHER:
         found.append(f"the teacher's perplexity: {number(teachers[0])} against {number(teachers[1])}")
     if times:
-        for key in ("cpu", "threads", "provider"):
+        for key in ("cpu", "gpu", "threads", "provider"):
             here, there = getattr(report.environment, key), getattr(baseline.environment, key)
             if here != there:
                 found.append(f"{key}: {here} against {there}")

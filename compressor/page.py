@@ -184,8 +184,10 @@ def _asked(report: Report) -> str:
     limits = [f"{AXES[line.name][0]} at most {AXES[line.name][1](line.limit)}" for line in report.budget]
     search, environment = report.recipe.get("search", {}), report.environment
     workload = report.recipe.get("target", {}).get("workload", {})
-    sentence = f"Asked for: {' and '.join(limits) or 'no limit'}, on {environment.cpu} with "
-    sentence += f"{environment.threads} thread{'s' if environment.threads != 1 else ''} ({environment.provider})"
+    threads = f"{environment.cpu} with {environment.threads} thread{'s' if environment.threads != 1 else ''}"
+    sentence = (
+        f"Asked for: {' and '.join(limits) or 'no limit'}, on {environment.gpu or threads} ({environment.provider})"
+    )
     if workload:
         sentence += f", for a prompt of {workload['prefill']} tokens and decoding after {workload['context']}"
     if search:
@@ -261,8 +263,8 @@ def _gate_part(report: Report) -> str:
     if report.parity:
         same = "the same" if report.parity.greedy_equal else "other"
         text += (
-            f"\n\nGreedy decoding gives {same} tokens from the ONNX folder as from torch. Both compute without rounding "
-            "activations here; the deployed kernels round what they read to int8, which changes the logits by "
+            f"\n\nGreedy decoding gives {same} tokens from the ONNX folder as from torch. Both compute in float32 without "
+            "rounding activations here; the rounding of the deployed kernels changes the logits by "
             f"{report.parity.rounding:.2%} (part of every other figure)."
         )
     return text
@@ -415,9 +417,7 @@ def _samples_part(report: Report) -> str:
 def _measured_part(report: Report) -> str:
     environment = report.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    where = (
-        f"{environment.cpu}, {environment.machine}; {environment.threads} threads, {environment.provider}; {versions}."
-    )
+    where = f"{environment.gpu + ', ' if environment.gpu else ''}{environment.cpu}, {environment.machine}; {environment.threads} threads, {environment.provider}; {versions}."
     text = f"## How it was measured\n\n{report.protocol.strip()}\n\n{where}"
     spreads = [
         (

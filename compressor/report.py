@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it was measured: `cpu` is the processor's name, `provider` the execution provider that really ran."""
+    """Where it was measured: names of the processor and of the GPU, if one was the target; `provider` is the execution
+    provider that really ran."""
 
     machine: str
     cpu: str
     threads: int
     provider: str
     versions: dict[str, str]
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)

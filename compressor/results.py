@@ -304,7 +304,8 @@ def _environment(run: Run, folder: Path) -> report.Environment:
     with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:
         provider = decoder.provider
     threads = run.target.threads or measure.cores()
-    return report.Environment(platform.platform(), measure.processor(), threads, provider, measure.versions())
+    gpu = measure.gpu() if run.target.device == "cuda" else None
+    return report.Environment(platform.platform(), measure.processor(), threads, provider, measure.versions(), gpu)
 
 
 def _protocol(run: Run) -> str:
@@ -313,7 +314,7 @@ def _protocol(run: Run) -> str:
     return (
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
         f"({', '.join(run.texts.evaluation)}), every token but "
-        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it. Prefill: "
+        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it in {target.precision}. Prefill: "
         f"{target.prefill_tokens} tokens into an empty cache, to the logits of the last. Decode: one token behind "
         f"{target.context} cached ones. "
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
