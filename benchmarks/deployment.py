@@ -220,7 +220,7 @@ def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
     windows_NL = run.texts.evaluation_NL.numpy()
     with run.stages.timed("quality") as report, ExitStack() as stack:
         models = {name: stack.enter_context(engine.logits(windows_NL.shape[1])) for name, engine in engines.items()}
-        return compare(run.teacher.network.array_logits, models, windows_NL, report)
+        return compare(run.teacher.network.window_logits, models, windows_NL, report)
 
 
 def use(engine: Engine) -> None:

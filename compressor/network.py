@@ -314,9 +314,9 @@ class Network:
         return self.model.logits(hidden_BLD)
 
     @torch.no_grad()
-    def array_logits(self, ids_L: np.ndarray) -> np.ndarray:
-        """Token ids [L] -> logits [L, V], for `eval.perplexity`."""
-        return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0].cpu().numpy()
+    def window_logits(self, ids_L: np.ndarray) -> Tensor:
+        """Token ids [L] -> logits [L, V] on the network's device, for `eval.perplexity`."""
+        return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0]
 
     @torch.no_grad()
     def generate(

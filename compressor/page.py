@@ -417,7 +417,8 @@ def _samples_part(report: Report) -> str:
 def _measured_part(report: Report) -> str:
     environment = report.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    where = f"{environment.gpu + ', ' if environment.gpu else ''}{environment.cpu}, {environment.machine}; {environment.threads} threads, {environment.provider}; {versions}."
+    devices = ", ".join(name for name in (environment.gpu, environment.cpu, environment.machine) if name)
+    where = f"{devices}; {environment.threads} threads, {environment.provider}; {versions}."
     text = f"## How it was measured\n\n{report.protocol.strip()}\n\n{where}"
     spreads = [
         (

@@ -94,7 +94,7 @@ def collect(
 
 def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict[str, Quality]]:
     """Perplexity and KL on every evaluation text, each model as it is deployed: model -> text -> quality."""
-    teacher, texts = run.teacher.network.array_logits, run.texts.evaluation
+    teacher, texts = run.teacher.network.window_logits, run.texts.evaluation
 
     def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
         decoders = {key: OnnxDecoder(folder, run.target.device, run.target.threads) for key, folder in folders.items()}
@@ -314,8 +314,8 @@ def _protocol(run: Run) -> str:
     return (
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
         f"({', '.join(run.texts.evaluation)}), every token but "
-        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it in {target.precision}. Prefill: "
-        f"{target.prefill_tokens} tokens into an empty cache, to the logits of the last. Decode: one token behind "
+        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it in {target.precision}. "
+        f"Prefill: {target.prefill_tokens} tokens into an empty cache, to the logits of the last. Decode: one token behind "
         f"{target.context} cached ones. "
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
         "growth of resident memory in a fresh process over loading, one prefill and eight decoded tokens."

@@ -1,4 +1,4 @@
-"""Perplexity and KL of a model on text. Knows arrays only; whoever calls brings the logits.
+"""Perplexity and KL of a model on text. Knows logits only; whoever calls brings them.
 
 Protocol: windows of L tokens that do not overlap; every token but a window's first is predicted from the window's
 tokens before it; natural logarithm, mean over all predictions. KL(teacher || model) is over the same predictions.
@@ -7,12 +7,14 @@ tokens before it; natural logarithm, mean over all predictions. KL(teacher || mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-Logits = Callable[[np.ndarray], np.ndarray]
+Logits = Callable[[np.ndarray], np.ndarray | Tensor]
 """Token ids [L] -> logits [L, V]."""
 
 
@@ -37,7 +39,8 @@ def compare(
     windows_NL: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Quality]:
-    """Perplexity of the teacher (under the name `teacher`) and of every model, and their KL from it.
+    """Perplexity of the teacher (under the name `teacher`) and of every model, and their KL from it; computed where the
+    teacher's logits lie.
 
     Args:
         windows_NL: int64 token ids.
@@ -45,25 +48,20 @@ def compare(
     nll = dict.fromkeys(["teacher", *models], 0.0)
     kl = dict.fromkeys(["teacher", *models], 0.0)
     for done, ids_L in enumerate(windows_NL):
-        log_p_LV = log_softmax(teacher(ids_L)[:-1])
-        nll["teacher"] -= _picked(log_p_LV, ids_L)
-        p_LV = np.exp(log_p_LV)
+        log_p_LV = torch.log_softmax(torch.as_tensor(teacher(ids_L))[:-1], -1)
+        targets_L = torch.as_tensor(ids_L[1:], device=log_p_LV.device)
+        nll["teacher"] -= _picked(log_p_LV, targets_L)
+        p_LV = log_p_LV.exp()
         for name, logits in models.items():
-            log_q_LV = log_softmax(logits(ids_L)[:-1])
-            nll[name] -= _picked(log_q_LV, ids_L)
-            kl[name] += float(np.einsum("lv,lv->", p_LV, log_p_LV - log_q_LV, dtype=np.float64))
+            log_q_LV = torch.log_softmax(torch.as_tensor(logits(ids_L), device=log_p_LV.device)[:-1], -1)
+            nll[name] -= _picked(log_q_LV, targets_L)
+            # by position first: their sums are exact enough in float32
+            kl[name] += float((p_LV * (log_p_LV - log_q_LV)).sum(-1).sum(dtype=torch.float64))
         progress(done + 1, len(windows_NL))
     count = windows_NL.shape[0] * (windows_NL.shape[1] - 1)
     return {name: Quality(math.exp(min(nll[name] / count, 700)), max(kl[name], 0.0) / count) for name in nll}
 
 
-def log_softmax(logits_LV: np.ndarray) -> np.ndarray:
-    """Logits -> log-probabilities, float32 [L, V]."""
-    shifted = logits_LV - logits_LV.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _picked(log_p_LV: np.ndarray, ids_L: Iterable[int]) -> float:
+def _picked(log_p_LV: Tensor, targets_L: Tensor) -> float:
     """Sum of the log-probabilities that the text's own tokens got."""
-    targets = np.asarray(ids_L)[1:]
-    return float(log_p_LV[np.arange(len(targets)), targets].sum(dtype=np.float64))
+    return float(log_p_LV.gather(1, targets_L[:, None]).sum(dtype=torch.float64))
