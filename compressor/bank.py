@@ -168,9 +168,8 @@ class Bank:
 
     def student(self, plan: Plan, matrices: dict[str, Weight]) -> Student:
         """A plan's student with these matrices and the teacher's norm gains, on the CPU."""
-        dropped = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
         gains = self.teacher.vectors()
-        vectors = {name: gain.detach().cpu().clone() for name, gain in gains.items() if not name.startswith(dropped)}
+        vectors = {name: gains[name].detach().cpu().clone() for name in self.teacher.decoder.vectors_of(plan)}
         return Student(self.teacher.decoder, plan, {name: w.to("cpu") for name, w in matrices.items()}, vectors)
 
     # -- making --

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.network import Network
+from eval.perplexity import compared
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def collect(
     total = len(calibration_NL) + 2 * len(fisher_NL)
     tensors = _second_moments(network, calibration_NL, lambda done: progress(done, total))
     tensors |= _fisher(network, fisher_NL, seed, lambda done: progress(len(calibration_NL) + 2 * done, total))
-    counts = torch.bincount(calibration_NL.flatten(), minlength=network.decoder.vocabulary)
+    counts = torch.bincount(network.seen(calibration_NL).flatten().cpu(), minlength=network.decoder.vocabulary)
     tensors["frequency"] = counts / calibration_NL.numel()
     return tensors
 
@@ -60,23 +61,25 @@ def collect(
 @torch.no_grad()
 def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int], None]) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
     rounding: dict[str, float] = {}
 
     def see(name: str, x_BLI: Tensor) -> None:
         x_TI = x_BLI.flatten(0, 1)
         if name not in moments:
             moments[name] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-            rounding[name] = 0.0
+            rounding[name], tokens[name] = 0.0, 0
         moments[name].addmm_(x_TI.T, x_TI)
+        tokens[name] += len(x_TI)
         low, high = torch.aminmax(x_TI)
         scale = float(high.clamp_min(0) - low.clamp_max(0)) / 255
         rounding[name] += scale**2 / 12
 
     with network.watch_inputs(see):
         for index, ids_L in enumerate(tokens_NL):
-            see("head.in", network.hidden(ids_L[None]))
+            see("head.in", network.hidden(ids_L[None])[:, compared(ids_L)])
             progress(index + 1)
-    tensors = {f"{name}:moment": (moment / tokens_NL.numel()).cpu() for name, moment in moments.items()}
+    tensors = {f"{name}:moment": (moment / tokens[name]).cpu() for name, moment in moments.items()}
     tensors |= {f"{name}:rounding": torch.tensor(value / len(tokens_NL)) for name, value in rounding.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -108,13 +111,15 @@ def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[
     handles = [network.module(name).register_forward_hook(watch(name)) for name in ["embedding", *linears]]
     try:
         for index, ids_L in enumerate(tokens_NL):
-            logits = network.logits(network.hidden(ids_L[None]))
+            hidden_LD = network.hidden(ids_L[None])[0]
+            logits = network.logits(hidden_LD[compared(ids_L)])
             logits.register_hook(lambda gradient: add("head", gradient))
-            log_probabilities = torch.log_softmax(logits[0], -1)
+            log_probabilities = torch.log_softmax(logits, -1)
             labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
             log_probabilities.gather(1, labels).sum().backward()
             progress(index + 1)
     finally:
         for handle in handles:
             handle.remove()
-    return {f"{name}:fisher": (total / tokens_NL.numel()).cpu() for name, total in sums.items()}
+    predicted = sum(len(ids_L[compared(ids_L)]) for ids_L in tokens_NL)
+    return {f"{name}:fisher": (total / predicted).cpu() for name, total in sums.items()}

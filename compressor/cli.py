@@ -196,6 +196,8 @@ def generate(
         from compressor.export import OnnxDecoder
 
         with OnnxDecoder(folder) as decoder:
+            if not decoder.writes:
+                raise ModelError(f"{folder}: expected a model that writes, this is a masked language model")
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             except (OSError, ValueError) as error:

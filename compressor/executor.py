@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.bank import Bank
 from compressor.network import Network
 from compressor.plan import PARTS, Action, Plan, Score
+from eval.perplexity import compared, predictions
 
 
 class Executor:
@@ -29,7 +30,8 @@ class Executor:
 
     Args:
         bank: where the variants come from.
-        tokens_NL: token ids; L - 1 predictions a sequence count for perplexity, all L positions for KL.
+        tokens_NL: token ids; perplexity is over the predictions of `eval.perplexity`, KL over all positions or the
+            masked ones.
     """
 
     def __init__(self, bank: Bank, tokens_NL: Tensor):
@@ -73,17 +75,19 @@ class Executor:
 
 
 class Reference:
-    """The teacher's next-token distributions over some tokens, kept in memory: float32 [N, L, V]."""
+    """The teacher's distributions over some tokens, kept in memory: float32 [N, P, V] at P positions of a window, all of them
+    where none are masked."""
 
     @torch.no_grad()
     def __init__(self, teacher: Network, tokens_NL: Tensor):
         self.tokens_NL = tokens_NL.to(teacher.device)
-        self.probabilities, self.negative_entropies_L = [], []
+        self.probabilities, self.negative_entropies_P = [], []
         for ids_L in self.tokens_NL:
-            log_p_LV = torch.log_softmax(teacher.logits(teacher.hidden(ids_L[None]))[0], -1)
-            p_LV = log_p_LV.exp()
-            self.probabilities.append(p_LV)
-            self.negative_entropies_L.append((p_LV * log_p_LV).sum(-1, dtype=torch.float64))
+            hidden_PD = teacher.hidden(ids_L[None])[0, compared(ids_L)]
+            log_p_PV = torch.log_softmax(teacher.logits(hidden_PD), -1)
+            p_PV = log_p_PV.exp()
+            self.probabilities.append(p_PV)
+            self.negative_entropies_P.append((p_PV * log_p_PV).sum(-1, dtype=torch.float64))
 
     def kl(self, student: Network) -> float:
         """KL from the teacher in nats per token, over all windows."""
@@ -97,10 +101,12 @@ class Reference:
         kl, nll = [], []
         hidden_NLD = student.hidden(self.tokens_NL[list(windows)])
         for window, hidden_LD in zip(windows, hidden_NLD, strict=True):
-            z_LV = student.logits(hidden_LD)
-            normalizer_L = torch.logsumexp(z_LV, -1)
-            cross_L = normalizer_L - torch.linalg.vecdot(self.probabilities[window], z_LV)
-            kl.append(float((self.negative_entropies_L[window] + cross_L).mean(dtype=torch.float64)))
-            picked_L = z_LV[:-1].gather(1, self.tokens_NL[window, 1:, None])[:, 0]
-            nll.append(float((normalizer_L[:-1] - picked_L).mean(dtype=torch.float64)))
+            ids_L = self.tokens_NL[window]
+            z_PV = student.logits(hidden_LD[compared(ids_L)])
+            normalizer_P = torch.logsumexp(z_PV, -1)
+            cross_P = normalizer_P - torch.linalg.vecdot(self.probabilities[window], z_PV)
+            kl.append(float((self.negative_entropies_P[window] + cross_P).mean(dtype=torch.float64)))
+            targets_T = predictions(ids_L)[1]  # the last of all positions predicts nothing
+            picked_T = z_PV[: len(targets_T)].gather(1, targets_T[:, None])[:, 0]
+            nll.append(float((normalizer_P[: len(targets_T)] - picked_T).mean(dtype=torch.float64)))
         return np.array(kl), np.array(nll)

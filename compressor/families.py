@@ -24,19 +24,22 @@ Part = Callable[[Tensor, Decoder], Tensor]
 
 _KINDS = ("weight", "bias")
 
-Places = dict[str, "str | tuple[str, Part]"]
-"""Our modules -> theirs, {i} being the block; with a `Part` where ours is not all of theirs, or is written otherwise."""
+Places = dict[str, "str | tuple[str, Part] | list[str]"]
+"""Our modules -> theirs, {i} being the block, {before} the one before it, {last} the last of all; with a `Part` where ours is
+not all of theirs, or is written otherwise; two places where the first block's is another."""
 
 
 @dataclass(frozen=True)
 class Family:
     """places: of the modules. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
-    problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain."""
+    problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain.
+    positions_too: a table, the first row of which is added to every position's."""
 
     places: Places
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
     problems: Callable[[Any], list[str]] = lambda config: []
     gain_offset: float = 0.0
+    positions_too: str | None = None
 
 
 # -- parts of tensors --
@@ -64,6 +67,11 @@ def _turned(tensor: Tensor, decoder: Decoder) -> Tensor:
 
 def _turned_rows(which: str, tensor: Tensor, decoder: Decoder) -> Tensor:
     return _rows(which, _turned(tensor, decoder), decoder)
+
+
+def _behind(count: int, tensor: Tensor, decoder: Decoder) -> Tensor:
+    """Without the first `count` rows."""
+    return tensor[count:]
 
 
 # -- the families --
@@ -126,6 +134,67 @@ _PHI: Places = {
 }
 
 
+def _bert_type(names: str, embedding: str, block: str, head: Places) -> Places:
+    """An encoder whose norms are of the stream: the norm in front of a sub-layer is the one behind the last.
+
+    names: of the embedding's norm, a block's q, k, v, o, the norm behind, up, down, and the norm behind, in a line.
+    """
+    of_embedding, q, k, v, o, behind_attention, up, down, behind_ffn = names.split()
+    return {
+        "embedding": f"{embedding}.word_embeddings",
+        "positions": f"{embedding}.position_embeddings",
+        "attention.norm": [f"{embedding}.{of_embedding}", f"{block}.{{before}}.{behind_ffn}"],
+        **{f"attention.{part}": f"{block}.{{i}}.{place}" for part, place in zip("qkvo", (q, k, v, o), strict=True)},
+        "ffn.norm": f"{block}.{{i}}.{behind_attention}",
+        "ffn.up": f"{block}.{{i}}.{up}",
+        "ffn.down": f"{block}.{{i}}.{down}",
+        "norm": f"{block}.{{last}}.{behind_ffn}",
+        **head,
+    }
+
+
+_BERT_NAMES = (
+    "LayerNorm attention.self.query attention.self.key attention.self.value attention.output.dense "
+    "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
+)
+_BERT = _bert_type(
+    _BERT_NAMES,
+    "bert.embeddings",
+    "bert.encoder.layer",
+    {
+        "transform": "cls.predictions.transform.dense",
+        "transform_norm": "cls.predictions.transform.LayerNorm",
+        "head": "cls.predictions.decoder",
+    },
+)
+_ROBERTA = _bert_type(
+    _BERT_NAMES,
+    "roberta.embeddings",
+    "roberta.encoder.layer",
+    {"transform": "lm_head.dense", "transform_norm": "lm_head.layer_norm", "head": "lm_head.decoder"},
+) | {"positions": ("roberta.embeddings.position_embeddings", partial(_behind, 2))}
+_DISTILBERT = _bert_type(
+    "LayerNorm attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
+    "output_layer_norm",
+    "distilbert.embeddings",
+    "distilbert.transformer.layer",
+    {"transform": "vocab_transform", "transform_norm": "vocab_layer_norm", "head": "vocab_projector"},
+)
+_MODERNBERT: Places = {
+    "embedding": "model.embeddings.tok_embeddings",
+    "attention.norm": ["model.embeddings.norm", "model.layers.{i}.attn_norm"],
+    **{f"attention.{part}": ("model.layers.{i}.attn.Wqkv", partial(_rows, part)) for part in "qkv"},
+    "attention.o": "model.layers.{i}.attn.Wo",
+    "ffn.norm": "model.layers.{i}.mlp_norm",
+    **{f"ffn.{part}": ("model.layers.{i}.mlp.Wi", partial(_rows, part)) for part in ("gate", "up")},
+    "ffn.down": "model.layers.{i}.mlp.Wo",
+    "norm": "model.final_norm",
+    "transform": "head.dense",
+    "transform_norm": "head.norm",
+    "head": "decoder",
+}
+
+
 def _biased(config: Any, decoder: Decoder) -> Decoder:
     attention = "qkvo" if getattr(config, "attention_bias", False) else ""
     ffn = ("gate", "up", "down") if getattr(config, "mlp_bias", False) else ()
@@ -167,6 +236,60 @@ def _phi(config: Any, decoder: Decoder) -> Decoder:
     return replace(decoder, norm="layer", gated=False, biases=biases, parallel=True)
 
 
+_BERT_BIASES = ("q", "k", "v", "o", "up", "down", "transform", "head")
+
+
+def _bert(config: Any, decoder: Decoder) -> Decoder:
+    return replace(
+        decoder,
+        causal=False,
+        norm="layer",
+        norm_first=False,
+        gated=False,
+        transform=True,
+        biases=_BERT_BIASES,
+        learned_positions=True,
+    )
+
+
+def _roberta(config: Any, decoder: Decoder) -> Decoder:
+    return replace(_bert(config, decoder), max_positions=config.max_position_embeddings - 2)
+
+
+def _modernbert(config: Any, decoder: Decoder) -> Decoder:
+    biases = (("transform",) if config.classifier_bias else ()) + (("head",) if config.decoder_bias else ())
+    decoder = _biased(config, decoder)
+    return replace(
+        decoder,
+        causal=False,
+        norm="layer",
+        norm_bias=config.norm_bias,
+        embedding_norm=True,
+        transform=True,
+        biases=decoder.biases + biases,
+        window=decoder.window and decoder.window + 1,  # theirs counts neighbours on a side
+    )
+
+
+def _bert_problems(config: Any) -> list[str]:
+    found = ["is_decoder (supported: an encoder)"] if getattr(config, "is_decoder", False) else []
+    kind = getattr(config, "position_embedding_type", None)
+    return found + (
+        [f"position_embedding_type {kind!r} (supported: 'absolute')"] if kind not in (None, "absolute") else []
+    )
+
+
+def _distilbert_problems(config: Any) -> list[str]:
+    return ["sinusoidal_pos_embds (supported: learned)"] if config.sinusoidal_pos_embds else []
+
+
+def _modernbert_problems(config: Any) -> list[str]:
+    same = config.classifier_activation == config.hidden_activation
+    return (
+        [] if same else [f"classifier_activation {config.classifier_activation!r} beside {config.hidden_activation!r}"]
+    )
+
+
 def _gpt2_problems(config: Any) -> list[str]:
     wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     return [
@@ -198,6 +321,10 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(_GPT2, _gpt2, _gpt2_problems),
     "gpt_neox": Family(_NEOX, _neox),
     "phi": Family(_PHI, _phi, _phi_problems),
+    "bert": Family(_BERT, _bert, _bert_problems, positions_too="bert.embeddings.token_type_embeddings"),
+    "roberta": Family(_ROBERTA, _roberta, _bert_problems, positions_too="roberta.embeddings.token_type_embeddings"),
+    "distilbert": Family(_DISTILBERT, _bert, _distilbert_problems),
+    "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems),
 }
 """By `model_type` of the configuration."""
 
@@ -248,10 +375,11 @@ def decoder_of(config: Any) -> Decoder:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         channels=getattr(config, "intermediate_size", None)
         or getattr(config, "n_inner", None)
+        or getattr(config, "hidden_dim", None)
         or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+        norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps") or 1e-12,
         rope_frequencies=whole,
         rope_scale=scale,
         tied=config.tie_word_embeddings,
@@ -264,11 +392,11 @@ def decoder_of(config: Any) -> Decoder:
 
 
 def _first(config: Any, *keys: str) -> Any:
-    return next(value for key in keys if (value := getattr(config, key, None)) is not None)
+    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
 
 
 def _activation(config: Any) -> str:
-    return _first(config, "hidden_activation", "hidden_act", "activation_function")
+    return _first(config, "hidden_activation", "hidden_act", "activation_function", "activation")
 
 
 def _windows(config: Any) -> tuple[int | None, tuple[int, ...]]:
@@ -317,6 +445,8 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> di
                 weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
         if ours.endswith("norm"):
             weights[f"{ours}.weight"] = weights[f"{ours}.weight"] + family.gain_offset
+    if family.positions_too:
+        weights["positions.weight"] = weights["positions.weight"] + state[f"{family.positions_too}.weight"][0].float()
     if turned := 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim:
         order = _whole_rotation(turned, decoder.head_dim)
         heads = [
@@ -348,8 +478,8 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
     """
     family = FAMILIES[config.model_type]
     state: dict[str, Tensor] = {}
-    rewritten = family.gain_offset or any(not isinstance(place, str) for place in family.places.values())
-    if rewritten or 0.0 in decoder.rope_frequencies:
+    rewritten = any(isinstance(place, tuple) for place in family.places.values())
+    if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
         raise ModelError(
             f"a checkpoint of {config.model_type!r} cannot be written: there its weights are written otherwise"
         )
@@ -362,9 +492,11 @@ def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | No
     """(our module, theirs, the part that it is), block by block."""
     found: list[tuple[str, str, Part | None]] = []
     for ours, place in family.places.items():
-        theirs, part = (place, None) if isinstance(place, str) else place
-        if "{i}" not in theirs:
-            found.append((ours, theirs, part))
-        else:
-            found += [(f"layers.{i}.{ours}", theirs.format(i=i), part) for i in range(decoder.layers)]
+        theirs, part = place if isinstance(place, tuple) else (place, None)
+        first, rest = theirs if isinstance(theirs, list) else (theirs, theirs)
+        if not ours.startswith(("attention.", "ffn.")):
+            found.append((ours, first.format(last=decoder.layers - 1), part))
+            continue
+        for i in range(decoder.layers):
+            found.append((f"layers.{i}.{ours}", (first if i == 0 else rest).format(i=i, before=i - 1), part))
     return found

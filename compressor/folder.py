@@ -4,7 +4,7 @@ model.onnx, model.onnx_data    see `compressor.export`
 plan.json                      an action for every site
 config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them
 README.md                      the model card, written at the end of a run
-genai_config.json              what ONNX Runtime GenAI reads beside the tokenizer files
+genai_config.json              of causal models: what ONNX Runtime GenAI reads beside the tokenizer files
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
             write_bytes_atomic(folder / path.name, path.read_bytes())
     export_onnx(student, folder)
     network = teacher.network
-    genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
-    write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
+    if student.decoder.causal:
+        genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
+        write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
 
 

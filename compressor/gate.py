@@ -98,6 +98,8 @@ def against_baseline(
     lines.append(GateLine("bytes", most, size, size <= most, before))
     if times:
         for name in ("prefill", "decode"):
+            if not (getattr(student, f"{name}_ms") or getattr(old, f"{name}_ms")):
+                continue  # masked language models do not decode
             here, fp32, there, old_fp32 = (
                 _timed(getattr(_row(rows, role), f"{name}_ms"))
                 for rows in (ours, theirs)

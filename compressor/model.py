@@ -34,7 +34,7 @@ def load_teacher(
     trust_remote_code: bool = False,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Load a causal language model in float32, and its tokenizer.
+    """Load a causal or masked language model in float32, and its tokenizer.
 
     Args:
         path: hub id or local folder.
@@ -56,14 +56,23 @@ def load_teacher(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         # pickled weights are not read: they may run code
         safe = {} if gguf else {"use_safetensors": True}
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **safe, **options)
+        causal = decoder_of(config).causal
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+        model = kind.from_pretrained(path, dtype=torch.float32, **safe, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, gguf, error) from error
     config = model.config
     if gguf:  # the weights are plain floats now
         del config.quantization_config
     decoder = replace(decoder_of(config), precision=precision)
-    network = _empty(decoder, (config, model.generation_config))
+    generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
+    network = _empty(decoder, (config, generation))
+    if not decoder.causal:
+        network.mask_token = tokenizer.mask_token_id
+        if network.mask_token is None:
+            raise ModelError(
+                f"model.path = {str(path)!r}: expected a mask token in the tokenizer of a masked language model"
+            )
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]

@@ -73,11 +73,16 @@ class Context:
 class Norm(nn.Module):
     """A norm over the last axis: of root mean squares, or of the variance, with a bias."""
 
-    def __init__(self, size: int, kind: str, epsilon: float):
+    def __init__(self, size: int, kind: str, epsilon: float, bias: bool = True):
         super().__init__()
         self.kind, self.epsilon = kind, epsilon
         self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" and bias else None
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Norm:
+        """Of the stream."""
+        return cls(decoder.hidden, decoder.norm, decoder.norm_epsilon, decoder.norm_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rms":
@@ -88,21 +93,27 @@ class Norm(nn.Module):
 class SubLayer(nn.Module):
     """Attention or feed-forward with the norms around it; what it gives is added to the residual stream.
 
-    dropped: it gives nothing. rounding: what is done to all that its matrices read, to imitate a kernel; None is nothing.
+    norms_stream: see `Decoder.norms_stream`. dropped: it gives nothing. rounding: what is done to all that its matrices read,
+    to imitate a kernel; None is nothing.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, norms_stream: bool):
         super().__init__()
-        self.dropped = False
+        self.norms_stream, self.dropped = norms_stream, False
         self.rounding: Callable[[Tensor], Tensor] | None = None
-        self.norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon)
-        self.post_norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon) if decoder.post_norm else None
+        self.norm = Norm.of(decoder)
+        self.post_norm = Norm.of(decoder) if decoder.post_norm else None
+
+    def front(self, x_BLD: Tensor) -> Tensor:
+        """The stream behind the last sub-layer -> in front of this one."""
+        return self.norm(x_BLD) if self.norms_stream else x_BLD
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """x: the stream in front of it."""
         if self.dropped:
             return torch.zeros_like(x_BLD)
-        added_BLD = self.inner(self.seen(self.norm(x_BLD)), context)
+        read_BLD = x_BLD if self.norms_stream else self.norm(x_BLD)
+        added_BLD = self.inner(self.seen(read_BLD), context)
         return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
 
     def seen(self, x: Tensor) -> Tensor:
@@ -113,11 +124,11 @@ class SubLayer(nn.Module):
 
 
 class Attention(SubLayer):
-    """Causal grouped-query attention of block `layer`."""
+    """Grouped-query attention of block `layer`."""
 
     def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder)
-        self.layer, self.width, self.cap = layer, decoder.head_dim, decoder.attention_cap
+        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.attention"))
+        self.layer, self.width, self.cap, self.causal = layer, decoder.head_dim, decoder.attention_cap, decoder.causal
         self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
         self.q = nn.Linear(hidden, heads, "q" in decoder.biases)
@@ -136,15 +147,15 @@ class Attention(SubLayer):
             q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        mixed_BHLK = attend(q, k, v, self.window, self.cap)
+        mixed_BHLK = attend(q, k, v, self.window, self.cap, self.causal)
         return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(SubLayer):
     """down(activation(gate x) * up x), or without a gate down(activation(up x))."""
 
-    def __init__(self, decoder: Decoder):
-        super().__init__(decoder)
+    def __init__(self, decoder: Decoder, layer: int):
+        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.ffn"))
         self.activation = decoder.activation
         hidden, channels = decoder.hidden, decoder.channels
         self.gate = nn.Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
@@ -162,15 +173,16 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = decoder.parallel
         self.attention = Attention(decoder, layer)
-        self.ffn = FeedForward(decoder)
+        self.ffn = FeedForward(decoder, layer)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        behind_BLD = x_BLD + self.attention(x_BLD, context)
-        return behind_BLD + self.ffn(x_BLD if self.parallel else behind_BLD, context)
+        front_BLD = self.attention.front(x_BLD)
+        behind_BLD = self.ffn.front(front_BLD + self.attention(front_BLD, context))
+        return behind_BLD + self.ffn(front_BLD if self.parallel else behind_BLD, context)
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: token ids [B, L] -> logits [B, L, V].
+    """A language model: token ids [B, L] -> logits [B, L, V].
 
     checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
     """
@@ -183,7 +195,11 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(decoder.vocabulary, decoder.hidden)
         self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
         self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
-        self.norm = Norm(decoder.hidden, decoder.norm, decoder.norm_epsilon)
+        self.norm = Norm.of(decoder)
+        self.transform, self.transform_norm = None, None
+        if decoder.transform:
+            self.transform = nn.Linear(decoder.hidden, decoder.hidden, "transform" in decoder.biases)
+            self.transform_norm = Norm.of(decoder)
         self.head = nn.Linear(decoder.hidden, decoder.vocabulary, "head" in decoder.biases)
         if decoder.tied:
             self.head.weight = self.embedding.weight
@@ -192,14 +208,21 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids_BL))
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states [B, L, D] behind the last norm. cache: of the tokens before, to which these are added."""
+        """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added."""
         (last_BLD,) = deque(self._states(ids_BL, cache), maxlen=1)  # the others need not lie in memory
-        return self.norm(last_BLD)
+        return self._end(last_BLD)
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
-        """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
+        """Hidden states [B, L, D] of the embedding and behind every block; the last one is what the head reads."""
         *states, last_BLD = self._states(ids_BL)
-        return [*states, self.norm(last_BLD)]
+        return [*states, self._end(last_BLD)]
+
+    def _end(self, x_BLD: Tensor) -> Tensor:
+        """The stream behind the last block -> what the head reads."""
+        x_BLD = self.norm(x_BLD)
+        if self.transform is None or self.transform_norm is None:
+            return x_BLD
+        return self.transform_norm(ACTIVATIONS[self.decoder.activation](self.transform(x_BLD)))
 
     def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
         """The stream in front of the first block and behind every block."""
@@ -246,19 +269,19 @@ def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
     return x_BHLK * cos_LK + torch.cat([-second, first], -1) * sin_LK
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None) -> Tensor:
-    """Causal attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, causal: bool = True) -> Tensor:
+    """Attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
 
-    window: positions that a query sees, its own included. cap: scores x become cap tanh(x / cap).
+    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap).
     """
     k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
     length, total = q.shape[2], k.shape[2]
     plain = window is None or total <= window
     if cap is None and plain and length in (1, total):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-    distance_LM = torch.arange(total - length, total)[:, None] - torch.arange(total)
-    visible_LM = (distance_LM >= 0) if plain else (distance_LM >= 0) & (distance_LM < window)  # type: ignore[operator]
-    visible_LM = visible_LM.to(q.device)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1)
+    distance_LM = torch.arange(total - length, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
+    distance_LM = distance_LM if causal else distance_LM.abs()
+    visible_LM = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
     if cap is None:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
@@ -280,16 +303,18 @@ class Network:
     Args:
         model: its modules; taken over, not copied.
         configuration: transformers' configuration of the whole and of its generation, which are deployed with it.
+        mask_token: what a model that is not causal reads where a token is to be predicted.
     """
 
-    def __init__(self, model: Transformer, configuration: tuple[Any, Any]):
+    def __init__(self, model: Transformer, configuration: tuple[Any, Any], mask_token: int | None = None):
         self.model, self.configuration = model.eval().requires_grad_(False), configuration
+        self.mask_token = mask_token
         self.decoder = model.decoder
         self.sites = {site.name: site for site in self.decoder.sites()}
 
     def copy(self) -> Network:
         """An independent network with the same weights."""
-        return Network(copy.deepcopy(self.model), self.configuration)
+        return Network(copy.deepcopy(self.model), self.configuration, self.mask_token)
 
     @property
     def device(self) -> torch.device:
@@ -302,12 +327,17 @@ class Network:
     # -- running --
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Final hidden states [B, L, D], behind the last norm."""
-        return self.model.hidden(ids_BL.to(self.device))
+        """Final hidden states [B, L, D], which the head reads."""
+        return self.model.hidden(self.seen(ids_BL))
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
-        """Hidden states [B, L, D] of the embedding and behind every block; the last one lies behind the last norm."""
-        return self.model.every_hidden(ids_BL.to(self.device))
+        """Hidden states [B, L, D] of the embedding and behind every block; the last one is what the head reads."""
+        return self.model.every_hidden(self.seen(ids_BL))
+
+    def seen(self, ids: Tensor) -> Tensor:
+        """Token ids as the model reads them, on its device: the mask token in place of masked ones (`text.Masking`)."""
+        ids = ids.to(self.device)
+        return ids if self.mask_token is None else ids.where(ids >= 0, self.mask_token)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -482,7 +512,7 @@ class _Seen(Exception):
 class Stream:
     """The residual stream of some windows on their way through a network, sub-layer by sub-layer.
 
-    hidden_NLD: in front of the next sub-layer, or behind the last; on the network's device.
+    hidden_NLD: behind the sub-layer that was passed last; on the network's device.
     """
 
     BATCH = 4
@@ -493,13 +523,17 @@ class Stream:
         self._network = network
         self._sites = [site for site in network.sites.values() if site.layer is not None]
         self._context = network.model.context(ids_NL.shape[1])
-        self.hidden_NLD = network.model.embedded(ids_NL.to(network.device))
-        self._read_NLD = self.hidden_NLD
+        self.hidden_NLD = network.model.embedded(network.seen(ids_NL))
+        self._block_NLD = self.hidden_NLD
 
     @property
     def site(self) -> Site:
         """The sub-layer that comes next."""
         return self._sites[0]
+
+    def front(self, windows: slice) -> Tensor:
+        """The stream [B, L, D] to which the next sub-layer is added."""
+        return self._network.module(self.site.name).front(self.hidden_NLD[windows])
 
     def inputs(self, matrix: str) -> Iterator[tuple[slice, Tensor]]:
         """What a matrix of the next sub-layer reads, batch by batch: (windows, x_BLI)."""
@@ -511,22 +545,24 @@ class Stream:
                 raise _Seen
 
             with _watching({self._network.module(matrix): see}), suppress(_Seen):
-                self._run(windows)
+                self._added(windows)
             yield windows, seen[0]
 
     def advance(self) -> None:
         """Pass the next sub-layer."""
-        self.hidden_NLD = torch.cat([self.hidden_NLD[windows] + self._run(windows) for windows in self._batches()])
-        if self.site.kind == "ffn" or not self._network.decoder.parallel:
-            self._read_NLD = self.hidden_NLD
+        self.hidden_NLD = torch.cat([self.front(windows) + self._added(windows) for windows in self._batches()])
+        if self.site.kind == "ffn":
+            self._block_NLD = self.hidden_NLD
         self._sites.pop(0)
 
     def _batches(self) -> Iterator[slice]:
         return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
 
-    def _run(self, windows: slice) -> Tensor:
+    def _added(self, windows: slice) -> Tensor:
         """What the next sub-layer adds to the stream."""
-        return self._network.module(self.site.name)(self._read_NLD[windows], self._context)
+        parallel = self._network.decoder.parallel
+        read_BLD = self._block_NLD[windows] if parallel else self.front(windows)
+        return self._network.module(self.site.name)(read_BLD, self._context)
 
 
 @contextmanager

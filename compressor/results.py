@@ -19,12 +19,13 @@ from compressor.export import OnnxDecoder, exported_bytes, read_student
 from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
+from compressor.network import Network
 from compressor.plan import Plan
 from compressor.recovery.distill import loaded
 from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.text import tokens_digest
-from eval.perplexity import Quality, compare
+from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def collect(
         protocol=_protocol(run),
         rows=rows,
         budget=_budget(run, problem, latency, student.plan, times, exported_bytes(folders["student"])),
-        trials=_trials(problem, trials),
+        trials=_trials(problem, trials, run.teacher.network.decoder.causal),
         plan=_plan(problem, student.plan, [best(told)[0] for (name, _), told in trials.items() if name == policy]),
         finalists=tuple(
             report.Finalist(f.plan.digest, f.kl, f.recovered_kl, len(f.plan.diff(student.plan)))
@@ -101,7 +102,7 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
         found: dict[str, dict[str, dict[str, float]]] = {key: {} for key in ("teacher", *folders)}
         windows = len(run.texts.evaluation_NL)
         try:
-            models = {key: decoder.logits for key, decoder in decoders.items()}
+            models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
             for place, (name, text_NL) in enumerate(texts.items()):
                 shown = partial(_shifted, progress, place * len(text_NL), windows)
                 for key, quality in compare(teacher, models, text_NL.numpy(), shown).items():
@@ -119,6 +120,11 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
     key = key_of(weights, list(texts), tokens_digest(run.texts.evaluation_NL))
     stored = run.stages.value("quality", key, make)
     return {model: {name: Quality(**q) for name, q in by_text.items()} for model, by_text in stored.items()}
+
+
+def _reading(network: Network, decoder: OnnxDecoder) -> Logits:
+    """Logits of an exported model, which reads what the network reads."""
+    return lambda ids_L: decoder.logits(network.seen(torch.from_numpy(ids_L)).cpu().numpy())
 
 
 def _shifted(progress: Callable[..., None], before: int, total: int, done: int, _: int) -> None:
@@ -143,13 +149,12 @@ def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
 
 
 def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
-    """Logits and greedy text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations
-    (see `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
+    """Logits and text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations (see
+    `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
-    window_L = run.texts.evaluation_NL[0][:PARITY_TOKENS]
-    prompts = [windows_L[:PROMPT_TOKENS] for windows_L in run.texts.evaluation_NL[:2]]
+    window_L = run.teacher.network.seen(run.texts.evaluation_NL[0][:PARITY_TOKENS]).cpu()
+    prompts = [run.teacher.network.seen(window_L[:PROMPT_TOKENS]).cpu() for window_L in run.texts.evaluation_NL[:2]]
     tokenizer = run.teacher.tokenizer
-    length = {"new_tokens": SAMPLE_TOKENS, "eos": tokenizer.eos_token_id}
     device, threads = run.target.device, run.target.threads
 
     @torch.no_grad()
@@ -159,21 +164,32 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
         with OnnxDecoder(folder, device, threads, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
-            texts = [exact.generate(prompt.numpy(), **length) for prompt in prompts]
+            texts = [_text(run, exact, prompt) for prompt in prompts]
         error = _relative_error(found_LV, expected_LV)
-        equal = texts == [network.greedy(prompt, **length) for prompt in prompts]
+        equal = texts == [_text(run, network, prompt) for prompt in prompts]
         progress(1, 2)
         with OnnxDecoder(folder, device, threads) as deployed:
             rounded_LV = deployed.logits(window_L.numpy())
-            made = [deployed.generate(prompt.numpy(), **length) for prompt in prompts]
+            made = [_text(run, deployed, prompt) for prompt in prompts]
         rounding = _relative_error(rounded_LV, expected_LV)
-        teachers = [teacher.greedy(prompt, **length) for prompt in prompts]
+        teachers = [_text(run, teacher, prompt) for prompt in prompts]
         samples = [[tokenizer.decode(ids) for ids in sample] for sample in zip(prompts, teachers, made)]
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
     samples = tuple(report.Sample(*texts) for texts in found["samples"])
     return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
+
+
+def _text(run: Run, model: Network | OnnxDecoder, prompt_L: torch.Tensor) -> list[int]:
+    """What a model makes of a prompt: a greedy continuation, or the most likely token at every position."""
+    if not run.teacher.network.decoder.causal:
+        logits = model.window_logits if isinstance(model, Network) else model.logits
+        return torch.as_tensor(logits(prompt_L.numpy())).argmax(-1).tolist()
+    eos = run.teacher.tokenizer.eos_token_id
+    if isinstance(model, Network):
+        return model.greedy(prompt_L, SAMPLE_TOKENS, eos)
+    return model.generate(prompt_L.numpy(), SAMPLE_TOKENS, eos)
 
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -193,7 +209,10 @@ def _rows(
 ) -> tuple[report.Row, ...]:
     sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
-    tokens_a_byte = {text: _tokens_a_byte(run, text_NL[:, 1:]) for text, text_NL in run.texts.evaluation.items()}
+    causal = run.teacher.network.decoder.causal
+    tokens_a_byte = {
+        text: _tokens_a_byte(run, text_NL[:, 1:]) if causal else None for text, text_NL in run.texts.evaluation.items()
+    }
     return tuple(
         report.Row(
             name=name,
@@ -203,7 +222,7 @@ def _rows(
             texts={text: _text_quality(found, tokens_a_byte[text]) for text, found in quality[key].items()},
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
-            decode_ms=_timing(times[key].decode),
+            decode_ms=_timing(times[key].decode) if causal else None,
             peak_memory_bytes=memory.get(key),
         )
         for key, (name, role) in ROLES.items()
@@ -250,13 +269,14 @@ def _budget(
     return tuple(lines)
 
 
-def _trials(problem: Problem, trials: Searches) -> tuple[report.Trial, ...]:
+def _trials(problem: Problem, trials: Searches, causal: bool) -> tuple[report.Trial, ...]:
     found = []
     for (name, seed), told in trials.items():
         policy = label(name, seed, trials)
         for (plan, score), after in zip(told, spent(told), strict=True):
             cost = problem.cost(problem.indices(plan))
-            figures = (score.kl, score.perplexity, round(cost["bytes"]), cost["prefill_ms"], cost["decode_ms"])
+            times = cost["prefill_ms"], cost["decode_ms"] if causal else None
+            figures = (score.kl, score.perplexity, round(cost["bytes"]), *times)
             found.append(report.Trial(policy, ceil(after - 1e-9), *figures, plan.digest, score.share))
     return tuple(found)
 
@@ -310,13 +330,20 @@ def _environment(run: Run, folder: Path) -> report.Environment:
 
 def _protocol(run: Run) -> str:
     count, length = run.texts.evaluation_NL.shape
-    target = run.target
+    target, causal = run.target, run.teacher.network.decoder.causal
+    predicted = "every token but a window's first predicted from those before it"
+    if not causal:
+        predicted = (
+            "some of the tokens of every window masked, and these predicted from all that is not (pseudo-perplexity)"
+        )
+    times = f"Prefill: {target.prefill_tokens} tokens"
+    times += " into an empty cache, to the logits of the last. " if causal else ", to all logits. "
+    if causal:
+        times += f"Decode: one token behind {target.context} cached ones. "
     return (
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
-        f"({', '.join(run.texts.evaluation)}), every token but "
-        f"a window's first predicted from those before it; each ONNX row as ONNX Runtime computes it in {target.precision}. "
-        f"Prefill: {target.prefill_tokens} tokens into an empty cache, to the logits of the last. Decode: one token behind "
-        f"{target.context} cached ones. "
+        f"({', '.join(run.texts.evaluation)}), {predicted}; each ONNX row as ONNX Runtime computes it in "
+        f"{target.precision}. {times}"
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
-        "growth of resident memory in a fresh process over loading, one prefill and eight decoded tokens."
+        f"growth of resident memory in a fresh process over loading, one prefill{' and 8 decoded tokens' if causal else ''}."
     )

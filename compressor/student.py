@@ -27,17 +27,26 @@ Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
 
 
+FIRST = "layers.0.attention"
+"""The first sub-layer."""
+
+
 @dataclass(frozen=True)
 class Decoder:
-    """Shape of a decoder at full size: blocks of causal grouped-query attention and a feed-forward.
+    """Shape of a decoder or an encoder at full size: blocks of grouped-query attention and a feed-forward.
 
-    norm: of root mean squares, or of the variance with a bias. biases: which of q, k, v, o, gate, up, down and head have one.
+    causal: a token sees those before it, and the next is predicted; else all, and masked ones are predicted.
+    norm: of root mean squares, or of the variance, with a bias if `norm_bias`. norm_first: the norm in front of a sub-layer
+    is of what the sub-layer reads; else the stream itself is normalized. embedding_norm: it is in front of the first one.
+    transform: in front of the head there are a square matrix, an activation and a norm.
+    biases: which of q, k, v, o, gate, up, down, transform and head have one.
     rope_frequencies: inverse frequencies, [head_dim / 2], none without rotary positions; rope_scale multiplies cos and sin.
     local_frequencies: in their place in local attentions.
     learned_positions: a table of positions is added to the embedding. embedding_scale: factor of the embedding.
     qk_norm: every head's query and key have a root-mean-square norm in front of the rotation. post_norm: there is a norm
     behind every sub-layer, too. parallel: the feed-forward reads the stream in front of the attention.
-    window: positions that a local attention sees, its own included; local: the blocks whose attention is local.
+    window: positions that a local attention sees, its own and those before it, or as many on both sides where it is not
+    causal; local: the blocks whose attention is local.
     attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
     precision: of the students that are exported; torch computes in float32.
     """
@@ -54,7 +63,12 @@ class Decoder:
     rope_frequencies: tuple[float, ...]
     rope_scale: float
     tied: bool
+    causal: bool = True
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
+    norm_first: bool = True
+    embedding_norm: bool = False
+    transform: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
     biases: tuple[str, ...] = ()
@@ -94,7 +108,7 @@ class Decoder:
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
-        norms = {"norm": self.hidden}
+        norms = {"norm": self.hidden} | ({"transform_norm": self.hidden} if self.transform else {})
         for site in self.sites():
             if site.layer is not None:
                 norms |= {f"{site.name}.norm": self.hidden} | (
@@ -104,9 +118,26 @@ class Decoder:
                 norms |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, length in norms.items():
-            biased = self.norm == "layer" and not name.endswith(("q_norm", "k_norm"))
+            biased = self.norm == "layer" and self.norm_bias and not name.endswith(("q_norm", "k_norm"))
             shapes |= {name: (length,)} | ({f"{name}.bias": (length,)} if biased else {})
-        return shapes | ({"positions": (self.max_positions, self.hidden)} if self.learned_positions else {})
+        if self.learned_positions:
+            shapes["positions"] = (self.max_positions, self.hidden)
+        if self.transform:
+            shapes["transform"] = (self.hidden, self.hidden)
+            shapes |= {"transform.bias": (self.hidden,)} if "transform" in self.biases else {}
+        if self.tied and "head" in self.biases:
+            shapes["head.bias"] = (self.vocabulary,)
+        return shapes
+
+    def vectors_of(self, plan: Mapping[str, Action]) -> list[str]:
+        """Names of the vectors that a plan's student has. Where a dropped sub-layer's norm is of the stream, it stays."""
+        gone = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
+        kept = {f"{name}.{part}" for name in plan if self.norms_stream(name) for part in ("norm", "norm.bias")}
+        return [name for name in self.vectors() if name in kept or not name.startswith(gone)]
+
+    def norms_stream(self, site: str) -> bool:
+        """Whether the norm in front of a sub-layer is of the stream itself, which the sub-layer then reads and adds to."""
+        return site.startswith("layers.") and (not self.norm_first or (self.embedding_norm and site == FIRST))
 
     @property
     def floats(self) -> np.dtype:

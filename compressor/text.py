@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -16,6 +18,39 @@ from torch import Tensor
 from compressor.errors import DataError
 from compressor.recipe import TextSource
 
+
+@dataclass(frozen=True)
+class Masking:
+    """Makes windows of a masked language model: special tokens around the text, and some of it masked, always the same.
+
+    A masked token is written as ~id, which is negative: the model reads the mask token in its place (`Network.seen`), and the
+    id is what it is to predict (`eval.perplexity.predictions`).
+    """
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    share: float = 0.15
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Masking:
+        """With the special tokens that the tokenizer puts around a text."""
+        inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+        return cls(tuple(whole[:at]), tuple(whole[at + len(inner) :]))
+
+    @property
+    def added(self) -> int:
+        """Special tokens in a window."""
+        return len(self.before) + len(self.behind)
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        """Text of a window -> the window, at least one token of it masked."""
+        random = Random(str(ids))
+        masked = set(random.sample(range(len(ids)), max(1, round(self.share * len(ids)))))
+        return [*self.before, *(~token if i in masked else token for i, token in enumerate(ids)), *self.behind]
+
+
 CHUNK = 1 << 16
 """Characters that are tokenized at a time, so that a long text is read only as far as it is needed."""
 REACH, MOST = 16, 1 << 20
@@ -23,14 +58,19 @@ REACH, MOST = 16, 1 << 20
 
 
 def load_tokens(
-    sources: Sequence[TextSource], tokenizer: Any, tokens: int, sequence_length: int, spared_NL: Tensor | None = None
+    sources: Sequence[TextSource],
+    tokenizer: Any,
+    tokens: int,
+    sequence_length: int,
+    spared_NL: Tensor | None = None,
+    masking: Masking | None = None,
 ) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
     Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
     much as is read (`REACH`): a text often begins with one long article. The windows come in an order in which any first
     part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
-    special tokens are added.
+    special tokens are added but by `masking`.
 
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
@@ -46,7 +86,7 @@ def load_tokens(
     read = [
         [
             window
-            for window in islice(_windows(source, tokenizer, sequence_length), reach)
+            for window in islice(_windows(source, tokenizer, sequence_length, masking), reach)
             if tuple(window) not in spared
         ]
         for source in sources
@@ -117,8 +157,9 @@ def tokens_digest(tokens_NL: Tensor) -> str:
     return hashlib.sha256(str(tuple(data.shape)).encode() + data.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _windows(source: TextSource, tokenizer: Any, sequence_length: int) -> Iterator[list[int]]:
+def _windows(source: TextSource, tokenizer: Any, sequence_length: int, masking: Masking | None) -> Iterator[list[int]]:
     ids: list[int] = []
+    length = sequence_length - (masking.added if masking else 0)
     if not source.file:
         pieces = _dataset_rows(source)
     elif source.file.endswith(".jsonl"):
@@ -127,8 +168,9 @@ def _windows(source: TextSource, tokenizer: Any, sequence_length: int) -> Iterat
         pieces = _file_lines(source)
     for chunk in _chunks(pieces):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = len(ids) - len(ids) % sequence_length
-        yield from (ids[i : i + sequence_length] for i in range(0, whole, sequence_length))
+        whole = len(ids) - len(ids) % length
+        windows = (ids[i : i + length] for i in range(0, whole, length))
+        yield from map(masking, windows) if masking else windows
         ids = ids[whole:]
 
 

@@ -1,7 +1,8 @@
 """Perplexity and KL of a model on text. Knows logits only; whoever calls brings them.
 
 Protocol: windows of L tokens that do not overlap; every token but a window's first is predicted from the window's
-tokens before it; natural logarithm, mean over all predictions. KL(teacher || model) is over the same predictions.
+tokens before it, or, where tokens are masked (written as ~id), these and no others from all that is not; natural logarithm,
+mean over all predictions. KL(teacher || model) is over the same predictions.
 """
 
 from __future__ import annotations
@@ -33,6 +34,21 @@ class Quality:
         )
 
 
+def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions at which something is predicted, token ids that are), [P] each, of a window."""
+    if (masked_L := ids_L < 0).any():
+        (where_P,) = masked_L.nonzero(as_tuple=True)
+        return where_P, ~ids_L[where_P]
+    return torch.arange(len(ids_L) - 1, device=ids_L.device), ids_L[1:]
+
+
+def compared(ids_L: Tensor) -> Tensor | slice:
+    """Positions of a window at which a student's distribution counts in training and search: those that are masked, or else
+    all, the last one too."""
+    masked_L = ids_L < 0
+    return masked_L if masked_L.any() else slice(None)
+
+
 def compare(
     teacher: Logits,
     models: Mapping[str, Logits],
@@ -47,21 +63,23 @@ def compare(
     """
     nll = dict.fromkeys(["teacher", *models], 0.0)
     kl = dict.fromkeys(["teacher", *models], 0.0)
+    count = 0
     for done, ids_L in enumerate(windows_NL):
-        log_p_LV = torch.log_softmax(torch.as_tensor(teacher(ids_L))[:-1], -1)
-        targets_L = torch.as_tensor(ids_L[1:], device=log_p_LV.device)
-        nll["teacher"] -= _picked(log_p_LV, targets_L)
-        p_LV = log_p_LV.exp()
+        given_LV = torch.as_tensor(teacher(ids_L))
+        where_P, targets_P = predictions(torch.as_tensor(ids_L, device=given_LV.device))
+        log_p_PV = torch.log_softmax(given_LV[where_P], -1)
+        nll["teacher"] -= _picked(log_p_PV, targets_P)
+        p_PV = log_p_PV.exp()
         for name, logits in models.items():
-            log_q_LV = torch.log_softmax(torch.as_tensor(logits(ids_L), device=log_p_LV.device)[:-1], -1)
-            nll[name] -= _picked(log_q_LV, targets_L)
+            log_q_PV = torch.log_softmax(torch.as_tensor(logits(ids_L), device=given_LV.device)[where_P], -1)
+            nll[name] -= _picked(log_q_PV, targets_P)
             # by position first: their sums are exact enough in float32
-            kl[name] += float((p_LV * (log_p_LV - log_q_LV)).sum(-1).sum(dtype=torch.float64))
+            kl[name] += float((p_PV * (log_p_PV - log_q_PV)).sum(-1).sum(dtype=torch.float64))
+        count += len(where_P)
         progress(done + 1, len(windows_NL))
-    count = windows_NL.shape[0] * (windows_NL.shape[1] - 1)
     return {name: Quality(math.exp(min(nll[name] / count, 700)), max(kl[name], 0.0) / count) for name in nll}
 
 
-def _picked(log_p_LV: Tensor, targets_L: Tensor) -> float:
+def _picked(log_p_PV: Tensor, targets_P: Tensor) -> float:
     """Sum of the log-probabilities that the text's own tokens got."""
-    return float(log_p_LV.gather(1, targets_L[:, None]).sum(dtype=torch.float64))
+    return float(log_p_PV.gather(1, targets_P[:, None]).sum(dtype=torch.float64))

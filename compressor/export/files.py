@@ -155,8 +155,7 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     tensors = _open_tensors(folder)
     decoder = replace(decoder, precision=_precision(tensors))
     matrices: dict[str, Weight] = {}
-    gone = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
-    vectors = {name: _vector(tensors, name).float() for name in decoder.vectors() if not name.startswith(gone)}
+    vectors = {name: _vector(tensors, name).float() for name in decoder.vectors_of(plan)}
     for site in decoder.sites():
         action = plan[site.name]
         if action.keep == 0:

@@ -196,6 +196,13 @@ class Stream:
         self._x = x
         self._waiting: list[ir.Value] = []
 
+    def enter(self, site: str, front: bool = False) -> ir.Value:
+        """What a sub-layer reads: `norm` of the stream, which becomes that norm where it is of the stream itself."""
+        normed = self.norm(f"{site}.norm", front)
+        if self._decoder.norms_stream(site):
+            self._x = normed
+        return normed
+
     def norm(self, name: str, front: bool = False) -> ir.Value:
         """Add what waits to the stream and return its norm. front: of the stream in front of what waits, which goes on
         waiting."""
@@ -206,7 +213,7 @@ class Stream:
         while len(self._waiting) > 1:
             last = self._waiting.pop()
             self._waiting[-1] = b.op("Add", [self._waiting[-1], last], f"{last.name}.together")
-        kind = "SkipSimplifiedLayerNormalization" if len(weights) == 1 else "SkipLayerNormalization"
+        kind = "SkipSimplifiedLayerNormalization" if self._decoder.norm == "rms" else "SkipLayerNormalization"
         normed, _, _, self._x = b.node(
             "com.microsoft",
             kind,
@@ -239,12 +246,12 @@ def norm_weights(b: GraphBuilder, name: str, vectors: Mapping[str, np.ndarray]) 
 def norm(b: GraphBuilder, x: ir.Value, name: str, decoder: Decoder, vectors: Mapping[str, np.ndarray]) -> ir.Value:
     """The norm `name` over the last axis of x."""
     weights = norm_weights(b, name, vectors)
-    kind = "SimplifiedLayerNormalization" if len(weights) == 1 else "LayerNormalization"
+    kind = "SimplifiedLayerNormalization" if decoder.norm == "rms" else "LayerNormalization"
     return b.op(kind, [x, *weights], f"{name}.out", epsilon=decoder.norm_epsilon, axis=-1)
 
 
 class Positions:
-    """What every attention reads: lengths from the mask, and the rotary tables.
+    """What every attention reads: the mask, lengths from it, and the rotary tables.
 
     The tables [max_positions, head_dim / 2] are written as arithmetic on a range, which ONNX Runtime folds
     into a constant when the session is made: they cost no bytes in the file.
@@ -253,12 +260,16 @@ class Positions:
     def __init__(self, b: GraphBuilder, decoder: Decoder, mask: ir.Value):
         self._b, self._decoder = b, decoder
         self._tables: dict[tuple[float, ...], tuple[ir.Value, ir.Value]] = {}
+        self._far: ir.Value | None = None
         one = b.small("one", np.array([1], np.int64))
         to_int32 = ir.DataType.INT32.value
-        lengths = b.op("ReduceSum", [mask, one], "lengths", keepdims=0)
-        self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
         self._total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
-        self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
+        if decoder.causal:
+            lengths = b.op("ReduceSum", [mask, one], "lengths", keepdims=0)
+            self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
+            self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
+        else:
+            self.mask = b.op("Cast", [mask], "key_padding_mask", to=to_int32)
 
     def rotation(self, layer: int) -> tuple[ir.Value | None, ir.Value | None]:
         """(cos, sin) of the attention of a block, or nothing without rotary positions."""
@@ -283,6 +294,22 @@ class Positions:
             self._tables[frequencies] = tables[0], tables[1]
         return self._tables[frequencies]
 
+    def far(self, layer: int) -> ir.Value | None:
+        """What is added to the scores of a local attention that is not causal, [1, 1, S, S]: nothing within its window."""
+        b, window = self._b, self._decoder.window_of(layer)
+        if window is None:
+            return None
+        if self._far is None:
+            ends = [b.small(f"positions.{i}", np.array(i, np.int64)) for i in (0, 1)]
+            places = b.op("Range", [ends[0], self._total, ends[1]], "places.all")
+            axes = [b.small(f"axis.{i}", np.array([i], np.int64)) for i in (0, 1)]
+            column, row = (b.op("Unsqueeze", [places, axis], f"places.{i}") for axis, i in zip(axes[::-1], "qk"))
+            distance = b.op("Abs", [b.op("Sub", [column, row], "places.apart")], "places.distance")
+            near = b.op("Less", [distance, b.small("window", np.array(window, np.int64))], "places.near")
+            bias = b.op("Where", [near, b.number("near", 0.0), b.number("far", FAR)], "places.bias")
+            self._far = b.op("Unsqueeze", [bias, b.small("axes.two", np.array([0, 1], np.int64))], "places.bias.all")
+        return self._far
+
     def learned(self, ids: ir.Value, table: np.ndarray) -> ir.Value:
         """Rows of a table of positions for the tokens that are fed, [S, D]."""
         b = self._b
@@ -290,6 +317,10 @@ class Positions:
         start = b.op("Sub", [self._total, fed], "fed.start")
         places = b.op("Range", [start, self._total, b.small("positions.1", np.array(1, np.int64))], "places")
         return b.op("Gather", [b.tensor("positions", table), places], "positions.rows")
+
+
+FAR = -3e4
+"""Is added to scores that must not count; float16 knows it."""
 
 
 def attention(
@@ -303,18 +334,31 @@ def attention(
     vectors: Mapping[str, np.ndarray],
     positions: Positions,
 ) -> None:
-    """Pre-norm grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
+    """Grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
     name, head_dim = f"layers.{layer}.attention", decoder.head_dim
-    x = stream.norm(f"{name}.norm")
+    x = stream.enter(name)
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     window = decoder.window_of(layer)
     rotation = positions.rotation(layer)
     inputs: list[ir.Value | None] = [qkv, None, None]
-    if decoder.qk_norm:
+    if decoder.qk_norm or not decoder.causal:
         widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
         parts = [f"{name}.{part}.out" for part in "qkv"]
         q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
-        inputs = [*(head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k))), v]
+        if decoder.qk_norm:
+            q, k = (head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k)))
+        inputs = [q, k, v]
+    if not decoder.causal:
+        if rotation[0] is not None:
+            start = b.small("start", np.array([0], np.int64))
+            turned = (
+                (part, b.ms("RotaryEmbedding", [part, start, *rotation], f"{part.name}.turned")) for part in (q, k)
+            )
+            inputs = [*(value for _, value in turned), v]
+        seen = [None, positions.mask, positions.far(layer)]
+        mixed = b.ms("MultiHeadAttention", _given([*inputs, *seen]), f"{name}.mixed", num_heads=heads[0])
+        stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
+        return
     past = [
         b.input(f"past_key_values.{cache}.{part}", b.float_type, ["batch_size", heads[1], "past", head_dim])
         for part in ("key", "value")
@@ -356,7 +400,7 @@ def feed_forward(
     beside: it reads the stream in front of the block's attention, which waits to be added.
     """
     name = f"layers.{layer}.ffn"
-    x = stream.norm(f"{name}.norm", front=beside)
+    x = stream.enter(name, front=beside)
     up = linear(b, x, f"{name}.up", matrices((f"{name}.up",)), f"{name}.up.out")
     if decoder.gated:
         gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
@@ -383,7 +427,7 @@ def decoder_model(
 ) -> ir.Model:
     """The graph of a whole student.
 
-    Inputs: input_ids [B, S] int64; attention_mask [B, past + S] int64;
+    Inputs, of which only the first two where it is not causal: input_ids [B, S] int64; attention_mask [B, past + S] int64;
     past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] floats, i numbers the attentions that are left: the
     names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps; `KEEP`, which need not be fed.
     Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`); present.{i}.key and .value.
@@ -404,6 +448,8 @@ def decoder_model(
     for site in decoder.sites():
         action = plan[site.name]
         if site.layer is None or action.keep == 0:
+            if decoder.norms_stream(site.name):
+                stream.enter(site.name)
             continue
         if site.kind == "attention":
             positions = positions or Positions(b, decoder, mask)
@@ -412,11 +458,18 @@ def decoder_model(
         else:
             beside = decoder.parallel and plan[f"layers.{site.layer}.attention"].keep > 0
             feed_forward(b, stream, site.layer, decoder, matrices, beside)
-    x = last(b, stream.norm("norm"), b.default(KEEP, np.array(0, np.int64)))
+    x = stream.norm("norm")
+    if decoder.causal:
+        x = last(b, x, b.default(KEEP, np.array(0, np.int64)))
+    if decoder.transform:
+        x = transform(b, x, decoder, vectors)
     name = "embedding" if decoder.tied else "head"
-    logits = linear(
-        b, x, name, table if decoder.tied else matrices((name,)), "scores" if decoder.logit_cap else "logits"
-    )
+    biased, end = "head.bias" in vectors, "scores" if decoder.logit_cap else "logits"
+    output = "products" if biased else end
+    logits = linear(b, x, name, table if decoder.tied else matrices((name,)), output)
+    if biased:
+        bias = b.tensor("head.bias", vectors["head.bias"])
+        logits = b.op("Add", [logits, bias], end)
     if decoder.logit_cap:
         cap = b.number("logit_cap", decoder.logit_cap)
         logits = b.op("Mul", [b.op("Tanh", [b.op("Div", [logits, cap], "scores.share")], "scores.tanh"), cap], "logits")
@@ -424,12 +477,20 @@ def decoder_model(
     return b.model()
 
 
+def transform(b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[str, np.ndarray]) -> ir.Value:
+    """The square matrix, the activation and the norm in front of the head."""
+    x = b.ms("FusedMatMul", [x, b.tensor("transform", vectors["transform"])], "transform.product", transB=1)
+    if "transform.bias" in vectors:
+        x = b.op("Add", [x, b.tensor("transform.bias", vectors["transform.bias"])], "transform.out")
+    return norm(b, activation(b, x, decoder.activation, "transform"), "transform_norm", decoder, vectors)
+
+
 def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:
     """`copies` repetitions of one site, each with its own tensors; for timing.
 
     attention, ffn: norm, site, residual in a chain; input `x` [B, S, D], mask and caches as in the whole model.
-    embedding: lookup and final norm from `input_ids`, and the head's product at the last position where the table is tied.
-    head: final norm of `x` and product at the last position.
+    embedding: lookup and final norm from `input_ids`, and the head's product where the table is tied.
+    head: final norm of `x` and product; of causal models at the last position.
     """
     b = GraphBuilder(store, decoder.floats)
     vectors = {
@@ -447,7 +508,8 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
             x = embedding(b, source, name, weight) if kind == "embedding" else source
             y = norm(b, x, f"{name}.norm", decoder, {key.replace("norm", f"{name}.norm"): vectors[key] for key in ends})
             if kind == "head" or decoder.tied:
-                y = linear(b, last(b, y, b.small("keep", np.array(1, np.int64))), name, weight, f"{name}.logits")
+                read = last(b, y, b.small("keep", np.array(1, np.int64))) if decoder.causal else y
+                y = linear(b, read, name, weight, f"{name}.logits")
             b.output(y, f"{name}.end", ["batch_size", "sequence", "width"])
         return b.model()
     stream = Stream(b, source, decoder, vectors)

@@ -178,7 +178,7 @@ class Cache:
 @dataclass(frozen=True)
 class BenchCalls:
     """Two calls without arguments, to be timed: a prefill of an empty cache to the logits of its last token, and one decoded
-    token on a filled one."""
+    token on a filled one. Of a masked language model: to all logits, and of a single token."""
 
     prefill: Callable[[], object]
     decode: Callable[[], object]
@@ -186,7 +186,7 @@ class BenchCalls:
 
 
 class OnnxDecoder(_Runner):
-    """An exported folder, ready to run; a context manager that closes its session.
+    """An exported folder, ready to run; a context manager that closes its session. A masked language model only has `logits`.
 
     Args:
         folder: as `export_onnx` left it.
@@ -204,6 +204,11 @@ class OnnxDecoder(_Runner):
             raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
         with exact_graph(Path(folder)) if exact else nullcontext(graph) as path:
             super().__init__(path, "cpu" if exact else device, threads)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it goes on from a cache: what was exported of a causal model."""
+        return self._can_keep or bool(self._caches)
 
     @property
     def provider(self) -> str:
@@ -244,6 +249,8 @@ class OnnxDecoder(_Runner):
         vocabulary = self._session.get_outputs()[0].shape[-1]
         rng = np.random.default_rng(0)
         ids = rng.integers(0, vocabulary, max(prefill_tokens, context))
+        if not self.writes:
+            return BenchCalls(lambda: self.logits(ids[:prefill_tokens]), lambda: self.logits(ids[:1]), self.close)
         cache = self.prefill(ids[:context], keep=1)[1] if context else Cache(0, self.past(0))
         return BenchCalls(
             lambda: self.prefill(ids[:prefill_tokens], keep=1), lambda: self.step(int(ids[0]), cache), self.close
@@ -287,6 +294,7 @@ def site_stack(
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
     one = many[:, :1]
     empty, filled = runner.past(0), runner.past(context, rng)
+    behind = context if decoder.causal else 0
     return BenchCalls(
-        lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, context), runner.close
+        lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, behind), runner.close
     )

@@ -29,6 +29,7 @@ from compressor.files import write_bytes_atomic
 from compressor.network import Network, Rounding
 from compressor.recovery.trained import Train, Trained
 from compressor.student import Student
+from eval.perplexity import compared
 
 CHECKPOINT_SECONDS = 60
 """Least time between two checkpoints, which hold three times the trained weights."""
@@ -295,11 +296,12 @@ class Imitation:
         return {}
 
     def _loss(self, ids_BL: Tensor) -> Tensor:
+        where_T = compared(ids_BL.flatten())
         with torch.no_grad():
             hidden_t = self.teacher.every_hidden(ids_BL)
-            log_p_TV = torch.log_softmax(self.teacher.logits(hidden_t[-1]).flatten(0, 1) / self.temperature, -1)
+            log_p_TV = self._said(self.teacher, hidden_t[-1].flatten(0, 1)[where_T])
         hidden_s = self.network.every_hidden(ids_BL)
-        log_q_TV = torch.log_softmax(self.network.logits(hidden_s[-1]).flatten(0, 1) / self.temperature, -1)
+        log_q_TV = self._said(self.network, hidden_s[-1].flatten(0, 1)[where_T])
         kl = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
         loss = self.kl_weight * self.temperature**2 * kl
         if self.hidden_weight:
@@ -307,6 +309,9 @@ class Imitation:
             gaps = [(a - b).square().mean() / b.square().mean() for a, b in pairs]
             loss = loss + self.hidden_weight * torch.stack(gaps).mean()
         return loss
+
+    def _said(self, network: Network, hidden_TD: Tensor) -> Tensor:
+        return torch.log_softmax(network.logits(hidden_TD) / self.temperature, -1)
 
 
 def visited(count: int, n: int, seed: int) -> int:

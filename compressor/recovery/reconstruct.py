@@ -89,7 +89,7 @@ class _Fitting:
         bias_D = self._unquantized[name].bias
         added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
         for windows, x_BLI in given.inputs(name):
-            h_BLD, front_BLD = behind_NLD[windows], given.hidden_NLD[windows] + added_D
+            h_BLD, front_BLD = behind_NLD[windows], given.front(windows) + added_D
             size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
             fit.add(x_BLI, h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
         self._finish(fit, [name])
