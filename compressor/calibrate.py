@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.network import Network
-from eval.perplexity import compared
+from compressor.text import compared
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from compressor.bank import Bank
 from compressor.network import Network
 from compressor.plan import PARTS, Action, Plan, Score
-from eval.perplexity import compared, predictions
+from compressor.text import compared, predictions
 
 
 class Executor:
@@ -30,7 +30,7 @@ class Executor:
 
     Args:
         bank: where the variants come from.
-        tokens_NL: token ids; perplexity is over the predictions of `eval.perplexity`, KL over all positions or the
+        tokens_NL: token ids; perplexity is over the `predictions` of `compressor.text`, KL over all positions or the
             masked ones.
     """
 

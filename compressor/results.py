@@ -24,7 +24,7 @@ from compressor.plan import Plan
 from compressor.recovery.distill import loaded
 from compressor.search import best, label, spent
 from compressor.stages import key_of
-from compressor.text import tokens_digest
+from compressor.text import predictions, tokens_digest
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
@@ -105,7 +105,7 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
             models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
             for place, (name, text_NL) in enumerate(texts.items()):
                 shown = partial(_shifted, progress, place * len(text_NL), windows)
-                for key, quality in compare(teacher, models, text_NL.numpy(), shown).items():
+                for key, quality in compare(teacher, models, text_NL.numpy(), shown, predictions).items():
                     found[key][name] = asdict(quality)
                     if not isfinite(quality.perplexity):
                         raise ModelError(

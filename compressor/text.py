@@ -24,7 +24,7 @@ class Masking:
     """Makes windows of a masked language model: special tokens around the text, and some of it masked, always the same.
 
     A masked token is written as ~id, which is negative: the model reads the mask token in its place (`Network.seen`), and the
-    id is what it is to predict (`eval.perplexity.predictions`).
+    id is what it is to predict (`predictions`).
     """
 
     before: tuple[int, ...]
@@ -49,6 +49,22 @@ class Masking:
         random = Random(str(ids))
         masked = set(random.sample(range(len(ids)), max(1, round(self.share * len(ids)))))
         return [*self.before, *(~token if i in masked else token for i, token in enumerate(ids)), *self.behind]
+
+
+def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions at which something is predicted, token ids that are), [P] each, of a window: where tokens are masked, these;
+    else every token but the first, at the position in front of it."""
+    if (masked_L := ids_L < 0).any():
+        (where_P,) = masked_L.nonzero(as_tuple=True)
+        return where_P, ~ids_L[where_P]
+    return torch.arange(len(ids_L) - 1, device=ids_L.device), ids_L[1:]
+
+
+def compared(ids_L: Tensor) -> Tensor | slice:
+    """Positions of a window at which a student's distribution counts in training and search: those that are masked, or else
+    all, the last one too."""
+    masked_L = ids_L < 0
+    return masked_L if masked_L.any() else slice(None)
 
 
 CHUNK = 1 << 16

@@ -1,8 +1,8 @@
 """Perplexity and KL of a model on text. Knows logits only; whoever calls brings them.
 
 Protocol: windows of L tokens that do not overlap; every token but a window's first is predicted from the window's
-tokens before it, or, where tokens are masked (written as ~id), these and no others from all that is not; natural logarithm,
-mean over all predictions. KL(teacher || model) is over the same predictions.
+tokens before it, unless the caller says what is predicted; natural logarithm, mean over all predictions.
+KL(teacher || model) is over the same predictions.
 """
 
 from __future__ import annotations
@@ -34,19 +34,13 @@ class Quality:
         )
 
 
-def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions at which something is predicted, token ids that are), [P] each, of a window."""
-    if (masked_L := ids_L < 0).any():
-        (where_P,) = masked_L.nonzero(as_tuple=True)
-        return where_P, ~ids_L[where_P]
+Predictions = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A window of token ids [L] -> (positions at which something is predicted, token ids that are), [P] each."""
+
+
+def next_tokens(ids_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token but the first, at the position in front of it."""
     return torch.arange(len(ids_L) - 1, device=ids_L.device), ids_L[1:]
-
-
-def compared(ids_L: Tensor) -> Tensor | slice:
-    """Positions of a window at which a student's distribution counts in training and search: those that are masked, or else
-    all, the last one too."""
-    masked_L = ids_L < 0
-    return masked_L if masked_L.any() else slice(None)
 
 
 def compare(
@@ -54,6 +48,7 @@ def compare(
     models: Mapping[str, Logits],
     windows_NL: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    predictions: Predictions = next_tokens,
 ) -> dict[str, Quality]:
     """Perplexity of the teacher (under the name `teacher`) and of every model, and their KL from it; computed where the
     teacher's logits lie.

@@ -25,8 +25,8 @@ from compressor.recipe import TextSource
 from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
-from compressor.text import Masking, load_tokens
-from eval.perplexity import compare, predictions
+from compressor.text import Masking, load_tokens, predictions
+from eval.perplexity import compare
 from tests import test_families
 from tests.conftest import TEXT
 from tests.test_families import error
@@ -158,7 +158,8 @@ def test_torch_and_onnx_compute_what_transformers_does(folders, name, masked, tm
         losses.append(float(-log_q[at].gather(1, ~ids_L[at, None]).mean()))
         divergences.append(float((log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()))
     assert kl_N == pytest.approx(divergences, rel=1e-4) and nll_N == pytest.approx(losses, rel=1e-4)
-    found = compare(network.window_logits, {"other": other.window_logits}, masked[:4].numpy())["other"]
+    models = {"other": other.window_logits}
+    found = compare(network.window_logits, models, masked[:4].numpy(), predictions=predictions)["other"]
     assert found.kl == pytest.approx(kl_N.mean(), rel=0.01) and np.log(found.perplexity) == pytest.approx(
         nll_N.mean(), rel=0.01
     )

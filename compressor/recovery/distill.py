@@ -29,7 +29,7 @@ from compressor.files import write_bytes_atomic
 from compressor.network import Network, Rounding
 from compressor.recovery.trained import Train, Trained
 from compressor.student import Student
-from eval.perplexity import compared
+from compressor.text import compared
 
 CHECKPOINT_SECONDS = 60
 """Least time between two checkpoints, which hold three times the trained weights."""
