@@ -8,7 +8,7 @@ rotate in part become such that rotate as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -354,6 +354,10 @@ def check_supported(config: Any) -> None:
             problems.append(f"activation {_activation(config)!r} (supported: {', '.join(_ACTIVATIONS)})")
         kinds = {rotation["rope_type"] for rotation in _rotations(config).values()}
         problems += [f"rope_type {kind!r} (supported: {', '.join(_ROTATIONS)})" for kind in kinds - {*_ROTATIONS}]
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+        problems += [
+            f"{size} = {getattr(config, size)} (expected: at least 1)" for size in sizes if getattr(config, size) < 1
+        ]
     if problems:
         raise ModelError(
             f"this architecture is not supported: {'; '.join(problems)}. Another one is a row of compressor.families.FAMILIES"
@@ -486,6 +490,13 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
     for ours, theirs, _ in _modules(family, decoder):
         state |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for kind in _KINDS if f"{ours}.{kind}" in weights}
     return state
+
+
+def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | None:
+    """One of these names of weights that belongs to a block behind the last, if there is any."""
+    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1))
+    expected = {f"{theirs}.{kind}" for _, theirs, _ in more for kind in _KINDS}
+    return min(expected & set(names), default=None)
 
 
 def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:

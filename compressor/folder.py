@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import nn
 
-from compressor.errors import BankError, ModelError
+from compressor.errors import BankError, ModelError, RecipeError
 from compressor.export import export_onnx, genai_config, read_student
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import Teacher, network_from_config
-from compressor.plan import Plan
+from compressor.plan import Format, Plan
 from compressor.recovery.distill import load_student
 from compressor.student import Student
 
@@ -72,7 +72,10 @@ def load(folder: str | Path) -> nn.Module:
     network = network_from_config(folder)
     try:
         plan = Plan.from_json(plan_path.read_text())
-    except (ValueError, KeyError, TypeError) as error:
+        formats = [Format.parse(action.format) for action in plan.values() if action.keep]
+        if list(plan) != list(network.sites) or not formats:
+            raise ValueError(f"it has {len(plan)} sites, config.json describes {len(network.sites)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
         raise BankError(f"{plan_path} cannot be read ({error}); export the model again") from None
     load_student(read_student(folder, network.decoder, plan), network, "all")
     return network.model

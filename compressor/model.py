@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compressor.errors import ModelError
-from compressor.families import check_supported, checkpoint_of, decoder_of, weights_of
+from compressor.families import blocks_beyond, check_supported, checkpoint_of, decoder_of, weights_of
 from compressor.network import Network, Transformer
 from compressor.student import Decoder, Precision
 
@@ -58,13 +58,22 @@ def load_teacher(
         safe = {} if gguf else {"use_safetensors": True}
         causal = decoder_of(config).causal
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-        model = kind.from_pretrained(path, dtype=torch.float32, **safe, **options)
-    except (OSError, ValueError) as error:
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, found = kind.from_pretrained(path, **safe, **options)  # type: ignore[misc]
+    except (MemoryError, torch.OutOfMemoryError, ModelError):
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors each have their own tree of errors
         raise _cannot_load(path, gguf, error) from error
     config = model.config
+    if missing := sorted(found["missing_keys"]):
+        raise _cannot_load(path, gguf, f"{len(missing)} weights are missing, such as {missing[0]}")
     if gguf:  # the weights are plain floats now
         del config.quantization_config
     decoder = replace(decoder_of(config), precision=precision)
+    if more := blocks_beyond(decoder, config, found["unexpected_keys"]):
+        raise _cannot_load(
+            path, gguf, f"there are weights of more blocks than the {decoder.layers} of config.json: {more}"
+        )
     generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
     network = _empty(decoder, (config, generation))
     if not decoder.causal:
@@ -113,9 +122,9 @@ def network_from_config(folder: Path) -> Network:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        check_supported(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no usable config.json: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # see load_teacher
+        raise ModelError(f"{folder} holds no usable config.json: {_first_line(error)}") from error
+    check_supported(config)
     network = _empty(decoder_of(config), (config, transformers.GenerationConfig.from_model_config(config)))
     network.model.to_empty(device="cpu")
     return network
@@ -137,15 +146,20 @@ def read_decoder(path: str | Path, *, gguf: str | None = None, revision: str | N
     options = ({"gguf_file": gguf} if gguf else {}) | ({"revision": revision} if revision else {})
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # see load_teacher
         raise _cannot_load(path, gguf, error) from error
     check_supported(config)
     return decoder_of(config)
 
 
-def _cannot_load(path: str | Path, gguf: str | None, error: Exception) -> ModelError:
+def _cannot_load(path: str | Path, gguf: str | None, why: Exception | str) -> ModelError:
+    said = why if isinstance(why, str) else f"transformers says: {_first_line(why)}"
     return ModelError(
         f"model.path = {str(path)!r}{f' with gguf = {gguf!r}' if gguf else ''} cannot be loaded; "
-        "expected a hub id or a local folder with config.json, tokenizer and weights; transformers says: "
-        f"{str(error).strip().splitlines()[0]}"
+        f"expected a hub id or a local folder with config.json, tokenizer and weights; {said}"
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressor import actions, gate, page, report, results
 from compressor.bank import Bank
-from compressor.errors import DataError, RecipeError, RuntimeTargetError
+from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
 from compressor.export import exported_bytes, fixed_bytes, refused_formats, site_stack
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
@@ -207,6 +207,12 @@ def start(
         if not causal:
             _check_masked(recipe)
         texts = Texts.read(recipe, teacher.tokenizer, None if causal else Masking.of(teacher.tokenizer))
+        highest = max(int(teacher.network.seen(ids_NL).max()) for ids_NL in (texts.score_NL, texts.evaluation_NL))
+        if highest >= (vocabulary := teacher.network.decoder.vocabulary):
+            raise ModelError(
+                f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
+                f"gives {highest}; give the tokenizer that belongs to the model"
+            )
         teacher.network.to("cuda" if torch.cuda.is_available() else "cpu")  # wherever the student will run
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)

@@ -153,9 +153,9 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     """
     folder = Path(folder)
     tensors = _open_tensors(folder)
-    decoder = replace(decoder, precision=_precision(tensors))
+    decoder = replace(decoder, precision=_precision(folder, tensors))
     matrices: dict[str, Weight] = {}
-    vectors = {name: _vector(tensors, name).float() for name in decoder.vectors_of(plan)}
+    vectors = {name: _vector(folder, tensors, name).float() for name in decoder.vectors_of(plan)}
     for site in decoder.sites():
         action = plan[site.name]
         if action.keep == 0:
@@ -167,7 +167,8 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
             heights, _, biased = zip(*(shapes.pop(name) for name in fused), strict=True)
             shapes[f"{site.name}.qkv"] = sum(heights), decoder.hidden, biased[0]
         found = {
-            name: _stored(tensors, name, format, *shape, decoder.floats).weight() for name, shape in shapes.items()
+            name: _stored(folder, tensors, name, format, *shape, decoder.floats).weight()
+            for name, shape in shapes.items()
         }
         if site.kind == "attention":
             whole = found.pop(f"{site.name}.qkv")
@@ -181,7 +182,10 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
     for name in (GRAPH_FILE, DATA_FILE):
         if not (folder / name).is_file():
             raise BankError(f"{folder / name} is missing; export the model again")
-    graph = ir.load(folder / GRAPH_FILE).graph
+    try:
+        graph = ir.load(folder / GRAPH_FILE).graph
+    except Exception as error:  # protobuf and onnx-ir have no common base
+        raise BankError(f"{folder / GRAPH_FILE} cannot be read ({error}); export the model again") from error
     tensors = {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:
@@ -189,19 +193,22 @@ def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
             raise BankError(
                 f"{folder / GRAPH_FILE}: expected all weights in {DATA_FILE}, {tensor.name} points to {tensor.location}"
             )
-    end = max((tensor.offset or 0) + (tensor.length or 0) for tensor in external)
+    end = max(((tensor.offset or 0) + (tensor.length or 0) for tensor in external), default=0)
     size = (folder / DATA_FILE).stat().st_size
+    if (folder / DATA_FILE).is_symlink():
+        raise BankError(f"{folder / DATA_FILE} is a link, behind which anything could lie; put the file itself there")
     if size != end:
         raise BankError(f"{folder / DATA_FILE} has {size} bytes, its graph says {end}; export the model again")
     return tensors
 
 
-def _precision(tensors: Mapping[str, ir.TensorProtocol]) -> Precision:
-    floats = _vector(tensors, "norm").dtype
+def _precision(folder: Path, tensors: Mapping[str, ir.TensorProtocol]) -> Precision:
+    floats = _vector(folder, tensors, "norm").dtype
     return "float16" if floats == torch.float16 else "float32"
 
 
 def _stored(
+    folder: Path,
     tensors: Mapping[str, ir.TensorProtocol],
     name: str,
     format: Format,
@@ -223,13 +230,13 @@ def _stored(
         found.pop("zeros", None)
     if found != expected:
         raise BankError(
-            f"exported matrix {name!r}: the plan says {format.name}, (item bytes, *shape) = {expected}; "
+            f"{folder}: exported matrix {name!r}: the plan says {format.name}, (item bytes, *shape) = {expected}; "
             f"the file holds {found}"
         )
     return Stored(format, rows, columns, arrays)
 
 
-def _vector(tensors: Mapping[str, ir.TensorProtocol], name: str) -> torch.Tensor:
+def _vector(folder: Path, tensors: Mapping[str, ir.TensorProtocol], name: str) -> torch.Tensor:
     if name not in tensors:
-        raise BankError(f"exported norm {name!r}: the plan keeps this sub-layer, the file does not hold it")
+        raise BankError(f"{folder}: exported norm {name!r}: the plan keeps this sub-layer, the file does not hold it")
     return torch.from_numpy(np.array(tensors[name].numpy()))
