@@ -44,7 +44,8 @@ or with ONNX Runtime GenAI, transformers.js and optimum. `plan.json` says what w
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
 th { text-align: left } td { vertical-align: top } img { max-width: 100% }
 pre { background: #f5f5f5; padding: 1rem; overflow: auto }
 .text { white-space: pre-wrap }
@@ -141,7 +142,12 @@ def card(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _parts(report: Report) -> list[str]:
+def summary(report: Report) -> str:
+    """The beginning of the page: what was asked for and what came out; Markdown without pictures."""
+    return "\n\n".join(part for part in _first_parts(report) if part)
+
+
+def _first_parts(report: Report) -> list[str]:
     return [
         f"# {_model_name(report)}, compressed",
         f"**{headline(report)}**{_verdict(report)}",
@@ -150,6 +156,12 @@ def _parts(report: Report) -> list[str]:
         _rows_table(report),
         _budget_part(report),
         _gate_part(report),
+    ]
+
+
+def _parts(report: Report) -> list[str]:
+    return [
+        *_first_parts(report),
         _plan_part(report),
         _sites_part(report),
         _search_part(report),

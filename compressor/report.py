@@ -241,6 +241,12 @@ class Report:
         gate.require(self, lines)
         return lines
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows of a report."""
+        from compressor import page
+
+        return page.summary(self)
+
     def row(self, role: str) -> Row | None:
         """The first row in that role."""
         return next((row for row in self.rows if row.role == role), None)

@@ -186,6 +186,24 @@ def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch
     assert again.to_dict() | {"stage_seconds": 0} == report.to_dict() | {"stage_seconds": 0}
 
 
+def test_the_same_recipe_makes_the_same_bytes(finished, tiny_folder, tmp_path):
+    """What is deployed, what is kept on the way, and what the agent learned; only times may differ."""
+    out = finished[0]
+    report = pipeline.compress(recipe(tiny_folder), tmp_path)
+    assert [(t.digest, t.kl) for t in report.trials] == [(t.digest, t.kl) for t in finished[1].trials]
+    ours, theirs = (
+        {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path, out)
+    )
+    assert ours.keys() == theirs.keys()
+    told = ("README.md", "latency.json", "ledger.log", "report", "search.png", "quality.png", "stages/")
+    same = [name for name in ours if not any(part in name for part in told)]
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/plan.json", "policy.safetensors"} <= set(same)
+    assert sum(name.startswith("bank/") for name in same) > 20
+    for name in same:
+        assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+
+
 def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path):
     out, report, _ = finished
     longer = recipe(tiny_folder, search={**recipe(tiny_folder).to_dict()["search"], "evaluations": 8})

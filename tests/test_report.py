@@ -1,14 +1,19 @@
 """The report: its numbers survive the file, its page says them, its pictures are drawn."""
 
 import base64
+import html
 import json
 import math
+import re
+import shutil
 import stat
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import yaml
+from matplotlib import pyplot
 
 from compressor.files import write_json_atomic, write_text_atomic
 from compressor.page import card, headline, markdown, write
@@ -158,6 +163,39 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
+PROBE = """<script>
+const loaded = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
+const pictures = [...document.images], width = document.documentElement.scrollWidth;
+document.title = JSON.stringify({wide: width > innerWidth, loaded: loaded.length, pictures: pictures.length,
+    drawn: pictures.filter(picture => picture.complete && picture.naturalWidth > 100).length,
+    small: pictures.filter(picture => picture.getBoundingClientRect().width > innerWidth).length});
+</script>"""
+"""Tells in the title how a page looks."""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_html_page_looks_right_in_a_browser(tmp_path, width):
+    """Nothing is loaded, nothing stands out of the window, pictures are drawn, nothing is complained about."""
+    write(example(), tmp_path)
+    probed = tmp_path / "probed.html"
+    probed.write_text((tmp_path / "report.html").read_text() + PROBE)
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    chromium += ["--enable-logging=stderr", "--hide-scrollbars", f"--window-size={width},3000"]
+    picture = tmp_path / "seen.png"
+    shown = subprocess.run(
+        [*chromium, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    title = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown.stdout)[1]))
+    assert title == {"wide": False, "loaded": 0, "pictures": title["drawn"], "drawn": title["drawn"], "small": 0}
+    assert title["drawn"] >= 3 and "CONSOLE" not in shown.stderr
+    subprocess.run(
+        [*chromium, f"--screenshot={picture}", probed.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    seen = pyplot.imread(picture)[..., :3]
+    assert seen.shape[1] == width and (seen.mean(-1) < 0.9).mean() > 0.02  # there is something on it
+
+
 def test_the_html_page_is_whole_in_itself(tmp_path):
     hostile = Sample("<script>alert(1)</script>", "a <b>teacher</b>", "student & co")
     write(replace(example(), samples=(hostile,)), tmp_path)
@@ -170,6 +208,11 @@ def test_the_html_page_is_whole_in_itself(tmp_path):
     assert "<script>alert(1)</script>" in text and "a <b>teacher</b>" in text and "layers.2.ffn" in text
     for row in example().rows:
         assert row.name in text
+
+
+def test_a_notebook_shows_the_beginning_of_the_page():
+    shown = example()._repr_markdown_()
+    assert markdown(example()).startswith(shown) and headline(example()) in shown and "](" not in shown
 
 
 def test_the_card_says_what_the_folder_holds():
