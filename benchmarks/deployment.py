@@ -128,7 +128,7 @@ def main() -> None:
     progress = LineProgress(sys.stderr)
     recipe = Recipe.load(options.recipe)
     run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", progress))
-    student = options.out / recipe.export.folder
+    student = options.out / recipe.deployed
     if not (student / "model.onnx").is_file():
         raise SystemExit(f"expected the student of a finished run in {student}; run compress {options.recipe} first")
     folders = {STUDENT: student} | rivals(

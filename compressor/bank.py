@@ -176,7 +176,7 @@ class Bank:
 
     def _make(self, site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
         dense = self.pruned(site, keep)
-        if fmt.kind != "blockwise" or self.quantizer == "nearest":
+        if not fmt.block or self.quantizer == "nearest":
             return {name: quantize(w, fmt) for name, w in dense.items()}
         if site.layer is None:
             return {name: self._quantize_table(site, w, fmt) for name, w in dense.items()}

@@ -193,9 +193,9 @@ def generate(
         import numpy as np
         from transformers import AutoTokenizer
 
-        from compressor.export import OnnxDecoder
+        from compressor.runtimes import runtime_of
 
-        with OnnxDecoder(folder) as decoder:
+        with runtime_of(folder).open_model(folder) as decoder:
             if not decoder.writes:
                 raise ModelError(f"{folder}: expected a model that writes, this is a masked language model")
             try:

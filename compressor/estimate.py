@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from compressor import actions
-from compressor.export import fixed_bytes
 from compressor.measure import Target
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Format
 from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
+from compressor.runtimes import runtime
 from compressor.student import Decoder, full_plan
 
 EFFICIENCY = 0.6
@@ -37,7 +37,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     for site in sites:
         sizes = [site.size_bytes(action) for action in menu[site.name]]
         lines.append(SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes)))
-    fixed = fixed_bytes(decoder)
+    fixed = runtime(recipe.target.runtime).fixed_bytes(decoder)
     fp32 = full_plan(decoder, "fp32", "fp32")
     fp32_bytes = fixed + sum(site.size_bytes(fp32[site.name]) for site in sites)
     limit = recipe.budget.bytes

@@ -480,16 +480,24 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
     Raises:
         ModelError: the family's are not.
     """
-    family = FAMILIES[config.model_type]
-    state: dict[str, Tensor] = {}
-    rewritten = any(isinstance(place, tuple) for place in family.places.values())
-    if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
+    names = module_names(config, decoder)
+    if names is None:
         raise ModelError(
             f"a checkpoint of {config.model_type!r} cannot be written: there its weights are written otherwise"
         )
-    for ours, theirs, _ in _modules(family, decoder):
+    state: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
         state |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for kind in _KINDS if f"{ours}.{kind}" in weights}
     return state
+
+
+def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
+    """Our modules -> theirs, for families whose modules are written as ours are."""
+    family = FAMILIES[config.model_type]
+    rewritten = any(isinstance(place, tuple) for place in family.places.values())
+    if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
+        return None
+    return {ours: theirs for ours, theirs, _ in _modules(family, decoder)}
 
 
 def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | None:

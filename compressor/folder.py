@@ -1,6 +1,6 @@
 """The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
 
-model.onnx, model.onnx_data    see `compressor.export`
+model.onnx, model.onnx_data    see `compressor.export`; or model.safetensors, see `compressor.torch_runtime`
 plan.json                      an action for every site
 config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them
 README.md                      the model card, written at the end of a run
@@ -15,32 +15,27 @@ from pathlib import Path
 from torch import nn
 
 from compressor.errors import BankError, ModelError, RecipeError
-from compressor.export import export_onnx, genai_config, read_student
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import Teacher, network_from_config
 from compressor.plan import Format, Plan
 from compressor.recovery.distill import load_student
+from compressor.runtimes import RuntimeName, runtime, runtime_of
 from compressor.student import Student
 
 PLAN_FILE = "plan.json"
-GENAI_FILE = "genai_config.json"
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 """How names of files begin that go with a model."""
 
 
-def save_folder(student: Student, teacher: Teacher, folder: Path) -> None:
-    """Export `student` into `folder`, with the teacher's configuration and tokenizer."""
+def save_folder(student: Student, teacher: Teacher, folder: Path, where: RuntimeName = "onnx") -> None:
+    """Write `student` into `folder` for a runtime, with the teacher's configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     teacher.network.save_configuration(folder)
     _save_tokenizer(teacher.tokenizer, folder)
     for path in sorted(Path(teacher.source).glob("*")) if Path(teacher.source).is_dir() else ():
         if path.is_file() and path.name.upper().startswith(LICENCES):
             write_bytes_atomic(folder / path.name, path.read_bytes())
-    export_onnx(student, folder)
-    network = teacher.network
-    if student.decoder.causal:
-        genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
-        write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
+    runtime(where).save_model(student, teacher.network, folder)
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
 
 
@@ -77,5 +72,5 @@ def load(folder: str | Path) -> nn.Module:
             raise ValueError(f"it has {len(plan)} sites, config.json describes {len(network.sites)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
         raise BankError(f"{plan_path} cannot be read ({error}); export the model again") from None
-    load_student(read_student(folder, network.decoder, plan), network, "all")
+    load_student(runtime_of(folder).read_student(folder, network.decoder, plan), network, "all")
     return network.model

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressor.export import BenchCalls, OnnxDecoder
+from compressor.export import BenchCalls
 from compressor.export.runtime import Device
 from compressor.network import Network
 from compressor.recipe import TargetSection
+from compressor.runtimes import RuntimeName, runtime
 from compressor.student import Precision
 from eval.memory import peak_growth_bytes
 from eval.timing import CacheFlusher, time_call
@@ -27,6 +28,7 @@ class Target:
     """Where students run and in which floats, threads (None for one a core), tokens of the prefill and of the decode's
     context."""
 
+    runtime: RuntimeName
     device: Device
     precision: Precision
     threads: int | None
@@ -42,7 +44,7 @@ class Target:
         precision: Precision = "float16" if device == "cuda" else "float32"
         if wanted.precision != "auto":
             precision = wanted.precision
-        return cls(device, precision, wanted.threads, wanted.workload.prefill, wanted.workload.context)
+        return cls(wanted.runtime, device, precision, wanted.threads, wanted.workload.prefill, wanted.workload.context)
 
     @property
     def environment(self) -> dict[str, str | int | None]:
@@ -54,7 +56,7 @@ class Target:
             "device": self.device,
             "precision": self.precision,
             "threads": self.threads,
-            "runtime": f"onnxruntime {runtime_version()}",
+            "runtime": f"torch {torch.__version__}" if self.runtime == "torch" else f"onnxruntime {runtime_version()}",
             "prefill_tokens": self.prefill_tokens,
             "prefill_logits": 1,
             "context": self.context,
@@ -115,8 +117,8 @@ def time_models(
 @contextmanager
 def opened(folder: Path, target: Target) -> Iterator[BenchCalls]:
     """An exported folder, as calls to be timed."""
-    with OnnxDecoder(folder, target.device, target.threads) as decoder:
-        yield decoder.bench_callables(target.prefill_tokens, target.context)
+    with runtime(target.runtime).open_model(folder, target.device, target.threads) as model:
+        yield model.bench_callables(target.prefill_tokens, target.context)
 
 
 @contextmanager
@@ -162,10 +164,8 @@ def peak_memory_bytes(folder: Path, target: Target) -> int:
 
 
 def _use(folder: Path, target: Target) -> None:
-    with OnnxDecoder(folder, target.device, target.threads) as decoder:
-        _, cache = decoder.prefill(np.zeros(target.prefill_tokens, np.int64), keep=1)
-        for _ in range(8 if decoder.writes else 0):
-            _, cache = decoder.step(0, cache)
+    with runtime(target.runtime).open_model(folder, target.device, target.threads) as model:
+        model.rehearse(target.prefill_tokens)
 
 
 def cores() -> int:

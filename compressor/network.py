@@ -69,6 +69,19 @@ class Context:
     rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
     cache: Cache | None = None
 
+    @classmethod
+    def of(cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor) -> Context:
+        """For `length` tokens behind those in the cache; on the device and of the type of a tensor."""
+        start = cache.length if cache else 0
+        positions_L1 = torch.arange(start, start + length, device=like.device, dtype=torch.float32)[:, None]
+        rotations = {}
+        for frequencies in {decoder.frequencies_of(layer) for layer in range(decoder.layers)} - {()}:
+            angles_LK = positions_L1 * torch.tensor(frequencies, device=like.device)
+            angles_LK = torch.cat([angles_LK, angles_LK], 1)
+            tables = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
+            rotations[frequencies] = tables[0].to(like.dtype), tables[1].to(like.dtype)
+        return cls(rotations, cache)
+
 
 class Norm(nn.Module):
     """A norm over the last axis: of root mean squares, or of the variance, with a bias."""
@@ -253,14 +266,7 @@ class Transformer(nn.Module):
 
     def context(self, length: int, cache: Cache | None = None) -> Context:
         """For `length` tokens behind those in the cache."""
-        decoder, device, start = self.decoder, self.embedding.weight.device, cache.length if cache else 0
-        positions_L1 = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None]
-        rotations = {}
-        for frequencies in {decoder.frequencies_of(layer) for layer in range(decoder.layers)} - {()}:
-            angles_LK = positions_L1 * torch.tensor(frequencies, device=device)
-            angles_LK = torch.cat([angles_LK, angles_LK], 1)
-            rotations[frequencies] = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
-        return Context(rotations, cache)
+        return Context.of(self.decoder, length, cache, self.embedding.weight)
 
 
 def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:

@@ -23,11 +23,10 @@ from compressor import actions, gate, page, report, results
 from compressor.bank import Bank
 from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
-from compressor.export import exported_bytes, fixed_bytes, refused_formats, site_stack
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import Target, cache_flusher, opened, runtime_version, time_models
+from compressor.measure import Target, cache_flusher, opened, time_models
 from compressor.model import Teacher, load_teacher
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
@@ -38,6 +37,7 @@ from compressor.recovery.reconstruct import reconstruct
 from compressor.recovery.reward import Judge, Reward, check_rewards
 from compressor.recovery.rollouts import Writer
 from compressor.recovery.trained import LEARNING_RATES
+from compressor.runtimes import runtime
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
@@ -85,7 +85,7 @@ def compress(
             result = replace(result, gate=lines)
         finally:  # what was measured is written, whether it can be compared or not
             page.write(result, out)
-            write_text_atomic(out / recipe.export.folder / "README.md", page.card(result))
+            write_text_atomic(out / recipe.deployed / "README.md", page.card(result))
         gate.require(result, result.gate)
         return result
 
@@ -171,11 +171,11 @@ def runnable(recipe: Recipe, target: Target) -> Recipe:
     search, left = recipe.search, {}
     for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
         formats = getattr(search, key)
-        refused = refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
+        refused = runtime(target.runtime).refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
         left[key] = tuple(name for name in formats if name not in refused)
         if refused and (key in search.model_fields_set or not left[key]):
             raise RuntimeTargetError(
-                f"onnxruntime {runtime_version()} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
+                f"{target.environment['runtime']} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
                 f"{target.precision}: take them out of search.{key}. It says: {next(iter(refused.values()))}"
             )
     return recipe.model_copy(update={"search": search.model_copy(update=left)})
@@ -276,9 +276,9 @@ def measure_latency(run: Run) -> Latency:
 
     def make(report_progress) -> dict:
         for name, plan in anchors.items():
-            save_folder(run.bank.realize(plan), run.teacher, folders[name])
+            save_folder(run.bank.realize(plan), run.teacher, folders[name], target.runtime)
         stack = partial(
-            site_stack,
+            runtime(target.runtime).site_stack,
             decoder,
             prefill_tokens=target.prefill_tokens,
             context=target.context,
@@ -288,7 +288,7 @@ def measure_latency(run: Run) -> Latency:
         table.measure(wanted, stack, flush=cache_flusher(target.device), progress=report_progress)
         times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
         return {
-            "bytes": exported_bytes(folders["fp32"]),
+            "bytes": runtime(target.runtime).exported_bytes(folders["fp32"]),
             "ms": {name: [t.prefill.median_ms, t.decode.median_ms] for name, t in times.items()},
         }
 
@@ -324,7 +324,14 @@ def pose(
         "decode_ms": (budget.decode, latency.fp32_ms.decode),
     }
     limits = limits or {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
-    return build_problem(decoder.sites(), run.menu, sensitivity, fixed_bytes(decoder), latency.model, limits)
+    return build_problem(
+        decoder.sites(),
+        run.menu,
+        sensitivity,
+        runtime(run.target.runtime).fixed_bytes(decoder),
+        latency.model,
+        limits,
+    )
 
 
 Searches = dict[tuple[str, int], Trials]
@@ -529,11 +536,11 @@ def export(run: Run, problem: Problem, trials: Searches, student: Student) -> di
     folders = {
         "fp32": run.out / "stages" / "anchor-fp32",
         "uniform": run.out / "stages" / "uniform",
-        "student": run.out / run.recipe.export.folder,
+        "student": run.out / run.recipe.deployed,
     }
     students = {"uniform": run.bank.realize(uniform), "student": student}
     with run.stages.timed("export") as report_progress:
         for done, (name, weights) in enumerate(students.items()):
-            save_folder(weights, run.teacher, folders[name])
+            save_folder(weights, run.teacher, folders[name], run.target.runtime)
             report_progress(done + 1, len(students))
     return folders

@@ -17,7 +17,7 @@ from compressor.errors import RecipeError
 ALIGNMENT = 64
 """Bytes to which every tensor is aligned in the exported data file."""
 
-FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others)"
+FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4"
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Format:
         `float`: `bits` 32, or 16 (stored as fp16, computed in the graph's float type);
         `dynamic`: int8 weights, one scale a row; activations quantized to uint8 at run time, one scale a tensor;
         `blockwise`: weight-only codes of `bits`, one scale (and zero point) for `block` columns of a row;
+        `codebook`: weight-only codes of `bits` into a table of values, one scale for `block` columns of a row;
         `dropped`: there is no weight, the sub-layer is gone.
     """
 
     name: str
-    kind: Literal["float", "dynamic", "blockwise", "dropped"]
+    kind: Literal["float", "dynamic", "blockwise", "codebook", "dropped"]
     bits: int
     block: int = 0
 
@@ -47,6 +48,8 @@ class Format:
             "fp32": cls("fp32", "float", 32),
             "fp16": cls("fp16", "float", 16),
             "int8": cls("int8", "dynamic", 8),
+            "nf4": cls("nf4", "codebook", 4, 64),
+            "fp4": cls("fp4", "codebook", 4, 64),
             "none": cls("none", "dropped", 0),
         }
         if name in fixed:
@@ -76,6 +79,8 @@ class Format:
         if self.kind == "dynamic":
             return [rows * columns, rows * float_bytes, rows]
         blocks = -(-columns // self.block)
+        if self.kind == "codebook":  # beside codes and scales lie the table and what says how to read it
+            return [rows * columns // 2, rows * blocks * 4, 16 * 4, 256]
         sizes = [rows * blocks * (self.block * self.bits // 8), rows * blocks * float_bytes]
         return [*sizes, rows * -(-blocks * self.bits // 8)] if self.has_zeros else sizes
 

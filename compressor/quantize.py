@@ -4,6 +4,7 @@ Arithmetic on tensors only; no files, no modules. Shape letters: O output rows, 
 
     w_OI = (code_OI - zero_OG) * scale_OG          blockwise, codes and zero points unsigned
     w_OI = code_OI * scale_O                       dynamic int8, codes signed, symmetric
+    w_OI = table[code_OI] * scale_OG               codebook
 
 The packed layouts are those of ONNX Runtime's MatMulNBits: codes [O, G, block * bits / 8], low bits first;
 zero points [O, ceil(G * bits / 8)], low bits first.
@@ -11,7 +12,7 @@ zero points [O, ceil(G * bits / 8)], low bits first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -24,6 +25,35 @@ SMALLEST_BLOCK = 32
 """Columns that GPTQ handles before it updates the rest; divides every format's block."""
 
 FP32 = Format.parse("fp32")
+
+CODEBOOKS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        0.0,
+        1 / 192,
+        2 / 3,
+        1.0,
+        1 / 3,
+        0.5,
+        1 / 6,
+        0.25,
+        -0.0,
+        -1 / 192,
+        -2 / 3,
+        -1.0,
+        -1 / 3,
+        -0.5,
+        -1 / 6,
+        -0.25,
+    ),
+}
+"""Values by code, as bitsandbytes numbers them: quantiles of a normal distribution (Dettmers et al. 2023, "QLoRA", appendix
+E), and floats of a sign, two bits of exponent and one of mantissa over their largest."""
 
 CLIP_STEPS = 16
 """Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
@@ -47,12 +77,34 @@ class Grid:
     def codes(self, w_OI: Tensor) -> Tensor:
         """Nearest codes, float32 [O, I]."""
         w, scales, zeros = self._blocks(w_OI)
+        if self.format.kind == "codebook":
+            return looked_up(w / scales, self.format).view(w_OI.shape)
         return (w / scales).round_().add_(zeros).clamp_(*self.code_range).view(w_OI.shape)
 
     def values(self, codes_OI: Tensor) -> Tensor:
         """What the kernel's arithmetic makes of the codes, float32 [O, I]."""
+        if self.format.kind == "codebook":
+            return self.times(codebook(self.format, codes_OI)[codes_OI.long()])
         codes, scales, zeros = self._blocks(codes_OI)
         return (codes - zeros).mul_(scales).view(codes_OI.shape)
+
+    def times(self, matrix_OI: Tensor) -> Tensor:
+        """A matrix times the scales of its blocks."""
+        matrix, scales, _ = self._blocks(matrix_OI)
+        return (matrix * scales).view(matrix_OI.shape)
+
+    def column(self, index: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """(weights -> nearest codes, codes -> values), [O] each, of a column."""
+        group = index // self.format.block
+        scale_O, zero_O = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
+        if self.format.kind == "codebook":
+            table = codebook(self.format, scale_O)
+            return lambda w_O: looked_up(w_O / scale_O, self.format), lambda code_O: table[code_O.long()] * scale_O
+        low, high = self.code_range
+        return (
+            lambda w_O: torch.round(w_O / scale_O).add_(zero_O).clamp_(low, high),
+            lambda code_O: code_O.sub(zero_O).mul_(scale_O),
+        )
 
     def nearest(self, w_OI: Tensor) -> Tensor:
         """`w_OI` rounded to the grid."""
@@ -68,6 +120,17 @@ class Grid:
             return matrix_OI.unflatten(1, (-1, block)), self.scales.unsqueeze(2), self.zeros.unsqueeze(2)
         scales, zeros = (side.repeat_interleave(block, 1)[:, :columns] for side in (self.scales, self.zeros))
         return matrix_OI, scales, zeros
+
+
+def codebook(format: Format, like: Tensor) -> Tensor:
+    """The values of a codebook format by code, float32 [16], beside a tensor."""
+    return torch.tensor(CODEBOOKS[format.name], device=like.device)
+
+
+def looked_up(x: Tensor, format: Format) -> Tensor:
+    """Codes, float32, of the values of a codebook that are nearest to x."""
+    values, order = codebook(format, x).sort()
+    return order[torch.bucketize(x, (values[1:] + values[:-1]) / 2)].float()
 
 
 PARTS = ("values", "codes", "scales", "zeros", "bias")
@@ -104,7 +167,7 @@ class Weight:
         if self.zeros is not None:
             zeros = self.zeros.float()
         else:
-            centre = 0.0 if self.format.kind == "dynamic" else 2.0 ** (self.format.bits - 1)
+            centre = 2.0 ** (self.format.bits - 1) if self.format.kind == "blockwise" else 0.0
             zeros = torch.full_like(self.scales, centre)
         return Grid(self.format, self.scales, zeros)
 
@@ -204,18 +267,19 @@ def pack_codes(codes_OI: Tensor, format: Format) -> Tensor:
 def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) -> Grid:
     """Scales and zero points for `w_OI`.
 
-    Blockwise: min-max of every block, then a search over shrunken ranges for the least squared error, weighted
-    by `importance_I` (the diagonal of the input's second moment) where given. Int8: the row's absolute maximum.
+    Blockwise: min-max of every block, codebook: its absolute maximum; then a search over shrunken ranges for the least
+    squared error, weighted by `importance_I` (the diagonal of the input's second moment) where given. Int8: the row's
+    absolute maximum.
 
     Args:
         w_OI: float32 weights.
-        format: a `dynamic` or `blockwise` format.
+        format: a `dynamic`, `blockwise` or `codebook` format.
         importance_I: non-negative float32 [I].
     """
     if format.kind == "dynamic":
         scales = (w_OI.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
         return Grid(format, scales, torch.zeros_like(scales))
-    assert format.kind == "blockwise", format
+    assert format.kind in ("blockwise", "codebook"), format
     columns = w_OI.shape[1]
     pad = -columns % format.block
     w_OGB = nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
@@ -230,13 +294,17 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
     best_scales, best_zeros = torch.ones_like(low), torch.zeros_like(low)
     for step in range(CLIP_STEPS if format.bits < 8 else 1):
         shrink = 1 - step / 40
-        scales = ((high - low) * shrink / top_code).clamp_min(1e-12)
+        scales = ((high - low) * shrink / (2 if format.kind == "codebook" else top_code)).clamp_min(1e-12)
         if format.has_zeros:
             zeros = torch.round(-low * shrink / scales).clamp_(0, top_code)
         else:
             zeros = torch.full_like(scales, 2.0 ** (format.bits - 1))
-        codes = (torch.round(w_OGB / scales.unsqueeze(2)) + zeros.unsqueeze(2)).clamp_(0, top_code)
-        error = ((codes - zeros.unsqueeze(2)).mul_(scales.unsqueeze(2)).sub_(w_OGB).square_() * importance_GB).sum(2)
+        if format.kind == "codebook":
+            values = codebook(format, w_OGB)[looked_up(w_OGB / scales.unsqueeze(2), format).long()]
+        else:
+            codes = (torch.round(w_OGB / scales.unsqueeze(2)) + zeros.unsqueeze(2)).clamp_(0, top_code)
+            values = codes - zeros.unsqueeze(2)
+        error = (values.mul_(scales.unsqueeze(2)).sub_(w_OGB).square_() * importance_GB).sum(2)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
@@ -292,7 +360,7 @@ def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01
     Args:
         w_OI: float32 weights.
         hessian_II: float32 second moment of the layer's input, any positive multiple of X^T X.
-        format: a `blockwise` format.
+        format: a `blockwise` or `codebook` format.
         damping: added to the diagonal, as a fraction of its mean.
 
     Raises:
@@ -309,13 +377,10 @@ def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01
         w_iO = w_OI[:, start:stop].T.contiguous()
         codes_iO, error_iO = torch.empty_like(w_iO), torch.empty_like(w_iO)
         upper_ii = upper_II[start:stop, start:stop]
-        group = start // format.block
-        scale_O, zero_O = grid.scales[:, group].contiguous(), grid.zeros[:, group].contiguous()
-        low, high = grid.code_range
+        code_of, value_of = grid.column(start)
         for i in range(stop - start):
-            code = torch.round(w_iO[i] / scale_O).add_(zero_O).clamp_(low, high)
-            codes_iO[i] = code
-            torch.sub(w_iO[i], code.sub_(zero_O).mul_(scale_O), out=error_iO[i]).div_(upper_ii[i, i])
+            codes_iO[i] = code_of(w_iO[i])
+            torch.sub(w_iO[i], value_of(codes_iO[i]), out=error_iO[i]).div_(upper_ii[i, i])
             w_iO[i + 1 :].addr_(upper_ii[i, i + 1 :], error_iO[i], alpha=-1)
         codes_OI[:, start:stop] = codes_iO.T
         w_OI[:, stop:].addmm_(error_iO.T, upper_II[start:stop, stop:], alpha=-1)

@@ -241,8 +241,8 @@ class Workload(Section):
 class TargetSection(Section):
     """Where the student runs."""
 
-    runtime: Literal["onnx"] = "onnx"
-    """Runtime that the student is exported to."""
+    runtime: Literal["onnx", "torch"] = "onnx"
+    """Where the student runs: ONNX Runtime, or torch, with bitsandbytes for the formats nf4 and fp4."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that the exported student runs on; `auto` takes CUDA when torch sees a GPU."""
     precision: Literal["auto", "float32", "float16"] = "auto"
@@ -282,7 +282,7 @@ class SearchSection(Section):
     """Calibration tokens that score a plan, the same for every plan; at least eight windows, cut if it takes that."""
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
-    formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64")
+    formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64", "nf4", "fp4")
     """Weight formats of attention and feed-forward; of the default, those that the target runs."""
     embedding_formats: Formats = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
@@ -440,8 +440,8 @@ class DistillSection(Section):
 class ExportSection(Section):
     """The exported student."""
 
-    folder: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "onnx"
-    """Name of its folder, inside the run's."""
+    folder: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
+    """Name of its folder, inside the run's; `onnx` or `torch`, by the runtime, when absent."""
     parity_tolerance: Annotated[float, Field(gt=0)] = 0.001
     """Largest relative error of the exported student's logits against the same student in torch, neither of them with
     the rounding of activations that fast kernels do."""
@@ -498,6 +498,11 @@ class Recipe(Section):
     """The exported student."""
     gate: GateSection = GateSection()
     """Limits on the measured result."""
+
+    @property
+    def deployed(self) -> str:
+        """Name of the folder that is deployed, inside the run's."""
+        return self.export.folder or self.target.runtime
 
     @property
     def batch_windows(self) -> int:

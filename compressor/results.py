@@ -15,13 +15,13 @@ import torch
 
 from compressor import measure, report
 from compressor.errors import ModelError
-from compressor.export import OnnxDecoder, exported_bytes, read_student
 from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.network import Network
 from compressor.plan import Plan
 from compressor.recovery.distill import loaded
+from compressor.runtimes import Deployed, runtime
 from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.text import predictions, tokens_digest
@@ -74,7 +74,7 @@ def collect(
         recipe=run.recipe.to_dict(),
         protocol=_protocol(run),
         rows=rows,
-        budget=_budget(run, problem, latency, student.plan, times, exported_bytes(folders["student"])),
+        budget=_budget(run, problem, latency, student.plan, times, _size(run, folders["student"])),
         trials=_trials(problem, trials, run.teacher.network.decoder.causal),
         plan=_plan(problem, student.plan, [best(told)[0] for (name, _), told in trials.items() if name == policy]),
         finalists=tuple(
@@ -98,7 +98,7 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
     teacher, texts = run.teacher.network.window_logits, run.texts.evaluation
 
     def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
-        decoders = {key: OnnxDecoder(folder, run.target.device, run.target.threads) for key, folder in folders.items()}
+        decoders = {key: _open(run, folder) for key, folder in folders.items()}
         found: dict[str, dict[str, dict[str, float]]] = {key: {} for key in ("teacher", *folders)}
         windows = len(run.texts.evaluation_NL)
         try:
@@ -122,7 +122,15 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
     return {model: {name: Quality(**q) for name, q in by_text.items()} for model, by_text in stored.items()}
 
 
-def _reading(network: Network, decoder: OnnxDecoder) -> Logits:
+def _open(run: Run, folder: Path, exact: bool = False) -> Deployed:
+    return runtime(run.target.runtime).open_model(folder, run.target.device, run.target.threads, exact=exact)
+
+
+def _size(run: Run, folder: Path) -> int:
+    return runtime(run.target.runtime).exported_bytes(folder)
+
+
+def _reading(network: Network, decoder: Deployed) -> Logits:
     """Logits of an exported model, which reads what the network reads."""
     return lambda ids_L: decoder.logits(network.seen(torch.from_numpy(ids_L)).cpu().numpy())
 
@@ -155,20 +163,19 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
     window_L = run.teacher.network.seen(run.texts.evaluation_NL[0][:PARITY_TOKENS]).cpu()
     prompts = [run.teacher.network.seen(window_L[:PROMPT_TOKENS]).cpu() for window_L in run.texts.evaluation_NL[:2]]
     tokenizer = run.teacher.tokenizer
-    device, threads = run.target.device, run.target.threads
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
         teacher = run.teacher.network
-        network = loaded(teacher, read_student(folder, teacher.decoder, plan), "none")
+        network = loaded(teacher, runtime(run.target.runtime).read_student(folder, teacher.decoder, plan), "none")
         expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
-        with OnnxDecoder(folder, device, threads, exact=True) as exact:
+        with _open(run, folder, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
             texts = [_text(run, exact, prompt) for prompt in prompts]
         error = _relative_error(found_LV, expected_LV)
         equal = texts == [_text(run, network, prompt) for prompt in prompts]
         progress(1, 2)
-        with OnnxDecoder(folder, device, threads) as deployed:
+        with _open(run, folder) as deployed:
             rounded_LV = deployed.logits(window_L.numpy())
             made = [_text(run, deployed, prompt) for prompt in prompts]
         rounding = _relative_error(rounded_LV, expected_LV)
@@ -181,7 +188,7 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
     return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
 
 
-def _text(run: Run, model: Network | OnnxDecoder, prompt_L: torch.Tensor) -> list[int]:
+def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[int]:
     """What a model makes of a prompt: a greedy continuation, or the most likely token at every position."""
     if not run.teacher.network.decoder.causal:
         logits = model.window_logits if isinstance(model, Network) else model.logits
@@ -207,7 +214,7 @@ def _rows(
     times: dict[str, Times],
     memory: dict[str, int],
 ) -> tuple[report.Row, ...]:
-    sizes = {key: exported_bytes(folder) for key, folder in folders.items()}
+    sizes = {key: _size(run, folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
     causal = run.teacher.network.decoder.causal
     tokens_a_byte = {
@@ -321,7 +328,7 @@ def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
 
 
 def _environment(run: Run, folder: Path) -> report.Environment:
-    with OnnxDecoder(folder, run.target.device, run.target.threads) as decoder:
+    with _open(run, folder) as decoder:
         provider = decoder.provider
     threads = run.target.threads or measure.cores()
     gpu = measure.gpu() if run.target.device == "cuda" else None
@@ -342,7 +349,7 @@ def _protocol(run: Run) -> str:
         times += f"Decode: one token behind {target.context} cached ones. "
     return (
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
-        f"({', '.join(run.texts.evaluation)}), {predicted}; each ONNX row as ONNX Runtime computes it in "
+        f"({', '.join(run.texts.evaluation)}), {predicted}; each row but the first as it is deployed, in "
         f"{target.precision}. {times}"
         "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
         f"growth of resident memory in a fresh process over loading, one prefill{' and 8 decoded tokens' if causal else ''}."

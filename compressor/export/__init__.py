@@ -8,10 +8,29 @@ exact.py     the same graph without the rounding of activations, to compare with
 runtime.py   sessions on the device asked for, generation, calls to be timed
 """
 
+import json
+from pathlib import Path
+
 from compressor.export.files import export_onnx, export_random, exported_bytes, fixed_bytes, read_student
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
 from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, refused_formats, site_stack
+from compressor.files import write_text_atomic
+from compressor.network import Network
+from compressor.student import Student
+
+GENAI_FILE = "genai_config.json"
+
+open_model = OnnxDecoder
+
+
+def save_model(student: Student, network: Network, folder: Path) -> None:
+    """Write a student's graph and weights into `folder`, and what ONNX Runtime GenAI reads. network: the teacher's."""
+    export_onnx(student, folder)
+    if student.decoder.causal:
+        genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
+        write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
+
 
 __all__ = [
     "BenchCalls",
@@ -23,8 +42,10 @@ __all__ = [
     "fixed_bytes",
     "genai_config",
     "int8_products_are_exact",
+    "open_model",
     "open_session",
     "read_student",
     "refused_formats",
+    "save_model",
     "site_stack",
 ]

@@ -99,6 +99,9 @@ def refused_formats(
     site = next(site for site in probe.sites() if site.kind == kind)
     refused: dict[str, str] = {}
     for name in formats:
+        if Format.parse(name).kind == "codebook":
+            refused[name] = "ONNX Runtime has no kernel for it; target.runtime: torch has"
+            continue
         try:
             action = Action(site.units, name)
             calls = site_stack(probe, site, action, 1, prefill_tokens=2, context=0, device=device, threads=1)
@@ -242,6 +245,12 @@ class OnnxDecoder(_Runner):
             logits_V, cache = self.step(made[-1], cache)
             made.append(int(logits_V.argmax()))
         return made[:new_tokens]
+
+    def rehearse(self, prefill_tokens: int) -> None:
+        """One prefill and, where it writes, eight decoded tokens, for what they take of memory."""
+        _, cache = self.prefill(np.zeros(prefill_tokens, np.int64), keep=1)
+        for _ in range(8 if self.writes else 0):
+            _, cache = self.step(0, cache)
 
     def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
         """Calls to be timed: `prefill_tokens` tokens at once to the logits of the last, and one token behind `context` cached

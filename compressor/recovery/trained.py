@@ -53,7 +53,7 @@ class Scaled(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         if self.format is None:
             return given * self.factors
-        return Grid(self.format, self.factors, torch.zeros_like(self.change)).values(given)
+        return Grid(self.format, self.factors, torch.zeros_like(self.change)).times(given)
 
 
 class LowRank(nn.Module):
