@@ -15,7 +15,8 @@ model.py         the teacher, loaded                       network.py      a dec
 bank.py          variants, made once and kept              sensitivity.py  predicted KL of every action
 executor.py      puts plans into the student, scores them  search.py       policies against the executor
 ledger.py        every plan that was scored                recovery/       what brings a student back to its teacher
-export/          the one package that knows ONNX           folder.py       what is deployed, and back into torch
+export/          the one package that knows ONNX           torch_runtime.py  students in torch, with bitsandbytes
+runtimes.py      these two behind the same functions       folder.py       what is deployed, and back into torch
 measure.py       exported students, timed and weighed      results.py      from measurements to the report
 report.py        what a run found                          page.py         the page and the card
 pictures.py      the plots                                 gate.py         limits, and an earlier report

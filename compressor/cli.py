@@ -181,7 +181,7 @@ def compare(
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="An exported ONNX folder.")],
+    folder: Annotated[Path, typer.Argument(help="A deployed folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
 ) -> None:

@@ -34,13 +34,19 @@ from compressor.report import (
 DETAILS, DETAILS_END = "<details><summary>Every site</summary>", "</details>"
 """The only HTML in the Markdown."""
 
-RUN = """## How to run
-
+WRITE = """
 ```
 compress generate FOLDER "Once upon a time"
 ```
+"""
+LOAD = """
+```python
+import compressor
 
-or with ONNX Runtime GenAI, transformers.js and optimum. `plan.json` says what was kept of every sub-layer."""
+model = compressor.load("FOLDER")  # torch: token ids [B, L] -> logits [B, L, V]
+```
+"""
+PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -127,7 +133,9 @@ def card(report: Report) -> str:
     """README.md of the deployed folder, as model hubs read it: what it was made from, how large, fast and good it is, how to
     run it."""
     base = str(report.recipe.get("model", {}).get("path", ""))
-    front = {"library_name": "onnxruntime", "pipeline_tag": "text-generation", "tags": ["compressed", "onnx"]}
+    torch, masked = _in_torch(report), _is_masked(report)
+    task, library = "fill-mask" if masked else "text-generation", "transformers" if torch else "onnxruntime"
+    front = {"library_name": library, "pipeline_tag": task, "tags": ["compressed", "bitsandbytes" if torch else "onnx"]}
     front |= {"base_model": base} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -135,11 +143,28 @@ def card(report: Report) -> str:
         headline(report),
         _rows_table(report),
         re.sub(r"!\[.*?\]\(.*?\)\n\n", "", _plan_part(report)),
-        RUN,
+        _run_part(torch, masked),
         "Licence and terms of use are those of the model that it was made from.",
         _measured_part(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _in_torch(report: Report) -> bool:
+    return report.recipe.get("target", {}).get("runtime") == "torch"
+
+
+def _is_masked(report: Report) -> bool:
+    """Whether it is a masked language model, which has no time of decoding."""
+    return any(row.prefill_ms for row in report.rows) and not any(row.decode_ms for row in report.rows)
+
+
+def _run_part(torch: bool, masked: bool) -> str:
+    parts = ["## How to run", *([] if masked else [WRITE]), LOAD]
+    if not torch:
+        others = "optimum" if masked else "ONNX Runtime GenAI, transformers.js and optimum"
+        parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")
+    return "\n".join([*parts, PLAN_HERE])
 
 
 def summary(report: Report) -> str:
@@ -275,8 +300,8 @@ def _gate_part(report: Report) -> str:
     if report.parity:
         same = "the same" if report.parity.greedy_equal else "other"
         text += (
-            f"\n\nGreedy decoding gives {same} tokens from the ONNX folder as from torch. Both compute in float32 without "
-            "rounding activations here; the rounding of the deployed kernels changes the logits by "
+            f"\n\nGreedy decoding gives {same} tokens from the deployed folder as from torch. Both compute in float32 here, "
+            "without rounding activations; the rounding of the deployed kernels changes the logits by "
             f"{report.parity.rounding:.2%} (part of every other figure)."
         )
     return text

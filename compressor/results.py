@@ -42,7 +42,7 @@ PROMPT_TOKENS = 24
 
 ROLES: dict[str, tuple[str, str]] = {
     "teacher": ("teacher, torch fp32", "teacher"),
-    "fp32": ("teacher, ONNX fp32", "reference"),
+    "fp32": ("teacher, deployed fp32", "reference"),
     "uniform": ("uniform plan", "rival"),
     "student": ("student", "student"),
 }
