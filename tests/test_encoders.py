@@ -29,7 +29,7 @@ from compressor.text import Masking, load_tokens, predictions
 from eval.perplexity import compare
 from tests import test_families
 from tests.conftest import TEXT
-from tests.test_families import error
+from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
 
 SPECIAL = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
@@ -64,7 +64,7 @@ encoders = pytest.mark.parametrize("name", CONFIGS)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A model folder of every configuration; no gain is 1 and no bias 0, so that none can be forgotten."""
+    """A model folder of every configuration."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,13 +73,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", CLS), ("[SEP]", SEP)])
     made = {}
     for name, (config, changes) in CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForMaskedLM.from_config(getattr(transformers, config)(**changes))
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
         made[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(made[name])
+        write_model(transformers.AutoModelForMaskedLM, getattr(transformers, config)(**changes), made[name])
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(made[name])
     return made
 

@@ -91,19 +91,24 @@ families = pytest.mark.parametrize("name", CONFIGS)
 
 @pytest.fixture(scope="session")
 def folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
-    """A model folder of every configuration; no gain is 1 and no bias 0, so that none can be forgotten."""
+    """A model folder of every configuration."""
     made = {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
     for name, (config, changes) in CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**changes))
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
         made[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(made[name])
+        write_model(transformers.AutoModelForCausalLM, getattr(transformers, config)(**changes), made[name])
         tokenizer.save_pretrained(made[name])
     return made
+
+
+def write_model(kind, config, folder: Path) -> None:
+    """Random weights; no gain is 1 and no bias 0, so that none can be forgotten."""
+    torch.manual_seed(0)
+    model = kind.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
 
 
 def mixed_plan(decoder) -> Plan:
