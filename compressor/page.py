@@ -226,7 +226,8 @@ def _asked(report: Report) -> str:
         f"Asked for: {' and '.join(limits) or 'no limit'}, on {environment.gpu or threads} ({environment.provider})"
     )
     if workload:
-        sentence += f", for a prompt of {workload['prefill']} tokens and decoding after {workload['context']}"
+        sentence += f", for a prompt of {workload['prefill']} tokens"
+        sentence += "" if _is_masked(report) else f" and decoding after {workload['context']}"
     if search:
         sentence += f". Searched by `{search['policy']}`, {search['evaluations']} evaluations a policy"
     return sentence + "."
@@ -298,11 +299,11 @@ def _gate_part(report: Report) -> str:
         return ""
     text = "### Gate\n\n" + table(("gate", "limit", "measured", "result"), rows)
     if report.parity:
-        same = "the same" if report.parity.greedy_equal else "other"
+        same = "the same" if report.parity.greedy_equal else "not the same"
         text += (
-            f"\n\nGreedy decoding gives {same} tokens from the deployed folder as from torch. Both compute in float32 here, "
-            "without rounding activations; the rounding of the deployed kernels changes the logits by "
-            f"{report.parity.rounding:.2%} (part of every other figure)."
+            f"\n\n{'The most likely' if _is_masked(report) else 'Greedily decoded'} tokens are {same} from the deployed folder "
+            "and from torch. Both compute in float32 here, without rounding activations; the rounding of the deployed kernels "
+            f"changes the logits by {report.parity.rounding:.2%} (part of every other figure)."
         )
     return text
 
