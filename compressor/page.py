@@ -299,11 +299,12 @@ def _gate_part(report: Report) -> str:
         return ""
     text = "### Gate\n\n" + table(("gate", "limit", "measured", "result"), rows)
     if report.parity:
+        what = "The most likely" if _is_masked(report) else "Greedily decoded"
         same = "the same" if report.parity.greedy_equal else "not the same"
         text += (
-            f"\n\n{'The most likely' if _is_masked(report) else 'Greedily decoded'} tokens are {same} from the deployed folder "
-            "and from torch. Both compute in float32 here, without rounding activations; the rounding of the deployed kernels "
-            f"changes the logits by {report.parity.rounding:.2%} (part of every other figure)."
+            f"\n\n{what} tokens are {same} from the deployed folder and from torch. Both compute in float32 here, without "
+            "rounding activations; the rounding of the deployed kernels changes the logits by "
+            f"{report.parity.rounding:.2%} (part of every other figure)."
         )
     return text
 
