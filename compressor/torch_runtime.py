@@ -28,7 +28,6 @@ from compressor.model import network_from_config
 from compressor.network import Attention, Cache, Context, FeedForward, Network, Norm
 from compressor.plan import Action, Format, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
-from compressor.recovery.distill import load_student
 from compressor.student import Decoder, Precision, Student
 
 FILE = "model.safetensors"
@@ -234,14 +233,19 @@ class TorchDecoder:
         network = network_from_config(folder)
         plan = Plan.from_json((folder / "plan.json").read_text())
         student = read_student(folder, network.decoder, plan)
-        load_student(student, network, "none")
+        precision = student.decoder.precision
         self._device: Device = "cpu" if exact else device
-        if not exact:
-            precision = student.decoder.precision
-            for name, weight in student.matrices.items():
-                if weight.format.kind == "codebook":
-                    parent, _, part = name.rpartition(".")
+        for name, action in plan.items():
+            site = network.sites[name]
+            weights = {matrix.name: student.matrices[matrix.name] for matrix in site.matrices if action.keep}
+            network.install(site, action, weights, "none")
+            for key, weight in weights.items():
+                if weight.format.kind == "codebook" and not exact:  # site by site: never all matrices as floats
+                    parent, _, part = key.rpartition(".")
                     setattr(network.module(parent), part, linear(weight, precision, device))
+        for name, vector in student.vectors.items():
+            network.vector(name).copy_(vector)
+        if not exact:
             network.model.to(device, DTYPES[precision])
         self._network, self._threads, self._before = network, threads, torch.get_num_threads()
         if threads:
