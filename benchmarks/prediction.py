@@ -3,9 +3,9 @@
     python benchmarks/prediction.py recipes/benchmark-controllers.yaml runs/prediction --plans 12
 
 The plans are of the recipe's menu, each with formats and widths of its own, so that they differ in size and not only in
-order; their weights are random. They are timed as reports time models: one open at a time, in turns, and as there predictions
-are carried over by the fp32 export, which is timed with them: a machine is not as fast today as when the table was made. The
-table is the one of the run in OUT, made if it isn't there. Prints a line a plan; writes OUT/prediction.json.
+order; their weights are random. They are timed as reports time models: one open at a time, in turns. The table is the one of
+the run in OUT, made if it isn't there; the two whole models that scale it are timed once more, in turns with the plans, since
+a machine is not as fast today as when the table was made. Prints a line a plan; writes OUT/prediction.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
 from compressor.stages import Stages
-from eval.latency import PHASES
+from eval.latency import PHASES, Milliseconds
 
 
 def main() -> None:
@@ -51,16 +51,20 @@ def main() -> None:
             export_random(decoder, plan, folder / name)
         with run.stages.timed("timing") as report:
             models = {name: partial(opened, folder / name, run.target) for name in plans}
-            models["fp32"] = partial(opened, options.out / "stages" / "anchor-fp32", run.target)
+            anchors = pipeline.anchor_plans(run)
+            models |= {key: partial(opened, options.out / "stages" / f"anchor-{key}", run.target) for key in anchors}
             times = time_models(models, rounds=options.rounds, progress=report)
-        drift = {phase: getattr(times["fp32"], phase).median_ms / getattr(latency.fp32_ms, phase) for phase in PHASES}
-        print("fp32, against when the table was made: " + ", ".join(f"{p} {drift[p]:.3f}" for p in PHASES))
+        found = [
+            (plan, Milliseconds(*(getattr(times[key], phase).median_ms for phase in PHASES)))
+            for key, plan in anchors.items()
+        ]
+        model = latency.model.table.fit(found, decoder.sites())
         rows = []
         for name, plan in plans.items():
-            predicted, measured = latency.model.predict(plan), times[name]
+            predicted, measured = model.predict(plan), times[name]
             row: dict[str, str | float] = {"plan": name, "MB": exported_bytes(folder / name) / 1e6}
             for phase in PHASES:
-                row[f"{phase} predicted"] = getattr(predicted, phase) * drift[phase]
+                row[f"{phase} predicted"] = getattr(predicted, phase)
                 row[f"{phase} measured"] = getattr(measured, phase).median_ms
                 row[f"{phase} error"] = row[f"{phase} predicted"] / row[f"{phase} measured"] - 1
             rows.append(row)

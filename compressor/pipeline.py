@@ -267,7 +267,7 @@ def measure_latency(run: Run) -> Latency:
     """Measure the table's missing entries, and two whole models that scale it: the teacher in fp32, and a small plan."""
     decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
     sites = decoder.sites()
-    anchors = {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, sites)}
+    anchors = anchor_plans(run)
     folders = {name: run.out / "stages" / f"anchor-{name}" for name in anchors}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
@@ -296,6 +296,12 @@ def measure_latency(run: Run) -> Latency:
     measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
     model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
     return Latency(model, found["bytes"], measured["fp32"])
+
+
+def anchor_plans(run: Run) -> dict[str, Plan]:
+    """The two whole models that scale the latency table, by the ends of their folders' names."""
+    decoder = run.teacher.network.decoder
+    return {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, decoder.sites())}
 
 
 def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
