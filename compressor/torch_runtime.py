@@ -112,6 +112,11 @@ def _stored(weight: Weight, precision: Precision) -> dict[str, Tensor]:
     if weight.values is not None:
         return {"weight": weight.values, **bias}
     assert weight.codes is not None and weight.scales is not None
+    if weight.shape[1] % weight.format.block:
+        raise RuntimeTargetError(
+            f"bitsandbytes stores {weight.format.name} in blocks of {weight.format.block}, a matrix reads {weight.shape[1]} "
+            f"channels: take {weight.format.name} out of search.formats, or keep multiples of {weight.format.block}"
+        )
     state = {"quant_type": weight.format.name, "blocksize": weight.format.block, "dtype": precision}
     told = json.dumps(state | {"shape": list(weight.shape)}).encode()
     pairs = weight.codes.reshape(-1, 2)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import compressor
-from compressor import pipeline
+from compressor import actions, pipeline
 from compressor.bank import Bank
 from compressor.errors import BankError, RuntimeTargetError
 from compressor.folder import save_folder
@@ -158,6 +158,16 @@ def test_formats_of_the_other_runtime_are_refused(tiny_folder, tmp_path):
     wanted = recipe(tiny_folder, target={"runtime": "torch"}, search={"formats": ["nf4"], "embedding_formats": ["nf4"]})
     with pytest.raises(RuntimeTargetError, match="no 4-bit kernel that looks up rows"):
         pipeline.compress(wanted, tmp_path)
+
+
+def test_widths_that_blocks_do_not_divide_are_not_offered(tiny_folder):
+    search = recipe(tiny_folder, search={"formats": ["fp32", "nf4"], "ffn_keep": [1.0, 0.75, 0.5]}).search
+    sites = load_teacher(tiny_folder).network.decoder.sites()
+    menu = actions.menu(search, sites)
+    assert {str(a) for a in menu["layers.0.ffn"]} == {"128:fp32", "96:fp32", "64:fp32", "128:nf4", "64:nf4"}
+    assert {str(a) for a in menu["layers.0.attention"]} == {"2:fp32", "1:fp32", "2:nf4", "dropped"}
+    with pytest.raises(RuntimeTargetError, match="in blocks of 64, a matrix reads 96 channels"):
+        linear(quantize(torch.ones(8, 96), Format.parse("nf4")), "float32", "cpu")
 
 
 def test_damaged_folders_are_refused(tiny_folder, windows, tmp_path):
