@@ -128,7 +128,6 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     home = network.device
     network.to(target.device if torch.cuda.is_available() else "cpu")
     try:
-        context_BL = torch.zeros(1, target.context, dtype=torch.int64)
         if not network.decoder.causal:
             yield BenchCalls(
                 lambda: network.logits(network.hidden(ids_BL)).cpu(),
@@ -136,7 +135,7 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
                 lambda: None,
             )
             return
-        step = network.cached_step(context_BL)
+        step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64))
         # logits in host memory, as ONNX Runtime gives them: a GPU has finished then
         yield BenchCalls(
             lambda: network.logits(network.hidden(ids_BL)[:, -1:]).cpu(), lambda: step().cpu(), lambda: None

@@ -235,7 +235,7 @@ class Weight:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[start:stop]
 
-        return Weight(self.format, *map(cut, (self.values, self.codes, self.scales, self.zeros, self.bias)))
+        return Weight(self.format, *(cut(getattr(self, name)) for name in PARTS))
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.plan import Action, Format, Matrix, Plan, Site
-from compressor.quantize import Weight
+from compressor.quantize import PARTS, Weight
 
 Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
@@ -196,11 +196,7 @@ def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> d
         return {}
     matrices = {}
     for matrix in site.matrices:
-        parts = {
-            part: stored[key]
-            for part in ("values", "codes", "scales", "zeros", "bias")
-            if (key := f"{matrix.name}:{part}") in stored
-        }
+        parts = {part: stored[key] for part in PARTS if (key := f"{matrix.name}:{part}") in stored}
         columns = matrix.shape(action.keep, site.units)[1]
         matrices[matrix.name] = Weight.from_tensors(Format.parse(action.format), columns, parts)
     return matrices

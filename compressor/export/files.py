@@ -21,7 +21,7 @@ from compressor.errors import BankError
 from compressor.export.graph import Matrices, decoder_model
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Plan, aligned
-from compressor.quantize import Weight
+from compressor.quantize import PARTS, Weight
 from compressor.student import Decoder, Precision, Student
 
 GRAPH_FILE = "model.onnx"
@@ -219,7 +219,7 @@ def _stored(
 ) -> Stored:
     """The arrays of one matrix, checked; int8 codes may be unsigned, from processors that need it."""
     arrays = {}
-    for part in ("values", "codes", "scales", "zeros", "bias"):
+    for part in PARTS:
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
     promised = layout(format, rows, columns, bias, floats)

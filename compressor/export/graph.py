@@ -351,10 +351,8 @@ def attention(
     if not decoder.causal:
         if rotation[0] is not None:
             start = b.small("start", np.array([0], np.int64))
-            turned = (
-                (part, b.ms("RotaryEmbedding", [part, start, *rotation], f"{part.name}.turned")) for part in (q, k)
-            )
-            inputs = [*(value for _, value in turned), v]
+            q, k = (b.ms("RotaryEmbedding", [part, start, *rotation], f"{part.name}.turned") for part in (q, k))
+            inputs = [q, k, v]
         seen = [None, positions.mask, positions.far(layer)]
         mixed = b.ms("MultiHeadAttention", _given([*inputs, *seen]), f"{name}.mixed", num_heads=heads[0])
         stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
