@@ -7,7 +7,7 @@ the Kronecker-factored Fisher of Martens and Grosse 2015 ("K-FAC", section 3) wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +50,19 @@ def collect(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Run the teacher over `calibration_NL` forward, and over `fisher_NL` forward and backward."""
-    total = len(calibration_NL) + 2 * len(fisher_NL)
-    tensors = _second_moments(network, calibration_NL, lambda done: progress(done, total))
-    tensors |= _fisher(network, fisher_NL, seed, lambda done: progress(len(calibration_NL) + 2 * done, total))
-    counts = torch.bincount(network.seen(calibration_NL).flatten().cpu(), minlength=network.decoder.vocabulary)
-    tensors["frequency"] = counts / calibration_NL.numel()
+    windows, fisher_windows = (
+        [network.written(ids_L) for ids_L in given_NL] for given_NL in (calibration_NL, fisher_NL)
+    )
+    total = len(windows) + 2 * len(fisher_windows)
+    tensors = _second_moments(network, windows, lambda done: progress(done, total))
+    tensors |= _fisher(network, fisher_windows, seed, lambda done: progress(len(windows) + 2 * done, total))
+    ids_T = network.seen(torch.cat(windows)).cpu()
+    tensors["frequency"] = torch.bincount(ids_T, minlength=network.decoder.vocabulary) / len(ids_T)
     return tensors
 
 
 @torch.no_grad()
-def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int], None]) -> dict[str, Tensor]:
+def _second_moments(network: Network, windows: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     rounding: dict[str, float] = {}
@@ -76,11 +79,11 @@ def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int
         rounding[name] += scale**2 / 12
 
     with network.watch_inputs(see):
-        for index, ids_L in enumerate(tokens_NL):
+        for index, ids_L in enumerate(windows):
             see("head.in", network.hidden(ids_L[None])[:, compared(ids_L)])
             progress(index + 1)
     tensors = {f"{name}:moment": (moment / tokens[name]).cpu() for name, moment in moments.items()}
-    tensors |= {f"{name}:rounding": torch.tensor(value / len(tokens_NL)) for name, value in rounding.items()}
+    tensors |= {f"{name}:rounding": torch.tensor(value / len(windows)) for name, value in rounding.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(
@@ -91,7 +94,9 @@ def _second_moments(network: Network, tokens_NL: Tensor, progress: Callable[[int
 
 
 @torch.enable_grad()
-def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[int], None]) -> dict[str, Tensor]:
+def _fisher(
+    network: Network, windows: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+) -> dict[str, Tensor]:
     generator = torch.Generator(network.device).manual_seed(seed)
     sums: dict[str, Tensor] = {}
 
@@ -110,7 +115,7 @@ def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[
     linears = [matrix.name for site in network.sites.values() if site.layer is not None for matrix in site.matrices]
     handles = [network.module(name).register_forward_hook(watch(name)) for name in ["embedding", *linears]]
     try:
-        for index, ids_L in enumerate(tokens_NL):
+        for index, ids_L in enumerate(windows):
             hidden_LD = network.hidden(ids_L[None])[0]
             logits = network.logits(hidden_LD[compared(ids_L)])
             logits.register_hook(lambda gradient: add("head", gradient))
@@ -121,5 +126,5 @@ def _fisher(network: Network, tokens_NL: Tensor, seed: int, progress: Callable[[
     finally:
         for handle in handles:
             handle.remove()
-    predicted = sum(len(ids_L[compared(ids_L)]) for ids_L in tokens_NL)
+    predicted = sum(len(ids_L[compared(ids_L)]) for ids_L in windows)
     return {f"{name}:fisher": (total / predicted).cpu() for name, total in sums.items()}

@@ -197,7 +197,7 @@ def generate(
 
         with runtime_of(folder).open_model(folder) as decoder:
             if not decoder.writes:
-                raise ModelError(f"{folder}: expected a model that writes, this is a masked language model")
+                raise ModelError(f"{folder}: expected a model that writes, this one only reads")
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ class Reference:
     def __init__(self, teacher: Network, tokens_NL: Tensor):
         self.tokens_NL = tokens_NL.to(teacher.device)
         self.probabilities, self.negative_entropies_P = [], []
-        for ids_L in self.tokens_NL:
+        for ids_L in map(teacher.written, self.tokens_NL):
             hidden_PD = teacher.hidden(ids_L[None])[0, compared(ids_L)]
             log_p_PV = torch.log_softmax(teacher.logits(hidden_PD), -1)
             p_PV = log_p_PV.exp()

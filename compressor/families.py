@@ -9,7 +9,7 @@ rotate in part become such that rotate as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,16 @@ not all of theirs, or is written otherwise; two places where the first block's i
 class Family:
     """places: of the modules. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
     problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain.
-    positions_too: a table, the first row of which is added to every position's."""
+    positions_too: a table, the first row of which is added to every position's. classifier: places of the modules at the end
+    of a classifier; transforms: its transform's own changes of the `Decoder`."""
 
     places: Places
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
     problems: Callable[[Any], list[str]] = lambda config: []
     gain_offset: float = 0.0
     positions_too: str | None = None
+    classifier: Places = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
 
 
 # -- parts of tensors --
@@ -257,7 +260,9 @@ def _roberta(config: Any, decoder: Decoder) -> Decoder:
 
 
 def _modernbert(config: Any, decoder: Decoder) -> Decoder:
-    biases = (("transform",) if config.classifier_bias else ()) + (("head",) if config.decoder_bias else ())
+    biases = (("transform",) if config.classifier_bias else ()) + (
+        ("head",) if config.decoder_bias or decoder.classes else ()
+    )
     decoder = _biased(config, decoder)
     return replace(
         decoder,
@@ -266,6 +271,7 @@ def _modernbert(config: Any, decoder: Decoder) -> Decoder:
         norm_bias=config.norm_bias,
         embedding_norm=True,
         transform=True,
+        transform_activation=_ACTIVATIONS[config.classifier_activation],  # type: ignore[arg-type]
         biases=decoder.biases + biases,
         window=decoder.window and decoder.window + 1,  # theirs counts neighbours on a side
     )
@@ -284,10 +290,10 @@ def _distilbert_problems(config: Any) -> list[str]:
 
 
 def _modernbert_problems(config: Any) -> list[str]:
-    same = config.classifier_activation == config.hidden_activation
-    return (
-        [] if same else [f"classifier_activation {config.classifier_activation!r} beside {config.hidden_activation!r}"]
-    )
+    activation, pooling = config.classifier_activation, config.classifier_pooling
+    known = {"classifier_activation": (activation, activation in _ACTIVATIONS, ", ".join(_ACTIVATIONS))}
+    known["classifier_pooling"] = (pooling, pooling == "cls" or not _classes(config), "cls")
+    return [f"{key} {value!r} (supported: {wanted})" for key, (value, good, wanted) in known.items() if not good]
 
 
 def _gpt2_problems(config: Any) -> list[str]:
@@ -321,10 +327,30 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(_GPT2, _gpt2, _gpt2_problems),
     "gpt_neox": Family(_NEOX, _neox),
     "phi": Family(_PHI, _phi, _phi_problems),
-    "bert": Family(_BERT, _bert, _bert_problems, positions_too="bert.embeddings.token_type_embeddings"),
-    "roberta": Family(_ROBERTA, _roberta, _bert_problems, positions_too="roberta.embeddings.token_type_embeddings"),
-    "distilbert": Family(_DISTILBERT, _bert, _distilbert_problems),
-    "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems),
+    "bert": Family(
+        _BERT,
+        _bert,
+        _bert_problems,
+        positions_too="bert.embeddings.token_type_embeddings",
+        classifier={"transform": "bert.pooler.dense", "head": "classifier"},
+        transforms={"transform_activation": "tanh", "transform_norm": False},
+    ),
+    "roberta": Family(
+        _ROBERTA,
+        _roberta,
+        _bert_problems,
+        positions_too="roberta.embeddings.token_type_embeddings",
+        classifier={"transform": "classifier.dense", "head": "classifier.out_proj"},
+        transforms={"transform_activation": "tanh", "transform_norm": False},
+    ),
+    "distilbert": Family(
+        _DISTILBERT,
+        _bert,
+        _distilbert_problems,
+        classifier={"transform": "pre_classifier", "head": "classifier"},
+        transforms={"transform_activation": "relu", "transform_norm": False},
+    ),
+    "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems, classifier={"head": "classifier"}),
 }
 """By `model_type` of the configuration."""
 
@@ -358,10 +384,31 @@ def check_supported(config: Any) -> None:
         problems += [
             f"{size} = {getattr(config, size)} (expected: at least 1)" for size in sizes if getattr(config, size) < 1
         ]
+        problems += _classifier_problems(family, config) if _classes(config) else []
     if problems:
         raise ModelError(
             f"this architecture is not supported: {'; '.join(problems)}. Another one is a row of compressor.families.FAMILIES"
         )
+
+
+def _classes(config: Any) -> int:
+    """Of a classifier of texts; 0 is none."""
+    kinds = config.architectures or ()
+    return config.num_labels if any(kind.endswith("ForSequenceClassification") for kind in kinds) else 0
+
+
+def _classifier_problems(family: Family, config: Any) -> list[str]:
+    problems = []
+    if not family.classifier:
+        known = ", ".join(name for name, other in FAMILIES.items() if other.classifier)
+        problems.append(f"a classifier of model_type {config.model_type!r} (supported: {known})")
+    if config.problem_type not in (None, "single_label_classification"):
+        problems.append(f"problem_type {config.problem_type!r} (supported: 'single_label_classification')")
+    if config.num_labels < 2:
+        problems.append(f"num_labels = {config.num_labels} (expected: at least 2)")
+    if config.pad_token_id is None:
+        problems.append("no pad_token_id (expected: that of the tokenizer)")
+    return problems
 
 
 def decoder_of(config: Any) -> Decoder:
@@ -371,6 +418,7 @@ def decoder_of(config: Any) -> Decoder:
     frequencies = {kind: _frequencies(config, kind, rotation) for kind, rotation in rotations.items()}
     (whole, scale), (local, _) = (frequencies.get(kind, ((), 1.0)) for kind in ("full_attention", "sliding_attention"))
     window, blocks = _windows(config)
+    family, classes = FAMILIES[config.model_type], _classes(config)
     decoder = Decoder(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -386,13 +434,15 @@ def decoder_of(config: Any) -> Decoder:
         norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps") or 1e-12,
         rope_frequencies=whole,
         rope_scale=scale,
-        tied=config.tie_word_embeddings,
+        tied=config.tie_word_embeddings and not classes,
+        classes=classes,
+        padding=config.pad_token_id if classes else None,
         activation=_ACTIVATIONS[_activation(config)],  # type: ignore[arg-type]
         window=window,
         local=blocks,
         local_frequencies=local,
     )
-    return FAMILIES[config.model_type].shape(config, decoder)
+    return replace(family.shape(config, decoder), **(family.transforms if classes else {}))
 
 
 def _first(config: Any, *keys: str) -> Any:
@@ -494,7 +544,7 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
 def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
     """Our modules -> theirs, for families whose modules are written as ours are."""
     family = FAMILIES[config.model_type]
-    rewritten = any(isinstance(place, tuple) for place in family.places.values())
+    rewritten = any(isinstance(place, tuple) for place in _places(family, decoder).values())
     if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
         return None
     return {ours: theirs for ours, theirs, _ in _modules(family, decoder)}
@@ -507,10 +557,17 @@ def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | 
     return min(expected & set(names), default=None)
 
 
+def _places(family: Family, decoder: Decoder) -> Places:
+    if not decoder.classes:
+        return family.places
+    places = family.places | family.classifier
+    return {ours: place for ours, place in places.items() if ours != "transform_norm" or decoder.transform_norm}
+
+
 def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:
     """(our module, theirs, the part that it is), block by block."""
     found: list[tuple[str, str, Part | None]] = []
-    for ours, place in family.places.items():
+    for ours, place in _places(family, decoder).items():
         theirs, part = place if isinstance(place, tuple) else (place, None)
         first, rest = theirs if isinstance(theirs, list) else (theirs, theirs)
         if not ours.startswith(("attention.", "ffn.")):

@@ -34,7 +34,7 @@ def load_teacher(
     trust_remote_code: bool = False,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Load a causal or masked language model in float32, and its tokenizer.
+    """Load a causal or masked language model or a classifier of texts in float32, and its tokenizer.
 
     Args:
         path: hub id or local folder.
@@ -56,10 +56,9 @@ def load_teacher(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         # pickled weights are not read: they may run code
         safe = {} if gguf else {"use_safetensors": True}
-        causal = decoder_of(config).causal
-        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+        kind = _transformers_class(decoder_of(config))
         options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, found = kind.from_pretrained(path, **safe, **options)  # type: ignore[misc]
+        model, found = kind.from_pretrained(path, **safe, **options)
     except (MemoryError, torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each have their own tree of errors
@@ -77,10 +76,18 @@ def load_teacher(
     generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
     network = _empty(decoder, (config, generation))
     if not decoder.causal:
-        network.mask_token = tokenizer.mask_token_id
+        network.mask_token = tokenizer.cls_token_id if decoder.classes else tokenizer.mask_token_id
         if network.mask_token is None:
+            wanted = (
+                "a [CLS] token in that of a classifier"
+                if decoder.classes
+                else "a mask token in that of a masked language model"
+            )
+            raise ModelError(f"model.path = {str(path)!r}: no such token in the tokenizer; expected {wanted}")
+        if decoder.classes and tokenizer.pad_token_id != decoder.padding:
             raise ModelError(
-                f"model.path = {str(path)!r}: expected a mask token in the tokenizer of a masked language model"
+                f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.padding}, the tokenizer "
+                f"{tokenizer.pad_token_id}; correct one of the two"
             )
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:
@@ -90,6 +97,14 @@ def load_teacher(
         network.model.head.weight = network.model.embedding.weight
     network.model.requires_grad_(False)
     return Teacher(network, tokenizer, str(path))
+
+
+def _transformers_class(decoder: Decoder) -> Any:
+    import transformers
+
+    if decoder.classes:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM if decoder.causal else transformers.AutoModelForMaskedLM
 
 
 def save_teacher(teacher: Teacher, folder: Path) -> None:

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
+    "tanh": torch.tanh,
 }
 
 
@@ -64,13 +65,17 @@ class Cache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention."""
+    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention. visible:
+    [B, L], false for padding; None without any."""
 
     rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
     cache: Cache | None = None
+    visible: Tensor | None = None
 
     @classmethod
-    def of(cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor) -> Context:
+    def of(
+        cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor, visible: Tensor | None = None
+    ) -> Context:
         """For `length` tokens behind those in the cache; on the device and of the type of a tensor."""
         start = cache.length if cache else 0
         positions_L1 = torch.arange(start, start + length, device=like.device, dtype=torch.float32)[:, None]
@@ -80,7 +85,11 @@ class Context:
             angles_LK = torch.cat([angles_LK, angles_LK], 1)
             tables = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
             rotations[frequencies] = tables[0].to(like.dtype), tables[1].to(like.dtype)
-        return cls(rotations, cache)
+        return cls(rotations, cache, visible)
+
+    def of_windows(self, windows: slice) -> Context:
+        """For some of the batch."""
+        return self if self.visible is None else replace(self, visible=self.visible[windows])
 
 
 class Norm(nn.Module):
@@ -160,7 +169,7 @@ class Attention(SubLayer):
             q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        mixed_BHLK = attend(q, k, v, self.window, self.cap, self.causal)
+        mixed_BHLK = attend(q, k, v, self.window, self.cap, self.causal, context.visible)
         return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
 
 
@@ -195,7 +204,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model: token ids [B, L] -> logits [B, L, V].
+    """A language model: token ids [B, L] -> logits [B, L, V]; or a classifier: -> [B, classes].
 
     checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
     """
@@ -212,13 +221,14 @@ class Transformer(nn.Module):
         self.transform, self.transform_norm = None, None
         if decoder.transform:
             self.transform = nn.Linear(decoder.hidden, decoder.hidden, "transform" in decoder.biases)
-            self.transform_norm = Norm.of(decoder)
-        self.head = nn.Linear(decoder.hidden, decoder.vocabulary, "head" in decoder.biases)
+            self.transform_norm = Norm.of(decoder) if decoder.transform_norm else None
+        self.head = nn.Linear(decoder.hidden, decoder.outputs, "head" in decoder.biases)
         if decoder.tied:
             self.head.weight = self.embedding.weight
 
     def forward(self, ids_BL: Tensor) -> Tensor:
-        return self.logits(self.hidden(ids_BL))
+        logits_BLV = self.logits(self.hidden(ids_BL))
+        return logits_BLV[:, 0] if self.decoder.classes else logits_BLV
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added."""
@@ -233,13 +243,14 @@ class Transformer(nn.Module):
     def _end(self, x_BLD: Tensor) -> Tensor:
         """The stream behind the last block -> what the head reads."""
         x_BLD = self.norm(x_BLD)
-        if self.transform is None or self.transform_norm is None:
+        if self.transform is None:
             return x_BLD
-        return self.transform_norm(ACTIVATIONS[self.decoder.activation](self.transform(x_BLD)))
+        x_BLD = ACTIVATIONS[self.decoder.transform_activation or self.decoder.activation](self.transform(x_BLD))
+        return x_BLD if self.transform_norm is None else self.transform_norm(x_BLD)
 
     def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
         """The stream in front of the first block and behind every block."""
-        context = self.context(ids_BL.shape[1], cache)
+        context = self.context(ids_BL, cache)
         x_BLD = self.embedded(ids_BL, cache.length if cache else 0)
         yield x_BLD
         again = self.checkpointing and torch.is_grad_enabled()
@@ -264,9 +275,15 @@ class Transformer(nn.Module):
             x_BLD = x_BLD + self.positions(torch.arange(start, start + ids_BL.shape[1], device=ids_BL.device))
         return x_BLD
 
-    def context(self, length: int, cache: Cache | None = None) -> Context:
-        """For `length` tokens behind those in the cache."""
-        return Context.of(self.decoder, length, cache, self.embedding.weight)
+    def context(self, ids_BL: Tensor, cache: Cache | None = None) -> Context:
+        """For these tokens behind those in the cache."""
+        return Context.of(self.decoder, ids_BL.shape[1], cache, self.embedding.weight, self.visible(ids_BL))
+
+    def visible(self, ids: Tensor) -> Tensor | None:
+        """Bool of the shape of token ids, false for padding; None if there is none."""
+        if self.decoder.padding is None or not (padding := ids == self.decoder.padding).any():
+            return None
+        return ~padding
 
 
 def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -275,23 +292,33 @@ def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
     return x_BHLK * cos_LK + torch.cat([-second, first], -1) * sin_LK
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, causal: bool = True) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    cap: float | None,
+    causal: bool = True,
+    visible_BM: Tensor | None = None,
+) -> Tensor:
     """Attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
 
-    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap).
+    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap). visible: which keys are.
     """
     k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
     length, total = q.shape[2], k.shape[2]
     plain = window is None or total <= window
-    if cap is None and plain and length in (1, total):
+    if cap is None and plain and length in (1, total) and visible_BM is None:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1)
     distance_LM = torch.arange(total - length, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
     distance_LM = distance_LM if causal else distance_LM.abs()
-    visible_LM = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
+    seen = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
+    if visible_BM is not None:  # what is not visible sees itself: a softmax over nothing would be no number
+        seen = (seen & visible_BM[:, None, None]) | (distance_LM == 0)
     if cap is None:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
-    return scores.masked_fill(~visible_LM, -torch.inf).softmax(-1) @ v
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
@@ -309,7 +336,7 @@ class Network:
     Args:
         model: its modules; taken over, not copied.
         configuration: transformers' configuration of the whole and of its generation, which are deployed with it.
-        mask_token: what a model that is not causal reads where a token is to be predicted.
+        mask_token: what a model that is not causal reads where a token, or the text's class, is to be predicted.
     """
 
     def __init__(self, model: Transformer, configuration: tuple[Any, Any], mask_token: int | None = None):
@@ -349,10 +376,16 @@ class Network:
         """Hidden states -> logits [B, L, V]."""
         return self.model.logits(hidden_BLD)
 
+    def written(self, ids_L: Tensor) -> Tensor:
+        """A window without the padding behind its text."""
+        visible_L = self.model.visible(ids_L)
+        return ids_L if visible_L is None else ids_L[visible_L]
+
     @torch.no_grad()
     def window_logits(self, ids_L: np.ndarray) -> Tensor:
-        """Token ids [L] -> logits [L, V] on the network's device, for `eval.perplexity`."""
-        return self.logits(self.hidden(torch.from_numpy(ids_L)[None]))[0]
+        """Token ids [L] -> logits [L, V], or [1, classes], on the network's device, for `eval.perplexity`."""
+        logits_LV = self.logits(self.hidden(self.written(torch.from_numpy(ids_L))[None]))[0]
+        return logits_LV[:1] if self.decoder.classes else logits_LV
 
     @torch.no_grad()
     def generate(
@@ -528,8 +561,9 @@ class Stream:
     def __init__(self, network: Network, ids_NL: Tensor):
         self._network = network
         self._sites = [site for site in network.sites.values() if site.layer is not None]
-        self._context = network.model.context(ids_NL.shape[1])
-        self.hidden_NLD = network.model.embedded(network.seen(ids_NL))
+        seen_NL = network.seen(ids_NL)
+        self._context = network.model.context(seen_NL)
+        self.hidden_NLD = network.model.embedded(seen_NL)
         self._block_NLD = self.hidden_NLD
 
     @property
@@ -568,7 +602,12 @@ class Stream:
         """What the next sub-layer adds to the stream."""
         parallel = self._network.decoder.parallel
         read_BLD = self._block_NLD[windows] if parallel else self.front(windows)
-        return self._network.module(self.site.name)(read_BLD, self._context)
+        return self._network.module(self.site.name)(read_BLD, self._context.of_windows(windows))
+
+    def weights(self, windows: slice) -> Tensor:
+        """What the tokens of these windows count, [B, L] or one number for all: padding nothing."""
+        visible_NL = self._context.visible
+        return self.hidden_NLD.new_ones(()) if visible_NL is None else visible_NL[windows].to(self.hidden_NLD)
 
 
 @contextmanager

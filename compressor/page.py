@@ -133,9 +133,13 @@ def card(report: Report) -> str:
     """README.md of the deployed folder, as model hubs read it: what it was made from, how large, fast and good it is, how to
     run it."""
     base = str(report.recipe.get("model", {}).get("path", ""))
-    torch, masked = _in_torch(report), _is_masked(report)
-    task, library = "fill-mask" if masked else "text-generation", "transformers" if torch else "onnxruntime"
-    front = {"library_name": library, "pipeline_tag": task, "tags": ["compressed", "bitsandbytes" if torch else "onnx"]}
+    torch = _in_torch(report)
+    library = "transformers" if torch else "onnxruntime"
+    front = {
+        "library_name": library,
+        "pipeline_tag": report.task,
+        "tags": ["compressed", "bitsandbytes" if torch else "onnx"],
+    }
     front |= {"base_model": base} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -143,7 +147,7 @@ def card(report: Report) -> str:
         headline(report),
         _rows_table(report),
         re.sub(r"!\[.*?\]\(.*?\)\n\n", "", _plan_part(report)),
-        _run_part(torch, masked),
+        _run_part(report),
         "Licence and terms of use are those of the model that it was made from.",
         _measured_part(report),
     ]
@@ -154,15 +158,15 @@ def _in_torch(report: Report) -> bool:
     return report.recipe.get("target", {}).get("runtime") == "torch"
 
 
-def _is_masked(report: Report) -> bool:
-    """Whether it is a masked language model, which has no time of decoding."""
-    return any(row.prefill_ms for row in report.rows) and not any(row.decode_ms for row in report.rows)
+def _writes(report: Report) -> bool:
+    return report.task == "text-generation"
 
 
-def _run_part(torch: bool, masked: bool) -> str:
-    parts = ["## How to run", *([] if masked else [WRITE]), LOAD]
-    if not torch:
-        others = "optimum" if masked else "ONNX Runtime GenAI, transformers.js and optimum"
+def _run_part(report: Report) -> str:
+    load = LOAD.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else LOAD
+    parts = ["## How to run", *([WRITE] if _writes(report) else []), load]
+    if not _in_torch(report):
+        others = "optimum" if not _writes(report) else "ONNX Runtime GenAI, transformers.js and optimum"
         parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")
     return "\n".join([*parts, PLAN_HERE])
 
@@ -227,7 +231,7 @@ def _asked(report: Report) -> str:
     )
     if workload:
         sentence += f", for a prompt of {workload['prefill']} tokens"
-        sentence += "" if _is_masked(report) else f" and decoding after {workload['context']}"
+        sentence += f" and decoding after {workload['context']}" if _writes(report) else ""
     if search:
         sentence += f". Searched by `{search['policy']}`, {search['evaluations']} evaluations a policy"
     return sentence + "."
@@ -241,7 +245,7 @@ def _rows_table(report: Report) -> str:
             return "–"
         return f"{milliseconds(value.median)}{ratio(value.median, median_of(reference))}"
 
-    rows = []
+    rows, graded = [], report.task == "text-classification"
     for row in report.rows:
         name = f"**{row.name}**" if row.role == "student" else row.name
         compared = base if base is not None and row is not base and row.role != "teacher" else None
@@ -250,23 +254,27 @@ def _rows_table(report: Report) -> str:
                 name,
                 number(row.perplexity),
                 number(row.kl),
+                *((number(row.accuracy), number(row.f1)) if graded else ()),
                 size(row.size_bytes) + ratio(row.size_bytes, compared.size_bytes if compared else None),
                 timing(row.prefill_ms, compared.prefill_ms if compared else None),
                 timing(row.decode_ms, compared.decode_ms if compared else None),
                 size(row.peak_memory_bytes),
             )
         )
-    head = ("model", "perplexity", "KL to teacher", "size", "prefill", "decode, a token", "peak memory")
+    grades = ("accuracy", "F1") if graded else ()
+    head = ("model", "perplexity", "KL to teacher", *grades, "size", "prefill", "decode, a token", "peak memory")
     note = f"Ratios in parentheses refer to {base.name}. " if base else ""
     text = table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on text that nothing saw before."
     names = list(report.rows[0].texts) if report.rows else []
     if names:
         found = [(row.name, [row.texts[name] for name in names]) for row in report.rows]
+        figures = ("perplexity", "kl", *(("accuracy", "f1") if graded else ("bits_per_byte",)))
         by_text = [
-            (name, *(f"{number(t.perplexity)}, {number(t.kl)}, {number(t.bits_per_byte)}" for t in texts))
+            (name, *(", ".join(number(getattr(t, figure)) for figure in figures) for t in texts))
             for name, texts in found
         ]
-        text += "\n\nBy text: perplexity, KL, bits for every byte:\n\n" + table(("model", *names), by_text)
+        what = "accuracy, F1" if graded else "bits for every byte"
+        text += f"\n\nBy text: perplexity, KL, {what}:\n\n" + table(("model", *names), by_text)
     return text
 
 
@@ -299,10 +307,12 @@ def _gate_part(report: Report) -> str:
         return ""
     text = "### Gate\n\n" + table(("gate", "limit", "measured", "result"), rows)
     if report.parity:
-        what = "The most likely" if _is_masked(report) else "Greedily decoded"
+        what = {"text-generation": "Greedily decoded tokens", "fill-mask": "The most likely tokens"}.get(
+            report.task, "Classes"
+        )
         same = "the same" if report.parity.greedy_equal else "not the same"
         text += (
-            f"\n\n{what} tokens are {same} from the deployed folder and from torch. Both compute in float32 here, without "
+            f"\n\n{what} are {same} from the deployed folder and from torch. Both compute in float32 here, without "
             "rounding activations; the rounding of the deployed kernels changes the logits by "
             f"{report.parity.rounding:.2%} (part of every other figure)."
         )

@@ -42,7 +42,7 @@ from compressor.search import Scorer, Trials, best, build_problem, finalists, la
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
-from compressor.text import Masking, load_prompts, load_tokens, prompts_of, tokens_digest
+from compressor.text import Labelling, Masking, load_prompts, load_tokens, prompts_of, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -107,18 +107,18 @@ class Texts:
     evaluation: dict[str, Tensor]
 
     @classmethod
-    def read(cls, recipe: Recipe, tokenizer, masking: Masking | None = None) -> Texts:
+    def read(cls, recipe: Recipe, tokenizer, marking: Masking | Labelling | None = None) -> Texts:
         """The calibration text gives scoring and held-out windows first, then the rest. Scoring windows are cut where it
         takes that for every part to have one."""
         data, tokens = recipe.data, recipe.search.tokens
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
-        windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length, masking=masking)
-        length = data.sequence_length if masking else tokens // count  # a part of a masked window may mask nothing
+        windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length, marking=marking)
+        length = data.sequence_length if marking else tokens // count  # a part of a masked window may mask nothing
         score_NL, rest_NL = windows_NL[:count, :length], windows_NL[count:]
         fitted_NL = rest_NL[held_out:]
-        more = partial(load_tokens, data.calibration, tokenizer, sequence_length=data.sequence_length, masking=masking)
+        more = partial(load_tokens, data.calibration, tokenizer, sequence_length=data.sequence_length, marking=marking)
         if recipe.distill.tokens:
             fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
         trained_NL = fitted_NL
@@ -127,7 +127,7 @@ class Texts:
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {
-            s.name: load_tokens([s], tokenizer, each, data.sequence_length, masking=masking) for s in data.evaluation
+            s.name: load_tokens([s], tokenizer, each, data.sequence_length, marking=marking) for s in data.evaluation
         }
         return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
 
@@ -203,10 +203,9 @@ def start(
             trust_remote_code=trust_remote_code,
             precision=target.precision,
         )
-        causal = teacher.network.decoder.causal
-        if not causal:
-            _check_masked(recipe)
-        texts = Texts.read(recipe, teacher.tokenizer, None if causal else Masking.of(teacher.tokenizer))
+        if not teacher.network.decoder.causal:
+            _check_reading(recipe)
+        texts = Texts.read(recipe, teacher.tokenizer, _marking(teacher))
         highest = max(int(teacher.network.seen(ids_NL).max()) for ids_NL in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := teacher.network.decoder.vocabulary):
             raise ModelError(
@@ -222,15 +221,23 @@ def start(
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
 
 
-def _check_masked(recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks of a masked language model what only a causal one does."""
+def _marking(teacher: Teacher) -> Masking | Labelling | None:
+    """What is done to texts, beyond cutting them into windows."""
+    network = teacher.network
+    if network.decoder.classes:
+        return Labelling.of(teacher.tokenizer, network.configuration[0].label2id)
+    return None if network.decoder.causal else Masking.of(teacher.tokenizer)
+
+
+def _check_reading(recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe asks of a model that only reads what one that writes does."""
     for key, asked in {
         "budget.decode": recipe.budget.decode,
         "gate.decode": recipe.gate.decode,
         f"distill.method = {recipe.distill.method}": recipe.distill.own_text,
     }.items():
         if asked:
-            raise RecipeError(f"{key}: expected a model that writes, this one is a masked language model; leave it out")
+            raise RecipeError(f"{key}: expected a model that writes, this one only reads; leave it out")
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:

@@ -176,6 +176,8 @@ class TextSource(Section):
     """Split of the data set, such as `train`; needed with `dataset`."""
     column: str = "text"
     """Column, or key of a JSON object, that holds the text."""
+    label: str | None = None
+    """Column, or key of a JSON object, that holds the class of a classifier's text: its number or its name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -193,13 +195,20 @@ class TextSource(Section):
             raise ValueError("expected the path of a text file or {dataset: ..., split: ...}, one of the two")
         if self.dataset is not None and self.split is None:
             raise ValueError("expected a split beside the data set; add for example split: train")
+        if self.label is not None and not self.rows:
+            raise ValueError("label: expected a file of JSON lines (.jsonl) or a data set; a plain text has no classes")
         return self
 
     @model_serializer
     def _as_written(self) -> str | dict[str, str]:
-        if self.file and self.column == "text":
+        if self.file and self.column == "text" and self.label is None:
             return self.file
         return {key: value for key, value in self if value is not None}
+
+    @property
+    def rows(self) -> bool:
+        """Whether it has rows with columns: it is a data set, or its file has a JSON object a line."""
+        return self.file is None or self.file.endswith(".jsonl")
 
     @property
     def name(self) -> str:

@@ -39,11 +39,13 @@ class Timing:
 @dataclass(frozen=True)
 class TextQuality:
     """Perplexity and KL on one evaluation text, and its loss in bits for every byte of the text that was predicted, which
-    compares models whose tokens differ, and scripts."""
+    compares models whose tokens differ, and scripts. Of classifiers accuracy and F1."""
 
     perplexity: float
     kl: float
     bits_per_byte: float | None = None
+    accuracy: float | None = None
+    f1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Row:
     """One model as it was measured at the end, on the evaluation texts. None: not measured.
 
     role: `teacher` in torch, `reference` the fp32 ONNX export that ratios refer to, `rival`, or `student`, the result.
-    kl: KL(teacher || model), nats per token. perplexity and kl are over all texts; `texts` has those of each.
+    kl: KL(teacher || model), nats per token. perplexity and kl are over all texts; `texts` has those of each. accuracy and f1
+    are of classifiers.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Row:
     decode_ms: Timing | None = None
     peak_memory_bytes: int | None = None
     texts: dict[str, TextQuality] = field(default_factory=dict)
+    accuracy: float | None = None
+    f1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,10 @@ class GateLine:
     baseline: float | None = None
 
 
+Task = Literal["text-generation", "fill-mask", "text-classification"]
+"""What a model does, as model hubs call it: only the first one decodes."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything that a finished run has to say."""
@@ -215,6 +224,7 @@ class Report:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     gate: tuple[GateLine, ...] = ()
     finalists: tuple[Finalist, ...] = ()
+    task: Task = "text-generation"
 
     def check(
         self,

@@ -24,6 +24,7 @@ from compressor.recovery.distill import loaded
 from compressor.runtimes import Deployed, runtime
 from compressor.search import best, label, spent
 from compressor.stages import key_of
+from compressor.student import Decoder
 from compressor.text import predictions, tokens_digest
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
@@ -87,6 +88,7 @@ def collect(
         samples=samples,
         stage_seconds=dict(run.stages.seconds),
         gate=against_limits(rows, run.recipe.gate),
+        task=_task(run.teacher.network.decoder),
     )
 
 
@@ -96,6 +98,7 @@ def collect(
 def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict[str, Quality]]:
     """Perplexity and KL on every evaluation text, each model as it is deployed: model -> text -> quality."""
     teacher, texts = run.teacher.network.window_logits, run.texts.evaluation
+    classes = run.teacher.network.decoder.classes
 
     def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
         decoders = {key: _open(run, folder) for key, folder in folders.items()}
@@ -105,7 +108,7 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
             models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
             for place, (name, text_NL) in enumerate(texts.items()):
                 shown = partial(_shifted, progress, place * len(text_NL), windows)
-                for key, quality in compare(teacher, models, text_NL.numpy(), shown, predictions).items():
+                for key, quality in compare(teacher, models, text_NL.numpy(), shown, predictions, classes).items():
                     found[key][name] = asdict(quality)
                     if not isfinite(quality.perplexity):
                         raise ModelError(
@@ -132,7 +135,7 @@ def _size(run: Run, folder: Path) -> int:
 
 def _reading(network: Network, decoder: Deployed) -> Logits:
     """Logits of an exported model, which reads what the network reads."""
-    return lambda ids_L: decoder.logits(network.seen(torch.from_numpy(ids_L)).cpu().numpy())
+    return lambda ids_L: decoder.logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy())
 
 
 def _shifted(progress: Callable[..., None], before: int, total: int, done: int, _: int) -> None:
@@ -160,15 +163,16 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
     """Logits and text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations (see
     `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
-    window_L = run.teacher.network.seen(run.texts.evaluation_NL[0][:PARITY_TOKENS]).cpu()
-    prompts = [run.teacher.network.seen(window_L[:PROMPT_TOKENS]).cpu() for window_L in run.texts.evaluation_NL[:2]]
-    tokenizer = run.teacher.tokenizer
+    network = run.teacher.network
+    shown = [network.seen(network.written(window_L)).cpu() for window_L in run.texts.evaluation_NL[:2]]
+    window_L = shown[0][:PARITY_TOKENS]
+    prompts = shown if network.decoder.classes else [ids_L[:PROMPT_TOKENS] for ids_L in shown]
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
         teacher = run.teacher.network
         network = loaded(teacher, runtime(run.target.runtime).read_student(folder, teacher.decoder, plan), "none")
-        expected_LV = network.logits(network.hidden(window_L[None]))[0].cpu().numpy()
+        expected_LV = network.window_logits(window_L.numpy()).cpu().numpy()
         with _open(run, folder, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
             texts = [_text(run, exact, prompt) for prompt in prompts]
@@ -180,7 +184,8 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
             made = [_text(run, deployed, prompt) for prompt in prompts]
         rounding = _relative_error(rounded_LV, expected_LV)
         teachers = [_text(run, teacher, prompt) for prompt in prompts]
-        samples = [[tokenizer.decode(ids) for ids in sample] for sample in zip(prompts, teachers, made)]
+        written = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
+        samples = list(zip(written, map(partial(_named, run), teachers), map(partial(_named, run), made)))
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
@@ -189,7 +194,7 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
 
 
 def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[int]:
-    """What a model makes of a prompt: a greedy continuation, or the most likely token at every position."""
+    """What a model makes of a prompt: a greedy continuation, the most likely token at every position, or the text's class."""
     if not run.teacher.network.decoder.causal:
         logits = model.window_logits if isinstance(model, Network) else model.logits
         return torch.as_tensor(logits(prompt_L.numpy())).argmax(-1).tolist()
@@ -197,6 +202,12 @@ def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[i
     if isinstance(model, Network):
         return model.greedy(prompt_L, SAMPLE_TOKENS, eos)
     return model.generate(prompt_L.numpy(), SAMPLE_TOKENS, eos)
+
+
+def _named(run: Run, made: list[int]) -> str:
+    """What a model made, in words."""
+    network = run.teacher.network
+    return network.configuration[0].id2label[made[0]] if network.decoder.classes else run.teacher.tokenizer.decode(made)
 
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -227,6 +238,8 @@ def _rows(
             perplexity=overall[key].perplexity,
             kl=None if key == "teacher" else overall[key].kl,
             texts={text: _text_quality(found, tokens_a_byte[text]) for text, found in quality[key].items()},
+            accuracy=overall[key].accuracy,
+            f1=overall[key].f1,
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
             decode_ms=_timing(times[key].decode) if causal else None,
@@ -244,7 +257,7 @@ def _tokens_a_byte(run: Run, predicted_NL: torch.Tensor) -> float | None:
 
 def _text_quality(quality: Quality, tokens_a_byte: float | None) -> report.TextQuality:
     bits = None if tokens_a_byte is None else log2(quality.perplexity) * tokens_a_byte
-    return report.TextQuality(quality.perplexity, quality.kl, bits)
+    return report.TextQuality(quality.perplexity, quality.kl, bits, quality.accuracy, quality.f1)
 
 
 def _timing(spread: measure.Spread) -> report.Timing:
@@ -327,6 +340,12 @@ def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
     return report.Recovery(recovery.kl_before, recovery.kl_reconstructed, recovery.kl, training)
 
 
+def _task(decoder: Decoder) -> report.Task:
+    if decoder.classes:
+        return "text-classification"
+    return "text-generation" if decoder.causal else "fill-mask"
+
+
 def _environment(run: Run, folder: Path) -> report.Environment:
     with _open(run, folder) as decoder:
         provider = decoder.provider
@@ -338,13 +357,13 @@ def _environment(run: Run, folder: Path) -> report.Environment:
 def _protocol(run: Run) -> str:
     count, length = run.texts.evaluation_NL.shape
     target, causal = run.target, run.teacher.network.decoder.causal
-    predicted = "every token but a window's first predicted from those before it"
-    if not causal:
-        predicted = (
-            "some of the tokens of every window masked, and these predicted from all that is not (pseudo-perplexity)"
-        )
+    predicted = {
+        "text-generation": "every token but a window's first predicted from those before it",
+        "fill-mask": "some tokens of every window masked, and these predicted from all that is not (pseudo-perplexity)",
+        "text-classification": "one text in each, as much of it as fits, and its class predicted",
+    }[_task(run.teacher.network.decoder)]
     times = f"Prefill: {target.prefill_tokens} tokens"
-    times += " into an empty cache, to the logits of the last. " if causal else ", to all logits. "
+    times += " into an empty cache, to the logits of the last. " if causal else ", to all that is predicted. "
     if causal:
         times += f"Decode: one token behind {target.context} cached ones. "
     return (

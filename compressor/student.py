@@ -26,6 +26,7 @@ from compressor.quantize import PARTS, Weight
 Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh"]
 
 FIRST = "layers.0.attention"
 """The first sub-layer."""
@@ -38,7 +39,10 @@ class Decoder:
     causal: a token sees those before it, and the next is predicted; else all, and masked ones are predicted.
     norm: of root mean squares, or of the variance, with a bias if `norm_bias`. norm_first: the norm in front of a sub-layer
     is of what the sub-layer reads; else the stream itself is normalized. embedding_norm: it is in front of the first one.
-    transform: in front of the head there are a square matrix, an activation and a norm.
+    transform: in front of the head there are a square matrix, an activation, that of the feed-forwards if none is named, and
+    a norm, unless there is none.
+    classes: of whole texts, whose first token the transform and the head read; 0 is a language model. padding: the token that
+    fills a text up to a window's length, which nothing sees.
     biases: which of q, k, v, o, gate, up, down, transform and head have one.
     rope_frequencies: inverse frequencies, [head_dim / 2], none without rotary positions; rope_scale multiplies cos and sin.
     local_frequencies: in their place in local attentions.
@@ -69,7 +73,11 @@ class Decoder:
     norm_first: bool = True
     embedding_norm: bool = False
     transform: bool = False
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    transform_activation: Activation | None = None
+    transform_norm: bool = True
+    classes: int = 0
+    padding: int | None = None
+    activation: Activation = "silu"
     gated: bool = True
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
@@ -101,14 +109,15 @@ class Decoder:
             name = f"layers.{i}.ffn"
             readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
             sites.append(Site(name, "ffn", i, channels, (*readers, matrix(name, "down", hidden, channels))))
-        if not self.tied:
+        if not self.tied and not self.classes:
             head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
             sites.append(Site("head", "head", None, 1, (head,)))
         return tuple(replace(site, float_bytes=self.floats.itemsize) for site in sites)
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
-        norms = {"norm": self.hidden} | ({"transform_norm": self.hidden} if self.transform else {})
+        norms = {"norm": self.hidden}
+        norms |= {"transform_norm": self.hidden} if self.transform and self.transform_norm else {}
         for site in self.sites():
             if site.layer is not None:
                 norms |= {f"{site.name}.norm": self.hidden} | (
@@ -125,8 +134,10 @@ class Decoder:
         if self.transform:
             shapes["transform"] = (self.hidden, self.hidden)
             shapes |= {"transform.bias": (self.hidden,)} if "transform" in self.biases else {}
-        if self.tied and "head" in self.biases:
-            shapes["head.bias"] = (self.vocabulary,)
+        if self.classes:
+            shapes["head"] = (self.classes, self.hidden)
+        if (self.tied or self.classes) and "head" in self.biases:
+            shapes["head.bias"] = (self.outputs,)
         return shapes
 
     def vectors_of(self, plan: Mapping[str, Action]) -> list[str]:
@@ -138,6 +149,11 @@ class Decoder:
     def norms_stream(self, site: str) -> bool:
         """Whether the norm in front of a sub-layer is of the stream itself, which the sub-layer then reads and adds to."""
         return site.startswith("layers.") and (not self.norm_first or (self.embedding_norm and site == FIRST))
+
+    @property
+    def outputs(self) -> int:
+        """What the head chooses among: tokens or classes."""
+        return self.classes or self.vocabulary
 
     @property
     def floats(self) -> np.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -51,9 +51,49 @@ class Masking:
         return [*self.before, *(~token if i in masked else token for i, token in enumerate(ids)), *self.behind]
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """Makes windows of a classifier, one a text: special tokens around as much of it as fits, and padding behind.
+
+    In place of the first token, where the class is predicted, stands ~class, as of masked tokens (`Masking`).
+    classes: number by name.
+    """
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    padding: int
+    classes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, classes: Mapping[str, int]) -> Labelling:
+        """With the special tokens that the tokenizer puts around a text."""
+        masking = Masking.of(tokenizer)
+        return cls(masking.before, masking.behind, tokenizer.pad_token_id, classes)
+
+    def __call__(self, ids: list[int], label: int, length: int) -> list[int]:
+        """A text of a class -> its window."""
+        most = length - len(self.before) - len(self.behind)
+        window = [~label, *self.before[1:], *ids[:most], *self.behind]
+        return window + [self.padding] * (length - len(window))
+
+    def number(self, label: Any, where: str) -> int:
+        """Of a class as a text's source gives it, by number or name.
+
+        Raises:
+            DataError: there is no such class.
+        """
+        known = isinstance(label, int) and not isinstance(label, bool) and label in self.classes.values()
+        if not known and label not in self.classes:
+            raise DataError(
+                f"{where}: expected the class of the text, its number or one of {', '.join(self.classes)}; got "
+                f"{str(label)[:60]!r}"
+            )
+        return label if known else self.classes[label]
+
+
 def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions at which something is predicted, token ids that are), [P] each, of a window: where tokens are masked, these;
-    else every token but the first, at the position in front of it."""
+    """(positions at which something is predicted, token ids or the class that are), [P] each, of a window: where tokens are
+    masked, these; else every token but the first, at the position in front of it."""
     if (masked_L := ids_L < 0).any():
         (where_P,) = masked_L.nonzero(as_tuple=True)
         return where_P, ~ids_L[where_P]
@@ -79,14 +119,14 @@ def load_tokens(
     tokens: int,
     sequence_length: int,
     spared_NL: Tensor | None = None,
-    masking: Masking | None = None,
+    marking: Masking | Labelling | None = None,
 ) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
     Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
     much as is read (`REACH`): a text often begins with one long article. The windows come in an order in which any first
     part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
-    special tokens are added but by `masking`.
+    special tokens are added but by `marking`. With a `Labelling` every text of a source is a window.
 
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
@@ -102,7 +142,7 @@ def load_tokens(
     read = [
         [
             window
-            for window in islice(_windows(source, tokenizer, sequence_length, masking), reach)
+            for window in islice(_windows(source, tokenizer, sequence_length, marking), reach)
             if tuple(window) not in spared
         ]
         for source in sources
@@ -173,21 +213,35 @@ def tokens_digest(tokens_NL: Tensor) -> str:
     return hashlib.sha256(str(tuple(data.shape)).encode() + data.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _windows(source: TextSource, tokenizer: Any, sequence_length: int, masking: Masking | None) -> Iterator[list[int]]:
-    ids: list[int] = []
-    length = sequence_length - (masking.added if masking else 0)
-    if not source.file:
-        pieces = _dataset_rows(source)
-    elif source.file.endswith(".jsonl"):
-        pieces = _json_rows(source)
-    else:
-        pieces = _file_lines(source)
-    for chunk in _chunks(pieces):
+def _windows(
+    source: TextSource, tokenizer: Any, sequence_length: int, marking: Masking | Labelling | None
+) -> Iterator[list[int]]:
+    if isinstance(marking, Labelling):
+        if source.label is None:
+            raise DataError(f"{source}: expected the classes of its texts; name the column that holds them as label")
+        for where, row in _rows(source):
+            ids = tokenizer(row[source.column], add_special_tokens=False, verbose=False)["input_ids"]
+            yield marking(ids, marking.number(row[source.label], where), sequence_length)
+        return
+    if source.label is not None:
+        raise DataError(f"{source}: expected a classifier of texts, this is a language model; leave label out")
+    ids = []
+    length = sequence_length - (marking.added if marking else 0)
+    for chunk in _chunks(_pieces(source)):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         whole = len(ids) - len(ids) % length
         windows = (ids[i : i + length] for i in range(0, whole, length))
-        yield from map(masking, windows) if masking else windows
+        yield from map(marking, windows) if marking else windows
         ids = ids[whole:]
+
+
+def _pieces(source: TextSource) -> Iterator[str]:
+    """A text's lines, or the texts of rows, a blank line between two."""
+    if source.file and not source.rows:
+        yield from _file_lines(source)
+    else:
+        for _, row in _rows(source):
+            yield f"{row[source.column]}\n\n"
 
 
 def _chunks(pieces: Iterator[str]) -> Iterator[str]:
@@ -227,17 +281,21 @@ def _json_lines(source: TextSource) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _json_rows(source: TextSource) -> Iterator[str]:
-    """The texts of a file of JSON lines, a blank line between two."""
+def _rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, row with its text and, where asked for, its label), of JSON lines or of a data set."""
+    if not source.file:
+        yield from ((str(source), row) for row in _dataset_rows(source))
+        return
     for where, row in _json_lines(source):
+        keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {str(row)[:60]}"
         if not isinstance(row, dict) or not isinstance(row.get(source.column), str):
-            keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {str(row)[:60]}"
             raise DataError(f"{where}: expected a text under {source.column!r}, {keys}; name the key as column")
-        yield f"{row[source.column]}\n\n"
+        if source.label is not None and source.label not in row:
+            raise DataError(f"{where}: expected a class under {source.label!r}, {keys}; name the key as label")
+        yield where, row
 
 
-def _dataset_rows(source: TextSource) -> Iterator[str]:
-    """The texts of a data set's rows, a blank line between two."""
+def _dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -250,7 +308,7 @@ def _dataset_rows(source: TextSource) -> Iterator[str]:
         ) from error
     if first is None:
         return
-    if source.column not in first:
-        raise DataError(f"{source}: expected the column {source.column}; choose among {', '.join(first)}")
-    for row in chain([first], rows):
-        yield f"{row[source.column]}\n\n"
+    for column in filter(None, (source.column, source.label)):
+        if column not in first:
+            raise DataError(f"{source}: expected the column {column}; choose among {', '.join(first)}")
+    yield from chain([first], rows)

@@ -268,7 +268,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids [S] -> logits [S, V]."""
+        """Token ids [S] -> logits [S, V], or [1, classes]."""
         return self._network.window_logits(np.asarray(ids, np.int64)).float().cpu().numpy()
 
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:

@@ -21,16 +21,27 @@ Logits = Callable[[np.ndarray], np.ndarray | Tensor]
 
 @dataclass(frozen=True)
 class Quality:
-    """perplexity: exp of the mean negative log-likelihood; kl: KL(teacher || model), nats per prediction."""
+    """perplexity: exp of the mean negative log-likelihood; kl: KL(teacher || model), nats per prediction. Of classifiers also
+    accuracy, the share of right answers, and f1: the mean over classes of 2 P R / (P + R), with precision P and recall R."""
 
     perplexity: float
     kl: float
+    accuracy: float | None = None
+    f1: float | None = None
 
     @classmethod
     def mean(cls, parts: Sequence[Quality]) -> Quality:
-        """Over texts of the same number of predictions together."""
+        """Over texts of the same number of predictions together; f1 is the texts' mean."""
+
+        def over(values: Sequence[float | None]) -> float | None:
+            known = [value for value in values if value is not None]
+            return sum(known) / len(known) if known else None
+
         return cls(
-            math.exp(sum(math.log(q.perplexity) for q in parts) / len(parts)), sum(q.kl for q in parts) / len(parts)
+            math.exp(sum(math.log(q.perplexity) for q in parts) / len(parts)),
+            sum(q.kl for q in parts) / len(parts),
+            over([q.accuracy for q in parts]),
+            over([q.f1 for q in parts]),
         )
 
 
@@ -49,30 +60,47 @@ def compare(
     windows_NL: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
     predictions: Predictions = next_tokens,
+    classes: int = 0,
 ) -> dict[str, Quality]:
     """Perplexity of the teacher (under the name `teacher`) and of every model, and their KL from it; computed where the
     teacher's logits lie.
 
     Args:
         windows_NL: int64 token ids.
+        classes: of a classifier, which has accuracy and F1 too.
     """
     nll = dict.fromkeys(["teacher", *models], 0.0)
     kl = dict.fromkeys(["teacher", *models], 0.0)
+    answers_CC = {name: torch.zeros(classes, classes) for name in nll}
     count = 0
     for done, ids_L in enumerate(windows_NL):
         given_LV = torch.as_tensor(teacher(ids_L))
         where_P, targets_P = predictions(torch.as_tensor(ids_L, device=given_LV.device))
         log_p_PV = torch.log_softmax(given_LV[where_P], -1)
-        nll["teacher"] -= _picked(log_p_PV, targets_P)
         p_PV = log_p_PV.exp()
-        for name, logits in models.items():
-            log_q_PV = torch.log_softmax(torch.as_tensor(logits(ids_L), device=given_LV.device)[where_P], -1)
+        for name in nll:
+            log_q_PV = log_p_PV
+            if name != "teacher":
+                log_q_PV = torch.log_softmax(torch.as_tensor(models[name](ids_L), device=given_LV.device)[where_P], -1)
             nll[name] -= _picked(log_q_PV, targets_P)
             # by position first: their sums are exact enough in float32
             kl[name] += float((p_PV * (log_p_PV - log_q_PV)).sum(-1).sum(dtype=torch.float64))
+            if classes:
+                answers_CC[name][targets_P, log_q_PV.argmax(-1)] += 1
         count += len(where_P)
         progress(done + 1, len(windows_NL))
-    return {name: Quality(math.exp(min(nll[name] / count, 700)), max(kl[name], 0.0) / count) for name in nll}
+    told = {name: answered(answers_CC[name]) if classes else (None, None) for name in nll}
+    return {
+        name: Quality(math.exp(min(nll[name] / count, 700)), max(kl[name], 0.0) / count, *told[name]) for name in nll
+    }
+
+
+def answered(answers_CC: Tensor) -> tuple[float, float]:
+    """(accuracy, F1) from how often the text's class c was answered with d, [c, d]. F1 is the mean over the classes that the
+    texts or the answers have."""
+    right_C, either_C = answers_CC.diagonal(), answers_CC.sum(0) + answers_CC.sum(1)
+    seen_C = either_C > 0
+    return float(right_C.sum() / answers_CC.sum()), float((2 * right_C[seen_C] / either_C[seen_C]).mean())
 
 
 def _picked(log_p_PV: Tensor, targets_P: Tensor) -> float:

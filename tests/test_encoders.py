@@ -65,18 +65,24 @@ encoders = pytest.mark.parametrize("name", CONFIGS)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A model folder of every configuration."""
+    made = {}
+    for name, (config, changes) in CONFIGS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        write_model(transformers.AutoModelForMaskedLM, getattr(transformers, config)(**changes), made[name])
+        encoder_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def encoder_tokenizer(pad_token_id: int = PAD) -> transformers.PreTrainedTokenizerFast:
+    """A token a byte, in [CLS] and [SEP]."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", CLS), ("[SEP]", SEP)])
-    made = {}
-    for name, (config, changes) in CONFIGS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        write_model(transformers.AutoModelForMaskedLM, getattr(transformers, config)(**changes), made[name])
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(made[name])
-    return made
+    special = SPECIAL | {"pad_token": tokenizer.id_to_token(pad_token_id)}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def masked(folders) -> torch.Tensor:
     """Windows [24, 64] of the calibration text, some tokens masked."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bert"])
     sources = [TextSource(file=str(TEXT / "wiki-calibration.txt"))]
-    return load_tokens(sources, tokenizer, 24 * 64, 64, masking=Masking.of(tokenizer))
+    return load_tokens(sources, tokenizer, 24 * 64, 64, marking=Masking.of(tokenizer))
 
 
 def theirs(folder: Path, ids_BL: torch.Tensor) -> torch.Tensor:

@@ -412,8 +412,8 @@ def activation(b: GraphBuilder, x: ir.Value, kind: str, name: str) -> ir.Value:
     """An activation of `network.ACTIVATIONS`."""
     if kind == "silu":
         return b.op("Mul", [x, b.op("Sigmoid", [x], f"{name}.sigmoid")], f"{name}.silu")
-    if kind == "relu":
-        return b.op("Relu", [x], f"{name}.relu")
+    if kind in ("relu", "tanh"):
+        return b.op(kind.title(), [x], f"{name}.{kind}")
     return b.op("Gelu", [x], f"{name}.gelu", approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
@@ -428,7 +428,8 @@ def decoder_model(
     Inputs, of which only the first two where it is not causal: input_ids [B, S] int64; attention_mask [B, past + S] int64;
     past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] floats, i numbers the attentions that are left: the
     names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps; `KEEP`, which need not be fed.
-    Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`); present.{i}.key and .value.
+    Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`), [B, classes] of a classifier; present.{i}.key
+    and .value.
     Floats are `decoder.floats`, as vectors have to be.
     """
     b = GraphBuilder(store, decoder.floats)
@@ -459,8 +460,13 @@ def decoder_model(
     x = stream.norm("norm")
     if decoder.causal:
         x = last(b, x, b.default(KEEP, np.array(0, np.int64)))
+    if decoder.classes:
+        x = b.op("Gather", [x, b.small("first", np.array(0, np.int64))], "first.out", axis=1)
     if decoder.transform:
         x = transform(b, x, decoder, vectors)
+    if decoder.classes:
+        b.output(product(b, x, "head", vectors), "logits", ["batch_size", decoder.classes])
+        return b.model()
     name = "embedding" if decoder.tied else "head"
     biased, end = "head.bias" in vectors, "scores" if decoder.logit_cap else "logits"
     output = "products" if biased else end
@@ -477,10 +483,19 @@ def decoder_model(
 
 def transform(b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[str, np.ndarray]) -> ir.Value:
     """The square matrix, the activation and the norm in front of the head."""
-    x = b.ms("FusedMatMul", [x, b.tensor("transform", vectors["transform"])], "transform.product", transB=1)
-    if "transform.bias" in vectors:
-        x = b.op("Add", [x, b.tensor("transform.bias", vectors["transform.bias"])], "transform.out")
-    return norm(b, activation(b, x, decoder.activation, "transform"), "transform_norm", decoder, vectors)
+    x = product(b, x, "transform", vectors)
+    x = activation(b, x, decoder.transform_activation or decoder.activation, "transform")
+    return norm(b, x, "transform_norm", decoder, vectors) if decoder.transform_norm else x
+
+
+def product(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray]) -> ir.Value:
+    """x times the transpose of a matrix that no plan changes, and its bias."""
+    x = b.ms("FusedMatMul", [x, b.tensor(name, vectors[name])], f"{name}.product", transB=1)
+    return (
+        b.op("Add", [x, b.tensor(f"{name}.bias", vectors[f"{name}.bias"])], f"{name}.out")
+        if f"{name}.bias" in vectors
+        else x
+    )
 
 
 def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:

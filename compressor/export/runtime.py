@@ -231,10 +231,12 @@ class OnnxDecoder(_Runner):
         """More tokens [S] behind `cache` -> (logits [S, V], or of the `keep` last positions only, the longer cache)."""
         ids = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
         logits, values = self.run("input_ids", ids, cache.values, cache.length, keep)
-        return logits.numpy()[0][-keep:].astype(np.float32, copy=False), Cache(cache.length + ids.shape[1], values)
+        found = logits.numpy()
+        rows = found.reshape(-1, found.shape[-1])[-keep:].astype(np.float32, copy=False)
+        return rows, Cache(cache.length + ids.shape[1], values)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids [S] -> logits [S, V]."""
+        """Token ids [S] -> logits [S, V], or [1, classes]."""
         return self.prefill(ids)[0]
 
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:

@@ -306,6 +306,9 @@ class Imitation:
         loss = self.kl_weight * self.temperature**2 * kl
         if self.hidden_weight:
             pairs = zip(hidden_s[1:], hidden_t[1:], strict=True)
+            visible_BL = self.teacher.model.visible(ids_BL.to(self.teacher.device))
+            if visible_BL is not None:
+                pairs = ((a[visible_BL], b[visible_BL]) for a, b in pairs)  # type: ignore[assignment]
             gaps = [(a - b).square().mean() / b.square().mean() for a, b in pairs]
             loss = loss + self.hidden_weight * torch.stack(gaps).mean()
         return loss

@@ -79,7 +79,7 @@ class _Fitting:
         names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
         for windows, x_BLI in given.inputs(names[0]):
-            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T)
+            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T, given.weights(windows))
         self._finish(fit, names)
 
     def writer(self, given: Stream, behind_NLD: Tensor) -> None:
@@ -91,7 +91,7 @@ class _Fitting:
         for windows, x_BLI in given.inputs(name):
             h_BLD, front_BLD = behind_NLD[windows], given.front(windows) + added_D
             size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
-            fit.add(x_BLI, h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
+            fit.add(x_BLI, h_BLD - front_BLD, given.weights(windows) / size_BL.clamp_min(1e-12))
         self._finish(fit, [name])
 
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
@@ -116,9 +116,10 @@ class _LeastSquares:
         self._missed_OI = torch.zeros_like(w_OI)
         self._weight = 0.0
 
-    def add(self, x_BLI: Tensor, y_BLO: Tensor, c_BL: Tensor | None = None) -> None:
+    def add(self, x_BLI: Tensor, y_BLO: Tensor, c_BL: Tensor) -> None:
+        """c: of every token, or one number for all."""
         x_TI, missed_TO = x_BLI.flatten(0, 1), (y_BLO - x_BLI @ self.w_OI.T).flatten(0, 1)
-        c_T1 = torch.ones_like(x_TI[:, :1]) if c_BL is None else c_BL.flatten()[:, None]
+        c_T1 = c_BL.expand(x_BLI.shape[:2]).flatten()[:, None]
         self._moment_II.addmm_((x_TI * c_T1).T, x_TI)
         self._missed_OI.addmm_((missed_TO * c_T1).T, x_TI)
         self._weight += float(c_T1.sum())
