@@ -20,7 +20,7 @@ quickstart: install model
 	$(BIN)/compress $(RECIPE_$(RUNTIME))
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: install
 	$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
 from compressor.stages import Stages
-from eval.latency import PHASES, Milliseconds
+from eval.latency import PHASES
 
 
 def main() -> None:
@@ -51,21 +51,15 @@ def main() -> None:
             export_random(decoder, plan, folder / name)
         with run.stages.timed("timing") as report:
             models = {name: partial(opened, folder / name, run.target) for name in plans}
-            anchors = pipeline.anchor_plans(run)
-            models |= {key: partial(opened, options.out / "stages" / f"anchor-{key}", run.target) for key in anchors}
+            models |= {name: partial(opened, anchor, run.target) for name, anchor in latency.anchors.items()}
             times = time_models(models, rounds=options.rounds, progress=report)
-        found = [
-            (plan, Milliseconds(*(getattr(times[key], phase).median_ms for phase in PHASES)))
-            for key, plan in anchors.items()
-        ]
-        model = latency.model.table.fit(found, decoder.sites())
-        rows = []
+        model, rows = latency.scaled_by(times), []
         for name, plan in plans.items():
-            predicted, measured = model.predict(plan), times[name]
+            predicted, measured = model.predict(plan), times[name].medians
             row: dict[str, str | float] = {"plan": name, "MB": exported_bytes(folder / name) / 1e6}
             for phase in PHASES:
                 row[f"{phase} predicted"] = getattr(predicted, phase)
-                row[f"{phase} measured"] = getattr(measured, phase).median_ms
+                row[f"{phase} measured"] = getattr(measured, phase)
                 row[f"{phase} error"] = row[f"{phase} predicted"] / row[f"{phase} measured"] - 1
             rows.append(row)
     finally:

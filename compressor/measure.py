@@ -19,6 +19,7 @@ from compressor.network import Network
 from compressor.recipe import TargetSection
 from compressor.runtimes import RuntimeName, runtime
 from compressor.student import Precision
+from eval.latency import Milliseconds
 from eval.memory import peak_growth_bytes
 from eval.timing import CacheFlusher, time_call
 
@@ -86,6 +87,10 @@ class Times:
     @classmethod
     def from_dict(cls, data: dict) -> Times:
         return cls(Spread(**data["prefill"]), Spread(**data["decode"]))
+
+    @property
+    def medians(self) -> Milliseconds:
+        return Milliseconds(self.prefill.median_ms, self.decode.median_ms)
 
 
 def time_models(

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -535,8 +535,11 @@ class Network:
         return (ends,) if isinstance(ends, int) else tuple(ends)
 
     def digest(self) -> str:
-        """A hash of shape and weights, for cache keys; the precision of students changes neither."""
-        shape = {name: value for name, value in self.decoder.to_dict().items() if name != "precision"}
+        """A hash of shape and weights, for cache keys, in which the precision of students does not count, nor what a
+        `Decoder` says by default."""
+        defaults = {field.name: field.default for field in fields(self.decoder)}
+        shape = {name: value for name, value in self.decoder.to_dict().items() if value != defaults[name]}
+        shape.pop("precision", None)
         digest = hashlib.sha256(json.dumps(shape).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())

@@ -24,9 +24,9 @@ from compressor.bank import Bank
 from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
-from compressor.folder import save_folder
+from compressor.folder import PLAN_FILE, save_folder
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import Target, cache_flusher, opened, time_models
+from compressor.measure import Target, Times, cache_flusher, opened, time_models
 from compressor.model import Teacher, load_teacher
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
@@ -263,18 +263,27 @@ def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Latency:
-    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made."""
+    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made.
+
+    anchors: folders of the whole models that scale the table, by name.
+    """
 
     model: LatencyModel
     fp32_bytes: int
     fp32_ms: Milliseconds
+    anchors: dict[str, Path]
+
+    def scaled_by(self, times: Mapping[str, Times]) -> LatencyModel:
+        """The model, scaled anew by what the anchors take now: a machine is not always as fast, nor all of it alike."""
+        plans = {name: Plan.from_json((folder / PLAN_FILE).read_text()) for name, folder in self.anchors.items()}
+        return self.model.table.fit([(plan, times[name].medians) for name, plan in plans.items()], self.model.sites)
 
 
 def measure_latency(run: Run) -> Latency:
     """Measure the table's missing entries, and two whole models that scale it: the teacher in fp32, and a small plan."""
     decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
     sites = decoder.sites()
-    anchors = anchor_plans(run)
+    anchors = {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, sites)}
     folders = {name: run.out / "stages" / f"anchor-{name}" for name in anchors}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
@@ -296,19 +305,13 @@ def measure_latency(run: Run) -> Latency:
         times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
         return {
             "bytes": runtime(target.runtime).exported_bytes(folders["fp32"]),
-            "ms": {name: [t.prefill.median_ms, t.decode.median_ms] for name, t in times.items()},
+            "ms": {name: [t.medians.prefill, t.medians.decode] for name, t in times.items()},
         }
 
     found = stages.value("latency", key, make)
     measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
     model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
-    return Latency(model, found["bytes"], measured["fp32"])
-
-
-def anchor_plans(run: Run) -> dict[str, Plan]:
-    """The two whole models that scale the latency table, by the ends of their folders' names."""
-    decoder = run.teacher.network.decoder
-    return {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, decoder.sites())}
+    return Latency(model, found["bytes"], measured["fp32"], folders)
 
 
 def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:

@@ -64,7 +64,7 @@ def collect(
     plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
     weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)
-    times = _times(run, folders, weights)
+    times = _times(run, {**folders, **latency.anchors}, weights)
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student.plan, folders["student"], weights)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
@@ -267,25 +267,20 @@ def _timing(spread: measure.Spread) -> report.Timing:
 def _budget(
     run: Run, problem: Problem, latency: Latency, plan: Plan, times: dict[str, Times], size: int
 ) -> tuple[report.BudgetLine, ...]:
-    """Predicted beside measured. A machine that got faster or slower since the table was made moves all times alike, so
-    predictions and relative limits are carried over by the fp32 export, which is measured anew."""
-    cost = problem.cost(problem.indices(plan))
-    budget, fp32 = run.recipe.budget, times["fp32"]
-    drift = {
-        "prefill": fp32.prefill.median_ms / latency.fp32_ms.prefill,
-        "decode": fp32.decode.median_ms / latency.fp32_ms.decode,
-    }
+    """Predicted beside measured. A machine may have got faster or slower since the table was made, so relative limits are of
+    the fp32 export as it is now, and predictions are scaled by all anchors as they are now."""
+    budget, fp32, student = run.recipe.budget, times["fp32"].medians, times["student"].medians
+    predicted = latency.scaled_by(times).predict(plan)
     entries = [
-        ("bytes", budget.bytes, latency.fp32_bytes, cost["bytes"], size),
-        ("prefill", budget.prefill, fp32.prefill.median_ms, cost["prefill_ms"], times["student"].prefill.median_ms),
-        ("decode", budget.decode, fp32.decode.median_ms, cost["decode_ms"], times["student"].decode.median_ms),
+        ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size),
+        ("prefill", budget.prefill, fp32.prefill, predicted.prefill, student.prefill),
+        ("decode", budget.decode, fp32.decode, predicted.decode, student.decode),
     ]
     lines = []
-    for name, limit, reference, predicted, measured in entries:
+    for name, limit, reference, expected, measured in entries:
         if limit is not None:
             most = limit.resolve(reference)
-            line = report.BudgetLine(name, most, predicted * drift.get(name, 1.0), measured, measured <= most)  # type: ignore[arg-type]
-            lines.append(line)
+            lines.append(report.BudgetLine(name, most, expected, measured, measured <= most))  # type: ignore[arg-type]
     return tuple(lines)
 
 
