@@ -151,9 +151,12 @@ def test_blocks_run_twice_with_checkpointing(tiny, windows):
         assert len(calls) == expected
 
 
-def test_the_teacher_is_left_alone(tiny, windows, student, tmp_path):
+@all_three
+@pytest.mark.parametrize("format", ["fp32", "w4"])
+def test_the_teacher_is_left_alone(tiny, windows, tmp_path, settings, format):
     digest = tiny.digest()
-    train(tiny, student, windows, replace(WEIGHTS, steps=2), tmp_path / "part")
+    student = Bank(tmp_path / "bank", tiny, windows[:4], windows[:2]).realize(full_plan(tiny.decoder, format, "fp32"))
+    train(tiny, student, windows, replace(settings, steps=2), tmp_path / "part")
     assert tiny.digest() == digest and not any(p.requires_grad for p in tiny.model.parameters())
 
 

@@ -118,6 +118,8 @@ class Trained:
 
     def _add_latent(self, name: str, grid: Grid | None, seed: int) -> None:
         module = self.network.module(name)
+        if grid is None:  # floats as they are may be the teacher's own
+            module.weight = nn.Parameter(module.weight.detach().clone())
         latent = module.weight
         if self._train == "lora":
             low_rank = LowRank(latent, seed)
