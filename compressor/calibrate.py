@@ -29,9 +29,9 @@ class Statistics:
         """E[x x^T] of an input, float32 [I, I]; `head.in` is what the output head reads."""
         return self.tensors[f"{name}:moment"].to(self.device)
 
-    def rounding_variance(self, name: str) -> float:
-        """Mean squared error of an input under dynamic uint8, one scale a sequence."""
-        return float(self.tensors[f"{name}:rounding"])
+    def rounding_variance(self, name: str, rowwise: bool) -> float:
+        """Mean squared error of an input under dynamic uint8, one scale a sequence, or int8, one scale a row."""
+        return float(self.tensors[f"{name}:rounding"][int(rowwise)])
 
     def fisher(self, matrix: str) -> Tensor:
         """E[g_o^2] of a matrix's outputs, float32 [O]; of the embedding, at the vectors it looks up, [hidden]."""
@@ -65,25 +65,25 @@ def collect(
 def _second_moments(network: Network, windows: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    rounding: dict[str, float] = {}
+    rounding: dict[str, Tensor] = {}
 
     def see(name: str, x_BLI: Tensor) -> None:
         x_TI = x_BLI.flatten(0, 1)
         if name not in moments:
             moments[name] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-            rounding[name], tokens[name] = 0.0, 0
+            rounding[name], tokens[name] = torch.zeros(2, device=x_TI.device), 0
         moments[name].addmm_(x_TI.T, x_TI)
         tokens[name] += len(x_TI)
         low, high = torch.aminmax(x_TI)
-        scale = float(high.clamp_min(0) - low.clamp_max(0)) / 255
-        rounding[name] += scale**2 / 12
+        scale, scale_T = (high.clamp_min(0) - low.clamp_max(0)) / 255, x_TI.abs().amax(-1) / 127
+        rounding[name] += torch.stack([scale.square(), scale_T.square().mean()]) / 12
 
     with network.watch_inputs(see):
         for index, ids_L in enumerate(windows):
             see("head.in", network.hidden(ids_L[None])[:, compared(ids_L)])
             progress(index + 1)
     tensors = {f"{name}:moment": (moment / tokens[name]).cpu() for name, moment in moments.items()}
-    tensors |= {f"{name}:rounding": torch.tensor(value / len(windows)) for name, value in rounding.items()}
+    tensors |= {f"{name}:rounding": (value / len(windows)).cpu() for name, value in rounding.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from compressor.plan import Action, Format, Site
-from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8
+from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8, fake_row_int8
 from compressor.student import Decoder
 
 Rounding = Literal["none", "dynamic", "all"]
@@ -324,7 +324,7 @@ def attend(
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
     """What the format's kernel does to all that it reads, as far as it is imitated."""
     if fmt.kind == "dynamic" and rounding != "none":
-        return fake_dynamic_int8
+        return fake_row_int8 if fmt.rowwise else fake_dynamic_int8
     if fmt.kind == "blockwise" and rounding == "all":
         return lambda x: fake_block_int8(x, fmt.block)
     return None

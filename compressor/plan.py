@@ -17,7 +17,7 @@ from compressor.errors import RecipeError
 ALIGNMENT = 64
 """Bytes to which every tensor is aligned in the exported data file."""
 
-FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4"
+FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4, int8row"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Format:
 
     kind
         `float`: `bits` 32, or 16 (stored as fp16, computed in the graph's float type);
-        `dynamic`: int8 weights, one scale a row; activations quantized to uint8 at run time, one scale a tensor;
+        `dynamic`: int8 weights, one scale a row; activations quantized at run time, to uint8 with one scale a tensor, or to
+        int8 with one scale a row (`rowwise`);
         `blockwise`: weight-only codes of `bits`, one scale (and zero point) for `block` columns of a row;
         `codebook`: weight-only codes of `bits` into a table of values, one scale for `block` columns of a row;
         `dropped`: there is no weight, the sub-layer is gone.
@@ -36,6 +37,7 @@ class Format:
     kind: Literal["float", "dynamic", "blockwise", "codebook", "dropped"]
     bits: int
     block: int = 0
+    rowwise: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Format:
@@ -50,6 +52,7 @@ class Format:
             "int8": cls("int8", "dynamic", 8),
             "nf4": cls("nf4", "codebook", 4, 64),
             "fp4": cls("fp4", "codebook", 4, 64),
+            "int8row": cls("int8row", "dynamic", 8, rowwise=True),
             "none": cls("none", "dropped", 0),
         }
         if name in fixed:
@@ -68,6 +71,11 @@ class Format:
     def has_zeros(self) -> bool:
         """Whether every block stores a zero point; 8-bit blocks are symmetric."""
         return self.kind == "blockwise" and self.bits < 8
+
+    @property
+    def of_bitsandbytes(self) -> bool:
+        """Whether it is a format of bitsandbytes, which only torch runs."""
+        return self.kind == "codebook" or self.rowwise
 
     def tensor_bytes(self, rows: int, columns: int, float_bytes: int = 4) -> list[int]:
         """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales of `float_bytes` each,

@@ -419,6 +419,12 @@ def _fake_uint8(x: Tensor) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)
 
 
+def fake_row_int8(x_BLI: Tensor) -> Tensor:
+    """What LLM.int8() without outliers leaves of its input: int8, symmetric, one scale for each row (Dettmers et al. 2022,
+    section 2.1). Straight-through for gradients."""
+    return x_BLI + (fake_block_int8(x_BLI, x_BLI.shape[-1]) - x_BLI).detach()
+
+
 def fake_block_int8(x_BLI: Tensor, block: int) -> Tensor:
     """What MatMulNBits at accuracy level 4 leaves of its input: int8, symmetric, one scale for `block` columns of a row."""
     columns = x_BLI.shape[-1]

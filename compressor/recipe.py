@@ -291,7 +291,7 @@ class SearchSection(Section):
     """Calibration tokens that score a plan, the same for every plan; at least eight windows, cut if it takes that."""
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
-    formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64", "nf4", "fp4")
+    formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64", "nf4", "fp4", "int8row")
     """Weight formats of attention and feed-forward; of the default, those that the target runs."""
     embedding_formats: Formats = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""

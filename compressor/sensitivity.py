@@ -119,8 +119,8 @@ class _SubLayer:
             losses = {}
             for name, w_OI in self.full.items():
                 losses[name] = self._weigh(name, variant[name].dequantize() - w_OI)
-                if Format.parse(format).kind == "dynamic":
-                    variance = self.statistics.rounding_variance(self._input(name))
+                if (found := Format.parse(format)).kind == "dynamic":
+                    variance = self.statistics.rounding_variance(self._input(name), found.rowwise)
                     losses[name] += 0.5 * self.statistics.fisher(name) * variance * w_OI.square().sum(1)
             self._quantized[format] = losses
         return self._quantized[format]

@@ -1,7 +1,8 @@
-"""Students in torch: float matrices, and 4-bit ones that bitsandbytes multiplies with (NF4 and FP4, blocks of 64).
+"""Students in torch: float matrices, and those that bitsandbytes multiplies with: 4 bits (NF4 and FP4, blocks of 64) and
+LLM.int8() without outliers.
 
 The other runtime is `compressor.export`, with functions of the same names. A folder holds model.safetensors: matrices and
-vectors under transformers' names where the family's modules are written as ours are, else under ours; 4-bit ones as
+vectors under transformers' names where the family's modules are written as ours are, else under ours; quantized ones as
 bitsandbytes writes them. Where nothing is pruned, transformers' `from_pretrained` reads the folder.
 """
 
@@ -51,12 +52,12 @@ def refused_formats(
         )
     refused = {}
     for name in formats:
-        found = Format.parse(name).kind
-        if found not in ("float", "codebook"):
-            refused[name] = "target.runtime: torch knows fp32, fp16, nf4 and fp4"
-        elif found == "codebook" and kind == "embedding":
-            refused[name] = "there is no 4-bit kernel that looks up rows"
-        elif found == "codebook":
+        found = Format.parse(name)
+        if found.kind != "float" and not found.of_bitsandbytes:
+            refused[name] = "target.runtime: torch knows fp32, fp16, nf4, fp4 and int8row"
+        elif found.of_bitsandbytes and kind == "embedding":
+            refused[name] = "bitsandbytes has no kernel that looks up rows"
+        elif found.of_bitsandbytes:
             try:
                 import bitsandbytes  # type: ignore[import-untyped] # noqa: F401
             except ImportError as error:
@@ -112,6 +113,9 @@ def _stored(weight: Weight, precision: Precision) -> dict[str, Tensor]:
     if weight.values is not None:
         return {"weight": weight.values, **bias}
     assert weight.codes is not None and weight.scales is not None
+    if weight.format.rowwise:
+        limits_O = 127 * weight.scales.flatten()
+        return {"weight": weight.codes, "SCB": limits_O, "weight_format": torch.tensor(0, dtype=torch.uint8), **bias}
     if weight.shape[1] % weight.format.block:
         raise RuntimeTargetError(
             f"bitsandbytes stores {weight.format.name} in blocks of {weight.format.block}, a matrix reads {weight.shape[1]} "
@@ -130,26 +134,24 @@ def _stored(weight: Weight, precision: Precision) -> dict[str, Tensor]:
 
 
 def _quantization_config(student: Student, network: Network, names: Mapping[str, str]) -> dict[str, Any] | None:
-    """For transformers, where it can read the folder: nothing pruned, and 4-bit matrices of one kind."""
+    """For transformers, where it can read the folder: nothing pruned, and quantized matrices of one kind."""
     whole = all(student.plan[site.name].keep == site.units for site in student.decoder.sites())
-    kinds = {w.format.name for w in student.matrices.values() if w.format.kind == "codebook"}
+    kinds = {w.format.name for w in student.matrices.values() if w.format.of_bitsandbytes}
     if not names or not whole or len(kinds) != 1:
         return None
     skipped = [names[name] for name, w in student.matrices.items() if w.format.kind == "float" and name in names]
-    return {
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": next(iter(kinds)),
-            "bnb_4bit_compute_dtype": student.decoder.precision,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": [*skipped, names["head"]],
-        }
-    }
+    told: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": [*skipped, names["head"]]}
+    if kinds == {"int8row"}:
+        told |= {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    else:
+        told |= {"load_in_4bit": True, "bnb_4bit_quant_type": next(iter(kinds))}
+        told |= {"bnb_4bit_compute_dtype": student.decoder.precision, "bnb_4bit_quant_storage": "uint8"}
+    return {"quantization_config": told}
 
 
 def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
-    """The student that was saved in `folder` under `plan`, exactly but for the rounding of biases to its precision.
+    """The student that was saved in `folder` under `plan`, exactly but for the rounding of biases to its precision and
+    the last bit of int8row's scales.
 
     Raises:
         BankError: the file is missing or truncated, or does not hold what the plan says.
@@ -175,7 +177,7 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     return Student(decoder, plan, matrices, vectors)
 
 
-_PARTS = ("weight", "weight.absmax", "bias")
+_PARTS = ("weight", "weight.absmax", "SCB", "bias")
 
 
 def _weight(format: Format, shape: tuple[int, int], parts: Mapping[str, Any]) -> Weight:
@@ -183,6 +185,8 @@ def _weight(format: Format, shape: tuple[int, int], parts: Mapping[str, Any]) ->
     stored, bias = parts["weight"], None if parts["bias"] is None else parts["bias"].float()
     if format.kind == "float":
         return Weight(format, values=stored.view(shape), bias=bias)
+    if format.rowwise:
+        return Weight(format, codes=stored.view(shape), scales=parts["SCB"][:, None] / 127, bias=bias)
     codes = torch.cat([stored >> 4, stored & 15], 1).view(shape)
     return Weight(format, codes=codes, scales=parts["weight.absmax"].view(shape[0], -1), bias=bias)
 
@@ -195,8 +199,11 @@ def linear(weight: Weight, precision: Precision, device: Device) -> nn.Module:
     rows, columns = weight.shape
     dtype = DTYPES[precision]
     if weight.format.kind == "float":
-        made = nn.Linear(columns, rows, weight.bias is not None, device=device, dtype=dtype)
+        made: nn.Module = nn.Linear(columns, rows, weight.bias is not None, device=device, dtype=dtype)
         made.weight = nn.Parameter(weight.dequantize().to(device, dtype), requires_grad=False)
+    elif weight.format.rowwise:
+        parts = {key: tensor.to(device) for key, tensor in _stored(weight, precision).items()}
+        made = RowInt8(parts["weight"], parts["SCB"])
     else:
         from bitsandbytes.functional import QuantState  # type: ignore[import-untyped]
         from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-untyped]
@@ -226,6 +233,28 @@ def linear(weight: Weight, precision: Precision, device: Device) -> nn.Module:
     return made
 
 
+class RowInt8(nn.Module):
+    """What bitsandbytes' Linear8bitLt without outliers computes, but in float32, and with no word about inputs that are so.
+
+    y_to = sum_i code(x)_ti code(W)_oi  limit_t limit_o / 127^2         limits: the greatest sizes of a row
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, codes_OI: Tensor, limits_O: Tensor):
+        super().__init__()
+        self._codes_OI, self._limits_O = codes_OI, limits_O  # no buffers: they keep their types wherever the model goes
+
+    def forward(self, x: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_linear_matmul, int8_vectorwise_quant
+
+        x_TI = x.flatten(0, -2)
+        codes_TI, limits_T, _ = int8_vectorwise_quant(x_TI if x.device.type == "cpu" else x_TI.half())
+        sums_TO = int8_linear_matmul(codes_TI, self._codes_OI).float()
+        y_TO = (sums_TO * limits_T[:, None] * self._limits_O / 127**2).to(x.dtype)
+        return (y_TO if self.bias is None else y_TO + self.bias).unflatten(0, x.shape[:-1])
+
+
 class TorchDecoder:
     """A saved folder, ready to run; the counterpart of `export.OnnxDecoder`.
 
@@ -245,7 +274,7 @@ class TorchDecoder:
             weights = {matrix.name: student.matrices[matrix.name] for matrix in site.matrices if action.keep}
             network.install(site, action, weights, "none")
             for key, weight in weights.items():
-                if weight.format.kind == "codebook" and not exact:  # site by site: never all matrices as floats
+                if weight.format.of_bitsandbytes and not exact:  # site by site: never all matrices as floats
                     parent, _, part = key.rpartition(".")
                     setattr(network.module(parent), part, linear(weight, precision, device))
         for name, vector in student.vectors.items():

@@ -45,7 +45,7 @@ def test_packing_puts_low_bits_first():
     assert pack_rows(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[1 | 2 << 2 | 3 << 4]]
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", *BLOCKWISE])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "int8row", *BLOCKWISE])
 @pytest.mark.parametrize("columns", [64, 80])
 def test_stored_form_round_trips_and_has_the_promised_bytes(name, columns):
     fmt, w = Format.parse(name), torch.randn(6, columns)

@@ -16,7 +16,7 @@ from compressor.errors import BankError, RuntimeTargetError
 from compressor.folder import save_folder
 from compressor.model import load_teacher
 from compressor.plan import DROP, Action, Format, Plan
-from compressor.quantize import CODEBOOKS, damped, quantize
+from compressor.quantize import CODEBOOKS, damped, fake_row_int8, quantize
 from compressor.recovery.distill import loaded
 from compressor.runtimes import runtime, runtime_of
 from compressor.student import full_plan
@@ -59,13 +59,26 @@ def test_gptq_serves_codebooks(name):
     assert losses[1] < 0.7 * losses[0]
 
 
+def test_rows_are_rounded_as_bitsandbytes_does():
+    random = torch.Generator().manual_seed(0)
+    w_OI, x_TI = torch.randn(96, 80, generator=random), torch.randn(7, 80, generator=random)
+    x_TI[3] *= 50  # a row of its own scale
+    ours = quantize(w_OI, Format.parse("int8row"))
+    found_TO = linear(ours, "float32", "cpu")(x_TI)
+    assert error(found_TO.numpy(), (fake_row_int8(x_TI) @ ours.dequantize().T).numpy()) < 1e-6
+    assert 4e-3 < error(found_TO.numpy(), (x_TI @ ours.dequantize().T).numpy()) < 2e-2
+    x_TI.requires_grad_()
+    fake_row_int8(x_TI).sum().backward()
+    assert torch.equal(x_TI.grad, torch.ones_like(x_TI))
+
+
 def mixed(decoder) -> Plan:
     actions = {
         "embedding": Action(1, "fp16"),
         "layers.0.attention": Action(max(1, decoder.kv_heads // 2), "fp32"),
         "layers.0.ffn": Action(64, "nf4"),
         "layers.1.attention": DROP,
-        "layers.1.ffn": Action(decoder.channels, "fp16"),
+        "layers.1.ffn": Action(decoder.channels, "int8row"),
         "layers.2.attention": Action(decoder.kv_heads, "nf4"),
         "layers.2.ffn": DROP,
         "head": Action(1, "fp32"),
@@ -78,7 +91,7 @@ def saved(folder, teacher, student):
     back = runtime_of(folder).read_student(folder, teacher.network.decoder, student.plan)
     assert back.decoder == student.decoder and back.vectors.keys() == student.vectors.keys()
     for name, weight in student.matrices.items():
-        assert torch.equal(weight.dequantize(), back.matrices[name].dequantize()), name
+        torch.testing.assert_close(back.matrices[name].dequantize(), weight.dequantize(), rtol=1e-6, atol=0, msg=name)
     assert all(torch.equal(vector, back.vectors[name]) for name, vector in student.vectors.items())
     sites = student.decoder.sites()
     promised = runtime("torch").fixed_bytes(student.decoder) + sum(s.size_bytes(student.plan[s.name]) for s in sites)
@@ -97,10 +110,13 @@ def test_every_family(folders, name, windows, tmp_path):  # noqa: F811
     with TorchDecoder(tmp_path / "out", exact=True) as model:
         assert error(model.logits(ids_L.numpy()), wanted) < (1e-5 if precision == "float32" else 1e-3)  # rounded biases
         assert model.generate(ids_L[:12].numpy(), 8) == plain.greedy(ids_L[:12], 8)
+    rounded = loaded(teacher.network, student).window_logits(ids_L.numpy()).numpy()
     with TorchDecoder(tmp_path / "out") as model:
-        assert error(model.logits(ids_L.numpy()), wanted) < 0.02 and model.writes
+        assert error(model.logits(ids_L.numpy()), rounded) < 0.02 and model.writes
     with torch.no_grad():
-        assert error(compressor.load(tmp_path / "out")(ids_L[None])[0].numpy(), wanted) < 1e-3
+        # biases that are rounded to float16 flip some codes
+        limit = 1e-5 if precision == "float32" else 0.01
+        assert error(compressor.load(tmp_path / "out")(ids_L[None])[0].numpy(), rounded) < limit
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
@@ -110,22 +126,23 @@ def test_masked_language_models(encoder_folders, name, tmp_path):  # noqa: F811
     student = Bank(tmp_path / "bank", teacher.network, window, window).realize(mixed(teacher.network.decoder))
     saved(tmp_path / "out", teacher, student)
     with TorchDecoder(tmp_path / "out") as model:
-        wanted = loaded(teacher.network, student, "none").window_logits(window[0].numpy()).numpy()
+        wanted = loaded(teacher.network, student).window_logits(window[0].numpy()).numpy()
         assert error(model.logits(window[0].numpy()), wanted) < 0.02 and not model.writes
 
 
-@both
+@pytest.mark.parametrize("name", [*CODEBOOKS, "int8row"])
 def test_transformers_reads_a_folder_without_pruning(tiny_folder, name, windows, tmp_path):
     teacher = load_teacher(tiny_folder)
     plan = full_plan(teacher.network.decoder, name, "fp32")
     student = Bank(tmp_path / "bank", teacher.network, windows[:8], windows[:2]).realize(plan)
     saved(tmp_path / "out", teacher, student)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == ("Linear8bitLt" if name == "int8row" else "Linear4bit")
     with torch.no_grad():
         theirs = model(windows[20:21, :40]).logits[0].float().numpy()
     with TorchDecoder(tmp_path / "out") as ours:
-        assert error(ours.logits(windows[20, :40].numpy()), theirs) < 0.01
+        # Linear8bitLt reads float16, in which codes at the edge flip
+        assert error(ours.logits(windows[20, :40].numpy()), theirs) < (0.1 if name == "int8row" else 0.01)
 
 
 def test_a_whole_run(tiny_folder, tmp_path):
@@ -134,7 +151,7 @@ def test_a_whole_run(tiny_folder, tmp_path):
     ).to_dict()
     del data["search"]["formats"]
     report = pipeline.compress(compressor.Recipe.from_dict(data), tmp_path)
-    assert report.recipe["search"]["formats"] == ["fp32", "nf4", "fp4"]
+    assert report.recipe["search"]["formats"] == ["fp32", "nf4", "fp4", "int8row"]
     assert report.environment.provider == "torch on cpu" and report.parity.passed and report.budget[0].fits
     assert report.budget[0].measured == (tmp_path / "torch" / "model.safetensors").stat().st_size
     teacher, fp32, _, student = report.rows
@@ -149,14 +166,15 @@ def test_a_whole_run(tiny_folder, tmp_path):
 
 def test_formats_of_the_other_runtime_are_refused(tiny_folder, tmp_path):
     for name, formats, said in (
-        ("torch", ["w4"], "w4 .ffn. on cpu.*fp32, fp16, nf4 and fp4"),
+        ("torch", ["w4"], "w4 .ffn. on cpu.*fp32, fp16, nf4, fp4 and int8row"),
         ("onnx", ["nf4"], "no kernel"),
+        ("onnx", ["int8row"], "no kernel"),
     ):
         wanted = recipe(tiny_folder, target={"runtime": name}, search={"formats": ["fp32", *formats]})
         with pytest.raises(RuntimeTargetError, match=said):
             pipeline.compress(wanted, tmp_path)
     wanted = recipe(tiny_folder, target={"runtime": "torch"}, search={"formats": ["nf4"], "embedding_formats": ["nf4"]})
-    with pytest.raises(RuntimeTargetError, match="no 4-bit kernel that looks up rows"):
+    with pytest.raises(RuntimeTargetError, match="no kernel that looks up rows"):
         pipeline.compress(wanted, tmp_path)
 
 

@@ -99,7 +99,7 @@ def refused_formats(
     site = next(site for site in probe.sites() if site.kind == kind)
     refused: dict[str, str] = {}
     for name in formats:
-        if Format.parse(name).kind == "codebook":
+        if Format.parse(name).of_bitsandbytes:
             refused[name] = "ONNX Runtime has no kernel for it; target.runtime: torch has"
             continue
         try:
