@@ -117,6 +117,7 @@ class Site:
 
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
     1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
+    `share`: of the tokens, as many as reach it on average; all but those of an expert, which is a feed-forward, too.
     """
 
     name: str
@@ -125,6 +126,16 @@ class Site:
     units: int
     matrices: tuple[Matrix, ...]
     float_bytes: int = 4
+    share: float = 1.0
+
+    @property
+    def sub_layer(self) -> str:
+        """The sub-layer of a block to which it belongs: itself, or the mixture of which it is an expert."""
+        return f"layers.{self.layer}.{self.kind}"
+
+    def reached(self, tokens: int) -> int:
+        """How many of so many tokens reach it on average, at least one."""
+        return max(1, round(self.share * tokens))
 
     @property
     def parameters(self) -> int:
