@@ -27,8 +27,8 @@ _KINDS = ("weight", "bias")
 
 Places = dict[str, "str | tuple[str, Part] | list[str]"]
 """Our modules -> theirs, {i} being the block, {before} the one before it, {last} the last of all, {e} the expert; with a
-`Part` where ours is not all of theirs, or is written otherwise; two places where the first block's is another. Theirs may also
-be a parameter; a block need not have all of them."""
+`Part` where ours is not all of theirs, or is written otherwise; two places where the first block's is another. A block need
+not have all of them; theirs may be a parameter, too."""
 
 
 @dataclass(frozen=True)

@@ -134,18 +134,16 @@ def mixed_plan(decoder) -> Plan:
         "layers.2.ffn": DROP,
         "head": Action(1, "w4"),
     }
-    experts = {
-        "0": DROP,
-        "1": Action(32, "int8"),
-        "2": Action(48, "w4"),
-        "3": Action(64, "w2"),
-        "shared": Action(40, "int8"),
-    }
+    return spread(decoder, actions, [DROP, Action(32, "int8"), Action(48, "w4"), Action(64, "w2"), Action(40, "int8")])
+
+
+def spread(decoder, actions: dict[str, Action], experts: list[Action]) -> Plan:
+    """These actions of sub-layers and tables; where a mixture is not dropped, its experts have one of `experts` each."""
+    actions = dict(actions)
     for name, sites in decoder.sub_layers().items():
-        if len(sites) > 1:  # a mixture: all kinds of experts, or none
-            actions |= {
-                s.name: actions[name] if actions[name] == DROP else experts[s.name.rsplit(".")[-1]] for s in sites
-            }
+        if len(sites) > 1:
+            given = [DROP] * len(sites) if actions[name] == DROP else experts
+            actions |= {site.name: action for site, action in zip(sites, given, strict=False)}
     return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))
 
 
