@@ -228,32 +228,25 @@ def _qwen3(config: Any, decoder: Decoder) -> Decoder:
     return replace(_biased(config, decoder), qk_norm=True)
 
 
-def _mixtral(config: Any, decoder: Decoder) -> Decoder:
-    experts = Experts(
-        layers=tuple(range(decoder.layers)),
-        count=config.num_local_experts,
-        active=config.num_experts_per_tok,
-        channels=config.intermediate_size,
-        normalized=True,
-    )
-    return replace(decoder, experts=experts)
-
-
-def _qwen_moe(config: Any, decoder: Decoder) -> Decoder:
-    dense, step = config.mlp_only_layers, config.decoder_sparse_step
+def _mixture(config: Any, decoder: Decoder) -> Decoder:
+    dense, step = getattr(config, "mlp_only_layers", ()), getattr(config, "decoder_sparse_step", 1)
     experts = Experts(
         layers=tuple(i for i in range(decoder.layers) if i not in dense and (i + 1) % step == 0),
         count=config.num_experts,
         active=config.num_experts_per_tok,
-        channels=config.moe_intermediate_size,
-        normalized=config.norm_topk_prob,
+        channels=getattr(config, "moe_intermediate_size", config.intermediate_size),
+        normalized=getattr(config, "norm_topk_prob", True),
         shared=getattr(config, "shared_expert_intermediate_size", 0),
     )
-    if config.model_type == "qwen3_moe":
-        decoder = _qwen3(config, decoder)
-    elif config.qkv_bias:
-        decoder = _qwen2(config, decoder)
-    return replace(decoder, experts=experts if config.num_experts else None)
+    return replace(decoder, experts=experts)
+
+
+def _qwen2_moe(config: Any, decoder: Decoder) -> Decoder:
+    return _mixture(config, _qwen2(config, decoder) if config.qkv_bias else decoder)
+
+
+def _qwen3_moe(config: Any, decoder: Decoder) -> Decoder:
+    return _mixture(config, _qwen3(config, decoder))
 
 
 def _gemma(config: Any, decoder: Decoder) -> Decoder:
@@ -348,6 +341,12 @@ def _phi_problems(config: Any) -> list[str]:
     return ["qk_layernorm (supported: none)"] if config.qk_layernorm else []
 
 
+def _mixture_problems(config: Any) -> list[str]:
+    count, active, step = config.num_experts, config.num_experts_per_tok, getattr(config, "decoder_sparse_step", 1)
+    found = [] if 1 <= active <= count else [f"num_experts_per_tok = {active} (expected: 1 to num_experts = {count})"]
+    return found + ([] if step >= 1 else [f"decoder_sparse_step = {step} (expected: at least 1)"])
+
+
 def _gemma_problems(config: Any) -> list[str]:
     return ["attention in both directions"] if getattr(config, "use_bidirectional_attention", False) else []
 
@@ -357,9 +356,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_LLAMA),
     "qwen2": Family(_LLAMA, _qwen2),
     "qwen3": Family(_QWEN3, _qwen3),
-    "mixtral": Family(_LLAMA | _MIXTURE, _mixtral),
-    "qwen2_moe": Family(_LLAMA | _MIXTURE | _SHARED, _qwen_moe),
-    "qwen3_moe": Family(_QWEN3 | _MIXTURE, _qwen_moe),
+    "mixtral": Family(_LLAMA | _MIXTURE, _mixture, _mixture_problems),
+    "qwen2_moe": Family(_LLAMA | _MIXTURE | _SHARED, _qwen2_moe, _mixture_problems),
+    "qwen3_moe": Family(_QWEN3 | _MIXTURE, _qwen3_moe, _mixture_problems),
     "phi3": Family(_PHI3),
     "gemma2": Family(_GEMMA2, _gemma, _gemma_problems, gain_offset=1.0),
     "gemma3_text": Family(

@@ -226,7 +226,7 @@ class Mixture(SubLayer):
         ):
             if len(token_n) and not site.dropped:
                 given_nD = self._given(site, x_TD[token_n], token_n // x_BLD.shape[1], context)
-                added_TD = added_TD.index_add(0, token_n, (weight_T[token_n, None] * given_nD).to(added_TD.dtype))
+                added_TD.index_add_(0, token_n, (weight_T[token_n, None] * given_nD).to(added_TD.dtype))
         return added_TD.view_as(x_BLD)
 
     @staticmethod

@@ -166,7 +166,7 @@ def _plan_figure(report: Report) -> Figure:
         for layer in range(layers):
             parts = [entry for entry in report.plan if entry.kind == kind and entry.layer == layer]
             for number, entry in enumerate(parts):  # a mixture's experts lie in one row
-                _bar(axes, layer + (number + 0.5) / len(parts) - 0.5, entry, 1 / len(parts))
+                _bar(axes, layer + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, 1 / len(parts))
         axes.set_xlim(0, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "all"])
         axes.tick_params(axis="y", length=0)

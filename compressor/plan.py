@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from compressor.errors import RecipeError
@@ -117,7 +118,7 @@ class Site:
 
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
     1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
-    `share`: of the tokens, as many as reach it on average; all but those of an expert, which is a feed-forward, too.
+    `share`: of the tokens, those that reach it on average; all, but for an expert of a mixture, which is a feed-forward, too.
     """
 
     name: str
@@ -175,11 +176,12 @@ class Plan(Mapping[str, Action]):
 
     actions: tuple[tuple[str, Action], ...]
 
+    @cached_property
+    def _by_name(self) -> dict[str, Action]:
+        return dict(self.actions)
+
     def __getitem__(self, site: str) -> Action:
-        for name, action in self.actions:
-            if name == site:
-                return action
-        raise KeyError(site)
+        return self._by_name[site]
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.actions)

@@ -279,6 +279,8 @@ def test_a_teacher_is_written_back_or_refused(folders, name, windows, tmp_path):
         ("OPTConfig", {}, "model_type 'opt' .supported: llama, .*FAMILIES"),
         ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("PhiConfig", {"qk_layernorm": True}, "qk_layernorm"),
+        ("MixtralConfig", {"num_experts_per_tok": 9}, r"num_experts_per_tok = 9 .expected: 1 to num_experts = 8."),
+        ("Qwen3MoeConfig", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0 .expected: at least 1."),
         ("LlamaConfig", {"hidden_act": "tanh"}, "activation 'tanh'"),
         (
             "LlamaConfig",
