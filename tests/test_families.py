@@ -71,7 +71,10 @@ CONFIGS = {
         LLAMA | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 32, "tie_word_embeddings": True}),
-    "mixtral": ("MixtralConfig", LLAMA | MIXTURE | {"sliding_window": 20}),
+    "mixtral": (
+        "MixtralConfig",
+        LLAMA | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    ),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         LLAMA | MIXTURE | {"shared_expert_intermediate_size": 80, "mlp_only_layers": [2], "tie_word_embeddings": True},
