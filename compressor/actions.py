@@ -34,7 +34,7 @@ def _divides(site: Site, keep: int, name: str) -> bool:
 
 
 def kept_units(search: SearchSection, site: Site) -> set[int]:
-    """Numbers of units that an attention or a feed-forward may keep, 0 for a dropped sub-layer.
+    """Numbers of units that an attention, a feed-forward or an expert may keep, 0 where it is dropped.
 
     A fraction f of n units in multiples of m: m * round(f * n / m), at least m (and at most n) unless f is 0.
     """

@@ -3,6 +3,9 @@
 For a linear layer y = W x and a change D of its weights, with g the gradient of log p(sampled label) at y,
     KL(teacher || student) per token  ~  1/2 sum_o E[g_o^2] (D H D^T)_oo        H = E[x x^T]
 the Kronecker-factored Fisher of Martens and Grosse 2015 ("K-FAC", section 3) with a diagonal output side.
+
+Of an expert, H is of the tokens that reach it, and g is 0 at the others, so that it counts as much as it is used. Where none
+reaches it, all is 0: it is predicted to be of no use, and its matrices are rounded as if all inputs were alike.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Statistics:
         return self.tensors[f"{name}:moment"].to(self.device)
 
     def rounding_variance(self, name: str, rowwise: bool) -> float:
-        """Mean squared error of an input under dynamic uint8, one scale a sequence, or int8, one scale a row."""
+        """Mean squared error of an input under dynamic uint8, one scale a sequence, or int8, one scale a row; over the
+        sequences that reach it."""
         return float(self.tensors[f"{name}:rounding"][int(rowwise)])
 
     def fisher(self, matrix: str) -> Tensor:
@@ -63,17 +67,17 @@ def collect(
 
 @torch.no_grad()
 def _second_moments(network: Network, windows: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Tensor]:
-    moments: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    rounding: dict[str, Tensor] = {}
+    widths = {name: network.matrix(first).shape[1] for name, (first, *_) in network.inputs()}
+    widths["head.in"] = network.decoder.hidden
+    moments = {name: torch.zeros(width, width, device=network.device) for name, width in widths.items()}
+    rounding = {name: torch.zeros(2, device=network.device) for name in widths}
+    tokens, reached = dict.fromkeys(widths, 0), dict.fromkeys(widths, 0)
 
     def see(name: str, x_BLI: Tensor) -> None:
         x_TI = x_BLI.flatten(0, 1)
-        if name not in moments:
-            moments[name] = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-            rounding[name], tokens[name] = torch.zeros(2, device=x_TI.device), 0
         moments[name].addmm_(x_TI.T, x_TI)
         tokens[name] += len(x_TI)
+        reached[name] += 1
         low, high = torch.aminmax(x_TI)
         scale, scale_T = (high.clamp_min(0) - low.clamp_max(0)) / 255, x_TI.abs().amax(-1) / 127
         rounding[name] += torch.stack([scale.square(), scale_T.square().mean()]) / 12
@@ -82,8 +86,8 @@ def _second_moments(network: Network, windows: Sequence[Tensor], progress: Calla
         for index, ids_L in enumerate(windows):
             see("head.in", network.hidden(ids_L[None])[:, compared(ids_L)])
             progress(index + 1)
-    tensors = {f"{name}:moment": (moment / tokens[name]).cpu() for name, moment in moments.items()}
-    tensors |= {f"{name}:rounding": (value / len(windows)).cpu() for name, value in rounding.items()}
+    tensors = {f"{name}:moment": (moment / max(1, tokens[name])).cpu() for name, moment in moments.items()}
+    tensors |= {f"{name}:rounding": (value / max(1, reached[name])).cpu() for name, value in rounding.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(
@@ -98,11 +102,12 @@ def _fisher(
     network: Network, windows: Sequence[Tensor], seed: int, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
     generator = torch.Generator(network.device).manual_seed(seed)
-    sums: dict[str, Tensor] = {}
+    linears = [matrix.name for site in network.sites.values() if site.layer is not None for matrix in site.matrices]
+    sums = {name: torch.zeros(len(network.matrix(name)), device=network.device) for name in [*linears, "head"]}
+    sums["embedding"] = torch.zeros(network.decoder.hidden, device=network.device)
 
     def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.detach().flatten(0, -2).square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+        sums[name] += gradient.detach().flatten(0, -2).square().sum(0)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: tuple, output: Tensor) -> None:
@@ -112,7 +117,6 @@ def _fisher(
 
         return hook
 
-    linears = [matrix.name for site in network.sites.values() if site.layer is not None for matrix in site.matrices]
     handles = [network.module(name).register_forward_hook(watch(name)) for name in ["embedding", *linears]]
     try:
         for index, ids_L in enumerate(windows):

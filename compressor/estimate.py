@@ -54,14 +54,15 @@ def dry_run(recipe: Recipe) -> DryRun:
 def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[StageEstimate]:
     sites, search, data = decoder.sites(), recipe.search, recipe.data
     parameters = sum(site.parameters for site in sites)
+    read = sum(site.parameters * site.share for site in sites)
     table = decoder.vocabulary * decoder.hidden
     speed = EFFICIENCY * measured_flops()
 
     def forward(tokens: int) -> float:
-        return 2 * tokens * (parameters - (0 if decoder.tied else table)) / speed
+        return 2 * tokens * (read - (0 if decoder.tied else table)) / speed
 
     weights = 4 * parameters
-    moments = 4 * decoder.layers * (3 * decoder.hidden**2 + decoder.channels**2)
+    moments = 4 * sum(m.columns**2 for s in sites if s.layer is not None for m in (s.matrices[0], s.matrices[-1]))
     shapes = {
         (*(matrix.shape(a.keep, s.units) for matrix in s.matrices), a.format) for s in sites for a in menu[s.name]
     }

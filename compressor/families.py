@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.student import Decoder
+from compressor.student import Decoder, Experts
 
-Part = Callable[[Tensor, Decoder], Tensor]
-"""A module's weight [O, I] or bias [O] out of the checkpoint's tensor."""
+Part = Callable[..., Tensor]
+"""(the checkpoint's tensor, decoder) -> a module's weight [O, I] or bias [O]; of an expert also its number, `expert`."""
 
 _KINDS = ("weight", "bias")
 
 Places = dict[str, "str | tuple[str, Part] | list[str]"]
-"""Our modules -> theirs, {i} being the block, {before} the one before it, {last} the last of all; with a `Part` where ours is
-not all of theirs, or is written otherwise; two places where the first block's is another."""
+"""Our modules -> theirs, {i} being the block, {before} the one before it, {last} the last of all, {e} the expert; with a
+`Part` where ours is not all of theirs, or is written otherwise; two places where the first block's is another. A block need
+not have all of them; theirs may be a parameter, too."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def _behind(count: int, tensor: Tensor, decoder: Decoder) -> Tensor:
     return tensor[count:]
 
 
+def _of_expert(which: str, tensor: Tensor, decoder: Decoder, expert: int) -> Tensor:
+    """gate, up or down of an expert out of the matrices of all, [experts, O, I]; gate and up are one behind the other."""
+    w_OI = tensor[expert]
+    return w_OI if which == "down" else dict(zip(("gate", "up"), w_OI.chunk(2), strict=True))[which]
+
+
 # -- the families --
 
 _LLAMA: Places = {
@@ -89,6 +97,17 @@ _LLAMA: Places = {
     **{f"ffn.{part}": f"model.layers.{{i}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 _QWEN3: Places = _LLAMA | {f"attention.{part}_norm": f"model.layers.{{i}}.self_attn.{part}_norm" for part in "qk"}
+_MIXTURE: Places = {
+    "ffn.router": "model.layers.{i}.mlp.gate",
+    **{
+        f"ffn.experts.{{e}}.{part}": (f"model.layers.{{i}}.mlp.experts.{place}", partial(_of_expert, part))
+        for part, place in (("gate", "gate_up_proj"), ("up", "gate_up_proj"), ("down", "down_proj"))
+    },
+}
+_SHARED: Places = {
+    "ffn.shared.router": "model.layers.{i}.mlp.shared_expert_gate",
+    **{f"ffn.shared.{part}": f"model.layers.{{i}}.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
 _PHI3: Places = _LLAMA | {
     **{f"attention.{part}": ("model.layers.{i}.self_attn.qkv_proj", partial(_rows, part)) for part in "qkv"},
     **{f"ffn.{part}": ("model.layers.{i}.mlp.gate_up_proj", partial(_rows, part)) for part in ("gate", "up")},
@@ -212,6 +231,27 @@ def _qwen3(config: Any, decoder: Decoder) -> Decoder:
     return replace(_biased(config, decoder), qk_norm=True)
 
 
+def _mixture(config: Any, decoder: Decoder) -> Decoder:
+    dense, step = getattr(config, "mlp_only_layers", ()), getattr(config, "decoder_sparse_step", 1)
+    experts = Experts(
+        layers=tuple(i for i in range(decoder.layers) if i not in dense and (i + 1) % step == 0),
+        count=config.num_experts,
+        active=config.num_experts_per_tok,
+        channels=getattr(config, "moe_intermediate_size", config.intermediate_size),
+        normalized=getattr(config, "norm_topk_prob", True),
+        shared=getattr(config, "shared_expert_intermediate_size", 0),
+    )
+    return replace(decoder, experts=experts)
+
+
+def _qwen2_moe(config: Any, decoder: Decoder) -> Decoder:
+    return _mixture(config, _qwen2(config, decoder) if config.qkv_bias else decoder)
+
+
+def _qwen3_moe(config: Any, decoder: Decoder) -> Decoder:
+    return _mixture(config, _qwen3(config, decoder))
+
+
 def _gemma(config: Any, decoder: Decoder) -> Decoder:
     cap, last = config.attn_logit_softcapping, config.final_logit_softcapping
     return replace(
@@ -307,6 +347,12 @@ def _phi_problems(config: Any) -> list[str]:
     return ["qk_layernorm (supported: none)"] if config.qk_layernorm else []
 
 
+def _mixture_problems(config: Any) -> list[str]:
+    count, active, step = config.num_experts, config.num_experts_per_tok, getattr(config, "decoder_sparse_step", 1)
+    found = [] if 1 <= active <= count else [f"num_experts_per_tok = {active} (expected: 1 to num_experts = {count})"]
+    return found + ([] if step >= 1 else [f"decoder_sparse_step = {step} (expected: at least 1)"])
+
+
 def _gemma_problems(config: Any) -> list[str]:
     return ["attention in both directions"] if getattr(config, "use_bidirectional_attention", False) else []
 
@@ -316,6 +362,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_LLAMA),
     "qwen2": Family(_LLAMA, _qwen2),
     "qwen3": Family(_QWEN3, _qwen3),
+    "mixtral": Family(_LLAMA | _MIXTURE, _mixture, _mixture_problems),
+    "qwen2_moe": Family(_LLAMA | _MIXTURE | _SHARED, _qwen2_moe, _mixture_problems),
+    "qwen3_moe": Family(_QWEN3 | _MIXTURE, _qwen3_moe, _mixture_problems),
     "phi3": Family(_PHI3),
     "gemma2": Family(_GEMMA2, _gemma, _gemma_problems, gain_offset=1.0),
     "gemma3_text": Family(
@@ -494,7 +543,7 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> di
     weights: dict[str, Tensor] = {}
     for ours, theirs, part in _modules(family, decoder):
         for kind in _KINDS:
-            tensor = state.get(f"{theirs}.{kind}")
+            tensor = state.get(f"{theirs}.{kind}", state.get(theirs) if kind == "weight" else None)
             if tensor is not None:
                 weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
         if ours.endswith("norm"):
@@ -573,6 +622,8 @@ def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | No
         if not ours.startswith(("attention.", "ffn.")):
             found.append((ours, first.format(last=decoder.layers - 1), part))
             continue
-        for i in range(decoder.layers):
-            found.append((f"layers.{i}.{ours}", (first if i == 0 else rest).format(i=i, before=i - 1), part))
+        experts = decoder.experts.count if decoder.experts and "{e}" in ours else 1
+        for i, e in product(range(decoder.layers), range(experts)):
+            name, where = f"layers.{i}.{ours.format(e=e)}", (first if i == 0 else rest).format(i=i, before=i - 1)
+            found.append((name, where, partial(part, expert=e) if part and "{e}" in ours else part))
     return found

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.plan import Action, Format, Site
 from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8, fake_row_int8
-from compressor.student import Decoder
+from compressor.student import Decoder, Experts
 
 Rounding = Literal["none", "dynamic", "all"]
 
@@ -113,30 +113,38 @@ class Norm(nn.Module):
 
 
 class SubLayer(nn.Module):
-    """Attention or feed-forward with the norms around it; what it gives is added to the residual stream.
+    """Attention, feed-forward or mixture with the norms around it; what it gives is added to the residual stream.
 
-    norms_stream: see `Decoder.norms_stream`. dropped: it gives nothing. rounding: what is done to all that its matrices read,
-    to imitate a kernel; None is nothing.
+    name: None is a feed-forward without norms, an expert. norms_stream: see `Decoder.norms_stream`. dropped: it gives
+    nothing. rounding: what is done to all that its matrices read, to imitate a kernel; None is nothing.
     """
 
-    def __init__(self, decoder: Decoder, norms_stream: bool):
+    def __init__(self, decoder: Decoder, name: str | None):
         super().__init__()
-        self.norms_stream, self.dropped = norms_stream, False
+        self.norms_stream, self.dropped = name is not None and decoder.norms_stream(name), False
         self.rounding: Callable[[Tensor], Tensor] | None = None
-        self.norm = Norm.of(decoder)
-        self.post_norm = Norm.of(decoder) if decoder.post_norm else None
+        self.norm = Norm.of(decoder) if name else None
+        self.post_norm = Norm.of(decoder) if name and decoder.post_norm else None
 
     def front(self, x_BLD: Tensor) -> Tensor:
         """The stream behind the last sub-layer -> in front of this one."""
-        return self.norm(x_BLD) if self.norms_stream else x_BLD
+        return self.norm(x_BLD) if self.norm is not None and self.norms_stream else x_BLD
+
+    def read(self, x_BLD: Tensor) -> Tensor:
+        """The stream in front of it -> what it reads."""
+        return x_BLD if self.norm is None or self.norms_stream else self.norm(x_BLD)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """x: the stream in front of it."""
         if self.dropped:
             return torch.zeros_like(x_BLD)
-        read_BLD = x_BLD if self.norms_stream else self.norm(x_BLD)
-        added_BLD = self.inner(self.seen(read_BLD), context)
+        added_BLD = self.inner(self.seen(self.read(x_BLD)), context)
         return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
+
+    def weights(self, read_BLD: Tensor) -> Tensor:
+        """The measure in which each of its sites' outputs is added, token by token, [B, L, sites]; 0 where a token does not
+        reach the site."""
+        return read_BLD.new_ones(*read_BLD.shape[:2], 1)
 
     def seen(self, x: Tensor) -> Tensor:
         return x if self.rounding is None else self.rounding(x)
@@ -149,7 +157,7 @@ class Attention(SubLayer):
     """Grouped-query attention of block `layer`."""
 
     def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.attention"))
+        super().__init__(decoder, f"layers.{layer}.attention")
         self.layer, self.width, self.cap, self.causal = layer, decoder.head_dim, decoder.attention_cap, decoder.causal
         self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
@@ -176,10 +184,9 @@ class Attention(SubLayer):
 class FeedForward(SubLayer):
     """down(activation(gate x) * up x), or without a gate down(activation(up x))."""
 
-    def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.ffn"))
-        self.activation = decoder.activation
-        hidden, channels = decoder.hidden, decoder.channels
+    def __init__(self, decoder: Decoder, name: str | None, channels: int):
+        super().__init__(decoder, name)
+        self.activation, hidden = decoder.activation, decoder.hidden
         self.gate = nn.Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
         self.up = nn.Linear(hidden, channels, "up" in decoder.biases)
         self.down = nn.Linear(channels, hidden, "down" in decoder.biases)
@@ -190,12 +197,61 @@ class FeedForward(SubLayer):
         return self.down(self.seen(inner))
 
 
+class SharedExpert(FeedForward):
+    """An expert that all tokens run through; its router says in which measure."""
+
+    def __init__(self, decoder: Decoder, channels: int):
+        super().__init__(decoder, None, channels)
+        self.router = nn.Linear(decoder.hidden, 1, bias=False)
+
+
+class Mixture(SubLayer):
+    """The experts of block `layer` (see `compressor.student.Experts`), which are sites; a token runs through those alone that
+    it is routed to, and through the shared one."""
+
+    def __init__(self, decoder: Decoder, layer: int, experts: Experts):
+        super().__init__(decoder, f"layers.{layer}.ffn")
+        self.active, self.normalized = experts.active, experts.normalized
+        self.router = nn.Linear(decoder.hidden, experts.count, bias=False)
+        self.experts = nn.ModuleList(FeedForward(decoder, None, experts.channels) for _ in range(experts.count))
+        self.shared = SharedExpert(decoder, experts.shared) if experts.shared else None
+
+    def weights(self, read_BLD: Tensor) -> Tensor:
+        p_BLE = self.router(read_BLD).float().softmax(-1)
+        best = p_BLE.topk(self.active)
+        taken_BLA = best.values / best.values.sum(-1, keepdim=True) if self.normalized else best.values
+        weight_BLE = torch.zeros_like(p_BLE).scatter(-1, best.indices, taken_BLA)
+        if self.shared is not None:
+            weight_BLE = torch.cat([weight_BLE, self.shared.router(read_BLD).float().sigmoid()], -1)
+        return weight_BLE.to(read_BLD.dtype)
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        x_TD, weight_ET = x_BLD.flatten(0, 1), self.weights(x_BLD).flatten(0, 1).T
+        sites = [*self.experts, *([] if self.shared is None else [self.shared])]
+        site_N, token_N = weight_ET.nonzero(as_tuple=True)
+        added_TD = torch.zeros_like(x_TD)
+        for site, weight_T, token_n in zip(
+            sites, weight_ET, token_N.split(site_N.bincount(minlength=len(sites)).tolist())
+        ):
+            if len(token_n) and not site.dropped:
+                given_nD = self._given(site, x_TD[token_n], token_n // x_BLD.shape[1], context)
+                added_TD.index_add_(0, token_n, (weight_T[token_n, None] * given_nD).to(added_TD.dtype))
+        return added_TD.view_as(x_BLD)
+
+    @staticmethod
+    def _given(expert: SubLayer, x_nD: Tensor, window_n: Tensor, context: Context) -> Tensor:
+        """What an expert gives for tokens of some windows; apart where it rounds, as if every window ran alone."""
+        parts = x_nD.split(window_n.unique_consecutive(return_counts=True)[1].tolist()) if expert.rounding else [x_nD]
+        return torch.cat([expert(x_pD[None], context)[0] for x_pD in parts])
+
+
 class Block(nn.Module):
     def __init__(self, decoder: Decoder, layer: int):
         super().__init__()
         self.parallel = decoder.parallel
         self.attention = Attention(decoder, layer)
-        self.ffn = FeedForward(decoder, layer)
+        experts, name = decoder.experts_of(layer), f"layers.{layer}.ffn"
+        self.ffn = Mixture(decoder, layer, experts) if experts else FeedForward(decoder, name, decoder.channels)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         front_BLD = self.attention.front(x_BLD)
@@ -455,7 +511,8 @@ class Network:
     def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name of an input, matrices that read it), over the pruned and quantized linear layers.
 
-        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down.
+        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down; of
+        an expert, `layers.{i}.ffn.experts.{e}.in` and so on.
         """
         for site in self.sites.values():
             if site.layer is not None:
@@ -464,7 +521,8 @@ class Network:
 
     @contextmanager
     def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """While open, `see(input name, x_BLI)` is called for every input of `inputs()` during a forward pass."""
+        """While open, `see(input name, x_BLI)` is called for every input of `inputs()` during a forward pass; of an expert,
+        those of the tokens that reach it, [1, T, I]."""
 
         def hook(name: str):
             return lambda _module, arguments: see(name, arguments[0].detach())
@@ -563,54 +621,79 @@ class Stream:
     @torch.no_grad()
     def __init__(self, network: Network, ids_NL: Tensor):
         self._network = network
-        self._sites = [site for site in network.sites.values() if site.layer is not None]
+        self._sub_layers = list(network.decoder.sub_layers().items())
         seen_NL = network.seen(ids_NL)
         self._context = network.model.context(seen_NL)
         self.hidden_NLD = network.model.embedded(seen_NL)
         self._block_NLD = self.hidden_NLD
 
     @property
-    def site(self) -> Site:
-        """The sub-layer that comes next."""
-        return self._sites[0]
+    def sites(self) -> list[Site]:
+        """Those of the sub-layer that comes next."""
+        return self._sub_layers[0][1]
 
-    def front(self, windows: slice) -> Tensor:
-        """The stream [B, L, D] to which the next sub-layer is added."""
-        return self._network.module(self.site.name).front(self.hidden_NLD[windows])
+    def read(self) -> Tensor:
+        """What the next sub-layer reads, [N, L, D]."""
+        return torch.cat([self._module.read(self._source(windows)) for windows in self._batches()])
 
-    def inputs(self, matrix: str) -> Iterator[tuple[slice, Tensor]]:
-        """What a matrix of the next sub-layer reads, batch by batch: (windows, x_BLI)."""
+    def inputs(self, site: Site, matrix: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """What a matrix of the next sub-layer reads, batch by batch: (windows, weight_BL, x_TI), x being the inputs of those
+        tokens that reach its site, whose weights are not 0 (see `SubLayer.weights`); padding's are."""
+        place = self.sites.index(site)
         for windows in self._batches():
+            weight_BL = self._module.weights(self._module.read(self._source(windows)))[..., place]
+            reached = int(weight_BL.count_nonzero())
             seen: list[Tensor] = []
 
-            def see(_module: nn.Module, arguments: tuple, seen: list[Tensor] = seen) -> None:
-                seen.append(arguments[0])
-                raise _Seen
+            def see(_module: nn.Module, given: tuple, seen: list[Tensor] = seen, reached: int = reached) -> None:
+                seen.append(given[0].flatten(0, 1))
+                if sum(map(len, seen)) == reached:
+                    raise _Seen
 
-            with _watching({self._network.module(matrix): see}), suppress(_Seen):
-                self._added(windows)
-            yield windows, seen[0]
+            if reached:
+                with _watching({self._network.module(matrix): see}), suppress(_Seen):
+                    self._added(windows)
+                x_TI, visible_BL = torch.cat(seen), self._context.of_windows(windows).visible
+                if visible_BL is not None:
+                    x_TI, weight_BL = x_TI[visible_BL[weight_BL != 0]], weight_BL * visible_BL
+                yield windows, weight_BL, x_TI
+
+    def without(self, site: Site, windows: slice) -> Tensor:
+        """The stream [B, L, D] behind the next sub-layer, if this site of it gave nothing."""
+        module = self._network.module(site.name)
+        module.dropped = True
+        behind_BLD = self._behind(windows)
+        module.dropped = False
+        return behind_BLD
 
     def advance(self) -> None:
         """Pass the next sub-layer."""
-        self.hidden_NLD = torch.cat([self.front(windows) + self._added(windows) for windows in self._batches()])
-        if self.site.kind == "ffn":
+        self.hidden_NLD = torch.cat([self._behind(windows) for windows in self._batches()])
+        if self.sites[0].kind == "ffn":
             self._block_NLD = self.hidden_NLD
-        self._sites.pop(0)
+        self._sub_layers.pop(0)
+
+    @property
+    def _module(self) -> Any:
+        return self._network.module(self._sub_layers[0][0])
 
     def _batches(self) -> Iterator[slice]:
         return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
 
+    def _source(self, windows: slice) -> Tensor:
+        """The stream of which the next sub-layer reads the norm."""
+        return self._block_NLD[windows] if self._network.decoder.parallel else self._front(windows)
+
+    def _front(self, windows: slice) -> Tensor:
+        """The stream to which the next sub-layer is added."""
+        return self._module.front(self.hidden_NLD[windows])
+
     def _added(self, windows: slice) -> Tensor:
         """What the next sub-layer adds to the stream."""
-        parallel = self._network.decoder.parallel
-        read_BLD = self._block_NLD[windows] if parallel else self.front(windows)
-        return self._network.module(self.site.name)(read_BLD, self._context.of_windows(windows))
+        return self._module(self._source(windows), self._context.of_windows(windows))
 
-    def weights(self, windows: slice) -> Tensor:
-        """What the tokens of these windows count, [B, L] or one number for all: padding nothing."""
-        visible_NL = self._context.visible
-        return self.hidden_NLD.new_ones(()) if visible_NL is None else visible_NL[windows].to(self.hidden_NLD)
+    def _behind(self, windows: slice) -> Tensor:
+        return self._front(windows) + self._added(windows)
 
 
 @contextmanager

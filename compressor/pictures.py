@@ -163,9 +163,10 @@ def _plan_figure(report: Report) -> Figure:
     figure = _figure(7.5, 1.6 + 0.2 * (layers + len(ends)))
     left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
     for axes, kind in ((left, "attention"), (right, "ffn")):
-        for entry in report.plan:
-            if entry.kind == kind and entry.layer is not None:
-                _bar(axes, entry.layer, entry)
+        for layer in range(layers):
+            parts = [entry for entry in report.plan if entry.kind == kind and entry.layer == layer]
+            for number, entry in enumerate(parts):  # a mixture's experts lie in one row
+                _bar(axes, layer + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, 1 / len(parts))
         axes.set_xlim(0, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "all"])
         axes.tick_params(axis="y", length=0)
@@ -190,13 +191,14 @@ def _plan_figure(report: Report) -> Figure:
     return figure
 
 
-def _bar(axes: Axes, place: float, entry: PlanEntry) -> None:
-    """The kept part in the format's colour over a pale bar for the whole; a dropped sub-layer is a red outline."""
+def _bar(axes: Axes, place: float, entry: PlanEntry, row: float = 1.0) -> None:
+    """The kept part in the format's colour over a pale bar for the whole; a dropped sub-layer is a red outline. row: height
+    that there is for it."""
     if entry.keep == 0:
-        axes.barh(place, 1, height=0.7, color="white", edgecolor="#b22222", linewidth=0.8)
+        axes.barh(place, 1, height=0.7 * row, color="white", edgecolor="#b22222", linewidth=0.8)
         return
-    axes.barh(place, 1, height=0.8, color="#eeeeee")
-    axes.barh(place, entry.keep / entry.units, height=0.8, color=_colour(entry.format))
+    axes.barh(place, 1, height=0.8 * row, color="#eeeeee")
+    axes.barh(place, entry.keep / entry.units, height=0.8 * row, color=_colour(entry.format))
 
 
 def _distillation_figure(recovery: Recovery) -> Figure:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from compressor.errors import RecipeError
@@ -125,6 +126,7 @@ class Site:
 
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
     1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
+    `share`: of the tokens, those that reach it on average; all, but for an expert of a mixture, which is a feed-forward, too.
     """
 
     name: str
@@ -133,6 +135,16 @@ class Site:
     units: int
     matrices: tuple[Matrix, ...]
     float_bytes: int = 4
+    share: float = 1.0
+
+    @property
+    def sub_layer(self) -> str:
+        """The sub-layer of a block to which it belongs: itself, or the mixture of which it is an expert."""
+        return f"layers.{self.layer}.{self.kind}"
+
+    def reached(self, tokens: int) -> int:
+        """How many of so many tokens reach it on average, at least one."""
+        return max(1, round(self.share * tokens))
 
     @property
     def parameters(self) -> int:
@@ -172,11 +184,12 @@ class Plan(Mapping[str, Action]):
 
     actions: tuple[tuple[str, Action], ...]
 
+    @cached_property
+    def _by_name(self) -> dict[str, Action]:
+        return dict(self.actions)
+
     def __getitem__(self, site: str) -> Action:
-        for name, action in self.actions:
-            if name == site:
-                return action
-        raise KeyError(site)
+        return self._by_name[site]
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.actions)

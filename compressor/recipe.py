@@ -299,7 +299,7 @@ class SearchSection(Section):
     """Fractions of the key/value groups (with their query heads) that an attention may keep, rounded to whole groups;
     0 drops the sub-layer. Every whole number of groups when absent."""
     ffn_keep: Fractions = (1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0)
-    """Fractions of the channels that a feed-forward may keep; 0 drops the sub-layer."""
+    """Fractions of the channels that a feed-forward, or an expert of a mixture, may keep; 0 drops it."""
     ffn_multiple: Count = 64
     """Channels that are kept are rounded to a multiple of this."""
     sensitivity: Literal["fisher", "noise"] = "fisher"

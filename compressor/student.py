@@ -8,7 +8,8 @@ Names of a student's tensors, `{i}` being the block:
     layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
     layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
 
-and whatever else `Decoder.vectors` names. A dropped sub-layer has none of its tensors; a matrix may come with a bias.
+and whatever else `Decoder.vectors` names. A dropped sub-layer has none of its tensors; a matrix may come with a bias. Where
+the feed-forward is a mixture, its matrices are those of `layers.{i}.ffn.experts.{e}` and `layers.{i}.ffn.shared`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,23 @@ FIRST = "layers.0.attention"
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward of some blocks, `layers` (Shazeer et al. 2017).
+
+    count: experts of a mixture, each a feed-forward of so many channels. A router, softmax(W x), says which `active` ones a
+    token runs through; what they give is added up, in the measure of their probabilities, which `normalized` makes sum to 1.
+    shared: channels of one more expert, through which all tokens run, in the measure of sigmoid(w x); 0 is none.
+    """
+
+    layers: tuple[int, ...]
+    count: int
+    active: int
+    channels: int
+    normalized: bool
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Shape of a decoder or an encoder at full size: blocks of grouped-query attention and a feed-forward.
 
@@ -52,6 +70,7 @@ class Decoder:
     window: positions that a local attention sees, its own and those before it, or as many on both sides where it is not
     causal; local: the blocks whose attention is local.
     attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
+    experts: the mixtures that there are in place of feed-forwards.
     precision: of the students that are exported; torch computes in float32.
     """
 
@@ -90,16 +109,23 @@ class Decoder:
     local_frequencies: tuple[float, ...] = ()
     attention_cap: float | None = None
     logit_cap: float | None = None
+    experts: Experts | None = None
     precision: Precision = "float32"
 
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
+        """Every site, in depth order: embedding, then attention and feed-forward of each block, or every expert of it, then
+        an untied head."""
         vocabulary, hidden = self.vocabulary, self.hidden
-        heads, groups, channels = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.channels
+        heads, groups = self.heads * self.head_dim, self.kv_heads * self.head_dim
 
         def matrix(site: str, part: str, rows: int, columns: int) -> Matrix:
             pruned: Literal["rows", "columns"] = "columns" if part in ("o", "down") else "rows"
             return Matrix(f"{site}.{part}", rows, columns, pruned, part in self.biases)
+
+        def feed_forward(name: str, layer: int, channels: int, share: float = 1.0) -> Site:
+            readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
+            matrices = (*readers, matrix(name, "down", hidden, channels))
+            return Site(name, "ffn", layer, channels, matrices, share=share)
 
         sites = [Site("embedding", "embedding", None, 1, (Matrix("embedding", vocabulary, hidden, "neither"),))]
         for i in range(self.layers):
@@ -107,24 +133,33 @@ class Decoder:
             readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
             sites.append(Site(name, "attention", i, self.kv_heads, (*readers, matrix(name, "o", hidden, heads))))
             name = f"layers.{i}.ffn"
-            readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
-            sites.append(Site(name, "ffn", i, channels, (*readers, matrix(name, "down", hidden, channels))))
+            if experts := self.experts_of(i):
+                share = experts.active / experts.count
+                sites += [feed_forward(f"{name}.experts.{e}", i, experts.channels, share) for e in range(experts.count)]
+                sites += [feed_forward(f"{name}.shared", i, experts.shared)] if experts.shared else []
+            else:
+                sites.append(feed_forward(name, i, self.channels))
         if not self.tied and not self.classes:
             head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
             sites.append(Site("head", "head", None, 1, (head,)))
         return tuple(replace(site, float_bytes=self.floats.itemsize) for site in sites)
 
-    def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
-        norms = {"norm": self.hidden}
-        norms |= {"transform_norm": self.hidden} if self.transform and self.transform_norm else {}
+    def sub_layers(self) -> dict[str, list[Site]]:
+        """The sites of every sub-layer, by its name, in depth order: one, or the experts of a mixture."""
+        found: dict[str, list[Site]] = {}
         for site in self.sites():
             if site.layer is not None:
-                norms |= {f"{site.name}.norm": self.hidden} | (
-                    {f"{site.name}.post_norm": self.hidden} if self.post_norm else {}
-                )
+                found.setdefault(site.sub_layer, []).append(site)
+        return found
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of all that is stored beside the matrices, by name, which begins with that of what it belongs to."""
+        norms = {"norm": self.hidden}
+        norms |= {"transform_norm": self.hidden} if self.transform and self.transform_norm else {}
+        for name, (site, *_) in self.sub_layers().items():
+            norms |= {f"{name}.norm": self.hidden} | ({f"{name}.post_norm": self.hidden} if self.post_norm else {})
             if site.kind == "attention" and self.qk_norm:
-                norms |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
+                norms |= {f"{name}.q_norm": self.head_dim, f"{name}.k_norm": self.head_dim}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, length in norms.items():
             biased = self.norm == "layer" and self.norm_bias and not name.endswith(("q_norm", "k_norm"))
@@ -138,17 +173,25 @@ class Decoder:
             shapes["head"] = (self.classes, self.hidden)
         if (self.tied or self.classes) and "head" in self.biases:
             shapes["head.bias"] = (self.outputs,)
+        for i in range(self.layers):
+            if experts := self.experts_of(i):
+                shapes[f"layers.{i}.ffn.router"] = (experts.count, self.hidden)
+                shapes |= {f"layers.{i}.ffn.shared.router": (1, self.hidden)} if experts.shared else {}
         return shapes
 
     def vectors_of(self, plan: Mapping[str, Action]) -> list[str]:
-        """Names of the vectors that a plan's student has. Where a dropped sub-layer's norm is of the stream, it stays."""
-        gone = tuple(f"{name}." for name, action in plan.items() if action.keep == 0)
-        kept = {f"{name}.{part}" for name in plan if self.norms_stream(name) for part in ("norm", "norm.bias")}
+        """Names of the vectors that a plan's student has: a mixture's while there is an expert of it. Where a dropped
+        sub-layer's norm is of the stream, it stays."""
+        dropped = {name for name, action in plan.items() if action.keep == 0}
+        sub_layers = self.sub_layers()
+        dropped |= {name for name, sites in sub_layers.items() if all(site.name in dropped for site in sites)}
+        gone = tuple(f"{name}." for name in dropped)
+        kept = {f"{name}.{part}" for name in sub_layers if self.norms_stream(name) for part in ("norm", "norm.bias")}
         return [name for name in self.vectors() if name in kept or not name.startswith(gone)]
 
-    def norms_stream(self, site: str) -> bool:
+    def norms_stream(self, sub_layer: str) -> bool:
         """Whether the norm in front of a sub-layer is of the stream itself, which the sub-layer then reads and adds to."""
-        return site.startswith("layers.") and (not self.norm_first or (self.embedding_norm and site == FIRST))
+        return not self.norm_first or (self.embedding_norm and sub_layer == FIRST)
 
     @property
     def outputs(self) -> int:
@@ -163,6 +206,10 @@ class Decoder:
     def window_of(self, layer: int) -> int | None:
         """Positions that the attention of a block sees; None is all of them."""
         return self.window if layer in self.local else None
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The mixture in place of the feed-forward of a block."""
+        return self.experts if self.experts and layer in self.experts.layers else None
 
     def frequencies_of(self, layer: int) -> tuple[float, ...]:
         """Inverse frequencies of the rotation in the attention of a block; none without."""

@@ -354,6 +354,7 @@ def site_stack(
 ) -> BenchCalls:
     """`copies` repetitions of `site` under `action` with random weights, as calls to be timed; as `export.site_stack`."""
     dtype, random = DTYPES[decoder.precision], _seeded()
+    prefill_tokens = site.reached(prefill_tokens)
 
     def made(name: str) -> nn.Module:
         (matrix,) = (matrix for matrix in site.matrices if matrix.name == name)
@@ -367,7 +368,10 @@ def site_stack(
             norm, table = Norm.of(decoder).to(device, dtype), made(site.name)
             stack.append(_table(site, decoder, norm, table))  # type: ignore[arg-type]
             continue
-        layer = (Attention if site.kind == "attention" else FeedForward)(replace(decoder, layers=copies), copy)
+        shape = replace(decoder, layers=copies)
+        layer = (
+            Attention(shape, copy) if site.kind == "attention" else FeedForward(shape, f"layers.{copy}.ffn", site.units)
+        )
         for matrix in site.matrices:
             setattr(layer, matrix.name.rpartition(".")[2], made(matrix.name))
         layer.to(device, dtype)

@@ -7,6 +7,9 @@ Knows nothing of runtimes: whoever measures hands over a callable that makes a s
 
 An entry is the slope between a short and a long stack of one site, so that what a run costs by itself cancels:
     entry = (t(long copies) - t(short copies)) / (long - short)
+
+An expert runs for `Site.share` of the tokens on average: its prefill is that of so many tokens (whoever makes the stack sees
+to it), its decoding the share of a token's time that is the chance that it runs at all. What routing takes falls to `rest`.
 """
 
 from __future__ import annotations
@@ -175,9 +178,10 @@ class LatencyModel:
 
 
 def entry_key(site: Site, action: Action) -> str:
-    """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`."""
+    """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; an expert's share."""
     shapes = ("{}x{}".format(*matrix.shape(action.keep, site.units)) for matrix in site.matrices)
-    return " ".join((site.kind, *shapes, action.format))
+    share = () if site.share == 1 else (f"{site.share:g}",)
+    return " ".join((site.kind, *shapes, action.format, *share))
 
 
 def measure_entry(
@@ -193,7 +197,8 @@ def measure_entry(
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
             slopes.append(max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies)))
             spreads.append(max(short.spread, long.spread))
-        return Entry(*slopes, *spreads)
+        prefill_ms, decode_ms = slopes
+        return Entry(prefill_ms, decode_ms * site.share, *spreads)
     finally:
         for stack in stacks:
             stack.close()

@@ -29,7 +29,7 @@ def test_least_squares_against_the_normal_equations_of_everything_at_once():
     w, x, y, c = torch.randn(5, 7), torch.randn(6, 10, 7), torch.randn(6, 10, 5), torch.rand(6, 10)
     fit = _LeastSquares(w)
     for windows in (slice(0, 4), slice(4, 6)):
-        fit.add(x[windows], y[windows], c[windows])
+        fit.add(x[windows].flatten(0, 1), y[windows].flatten(0, 1), c[windows].flatten())
     x, y, c = x.flatten(0, 1).double(), y.flatten(0, 1).double(), c.flatten()[:, None].double() / float(c.sum())
     moment = (x * c).T @ x
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(7).double()
@@ -80,9 +80,10 @@ def test_the_stream_is_what_a_whole_forward_pass_computes(tiny, windows):
         torch.testing.assert_close(stream.hidden_NLD, hidden[layer])
         for kind, first, last in (("attention", "q", "o"), ("ffn", "gate", "down")):
             name = f"layers.{layer}.{kind}"
-            assert stream.site.name == name
+            (site,) = stream.sites
+            assert site.name == name
             for matrix, read in ((first, "in"), (last, "out")):
-                for batch, x in stream.inputs(f"{name}.{matrix}"):
-                    torch.testing.assert_close(x, seen[f"{name}.{read}"][batch])
+                for batch, _, x in stream.inputs(site, f"{name}.{matrix}"):
+                    torch.testing.assert_close(x, seen[f"{name}.{read}"][batch].flatten(0, 1))
             stream.advance()
     torch.testing.assert_close(tiny.module("norm")(stream.hidden_NLD), hidden[-1])

@@ -22,7 +22,7 @@ from compressor.runtimes import runtime, runtime_of
 from compressor.student import full_plan
 from compressor.torch_runtime import TorchDecoder, linear
 from tests.test_encoders import folders as encoder_folders  # noqa: F401
-from tests.test_families import error, families, folders  # noqa: F401
+from tests.test_families import error, families, folders, spread  # noqa: F401
 from tests.test_pipeline import recipe
 
 pytest.importorskip("bitsandbytes")
@@ -83,7 +83,9 @@ def mixed(decoder) -> Plan:
         "layers.2.ffn": DROP,
         "head": Action(1, "fp32"),
     }
-    return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))
+    return spread(
+        decoder, actions, [DROP, Action(64, "nf4"), Action(32, "fp32"), Action(64, "fp4"), Action(80, "fp16")]
+    )
 
 
 def saved(folder, teacher, student):

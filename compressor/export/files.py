@@ -44,9 +44,12 @@ def export_onnx(student: Student, folder: Path) -> None:
 
 def export_random(decoder: Decoder, plan: Plan, folder: Path) -> None:
     """Write a model of a plan's shape with random weights, for timing."""
-    matrices = _made(decoder, plan, partial(Stored.random, np.random.default_rng(0)))
-    gains = {name: np.ones(shape, decoder.floats) for name, shape in decoder.vectors().items()}
-    _write(decoder, plan, matrices, gains, Path(folder))
+    rng = np.random.default_rng(0)
+    vectors = {}
+    for name, shape in decoder.vectors().items():  # of equal scores a router takes the same experts for all tokens
+        made = rng.standard_normal(shape, np.float32) if name.endswith("router") else np.ones(shape)
+        vectors[name] = made.astype(decoder.floats)
+    _write(decoder, plan, _made(decoder, plan, partial(Stored.random, rng)), vectors, Path(folder))
 
 
 def _made(

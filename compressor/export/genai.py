@@ -9,7 +9,7 @@ from compressor.export.files import GRAPH_FILE
 from compressor.plan import Action
 from compressor.student import Decoder
 
-UNKNOWN = ("gpt2", "gpt_neox")
+UNKNOWN = ("gpt2", "gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe")
 """Families that GenAI does not know, or under whose name it expects other inputs; it runs them by the general one."""
 
 

@@ -11,7 +11,7 @@ function, which the whole model and the latency table's stacks share, so that wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -399,13 +399,95 @@ def feed_forward(
     """
     name = f"layers.{layer}.ffn"
     x = stream.enter(name, front=beside)
+    stream.add(channels(b, x, name, decoder, matrices), name)
+
+
+def channels(b: GraphBuilder, x: ir.Value, name: str, decoder: Decoder, matrices: Matrices) -> ir.Value:
+    """What the feed-forward or the expert `name` gives for x [..., D]."""
     up = linear(b, x, f"{name}.up", matrices((f"{name}.up",)), f"{name}.up.out")
     if decoder.gated:
         gate = linear(b, x, f"{name}.gate", matrices((f"{name}.gate",)), f"{name}.gate.out")
         inner = b.op("Mul", [activation(b, gate, decoder.activation, name), up], f"{name}.product")
     else:
         inner = activation(b, up, decoder.activation, name)
-    stream.add(linear(b, inner, f"{name}.down", matrices((f"{name}.down",)), f"{name}.out"), name)
+    return linear(b, inner, f"{name}.down", matrices((f"{name}.down",)), f"{name}.out")
+
+
+def mixture(
+    b: GraphBuilder,
+    stream: Stream,
+    layer: int,
+    kept: Collection[str],
+    decoder: Decoder,
+    matrices: Matrices,
+    vectors: Mapping[str, np.ndarray],
+    beside: bool = False,
+) -> None:
+    """The experts of block `layer` (see `student.Experts`), each on the tokens alone that are routed to it.
+
+    The T tokens stand in a list A times each, once for every expert that they are routed to, sorted by expert, and every
+    expert reads its piece of it; an empty one takes the kernels some microseconds. What they give is gathered back and added
+    up slot by slot: ONNX Runtime's ScatterND adds in parallel, in any order.
+
+    kept: names of the experts that are not dropped; the others give 0. beside: as in `feed_forward`.
+    """
+    name, experts = f"layers.{layer}.ffn", decoder.experts_of(layer)
+    assert experts
+
+    def numbers(*values: int) -> ir.Value:
+        return b.small(f"numbers.{'.'.join(map(str, values))}", np.array(values, np.int64))
+
+    x = stream.enter(name, front=beside)
+    x_TD = b.op("Reshape", [x, numbers(-1, decoder.hidden)], f"{name}.tokens")
+    names = [f"{name}.best", f"{name}.chosen"]
+    p_TE = b.op("Softmax", [scores(b, x_TD, f"{name}.router", vectors)], f"{name}.p", axis=-1)
+    p_TA, expert_TA = b.node("", "TopK", [p_TE, numbers(experts.active)], names, {"axis": -1})
+    if experts.normalized:
+        p_TA = b.op("Div", [p_TA, b.op("ReduceSum", [p_TA, numbers(-1)], f"{name}.p.sum")], f"{name}.p.normalized")
+
+    expert_N = b.op("Reshape", [expert_TA, numbers(-1)], f"{name}.slots")
+    order_N = ascending(b, expert_N, f"{name}.order")
+    token_N = b.op("Div", [order_N, numbers(experts.active)], f"{name}.token")
+    hits_NE = b.op("OneHot", [expert_N, numbers(experts.count), numbers(0, 1)], f"{name}.hits")
+    counts_E = b.op("ReduceSum", [hits_NE, numbers(0)], f"{name}.counts", keepdims=0)
+    parts = [f"{name}.experts.{e}" for e in range(experts.count)]
+    rows_ND = b.op("Gather", [x_TD, token_N], f"{name}.rows")
+    pieces = b.node("", "Split", [rows_ND, counts_E], [f"{part}.in" for part in parts], {"axis": 0})
+    given = [
+        channels(b, piece, part, decoder, matrices)
+        if part in kept
+        else b.op("Mul", [piece, b.number("nothing", 0.0)], f"{part}.out")
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+    place_N = ascending(b, order_N, f"{name}.place")
+    given_ND = b.op("Gather", [b.op("Concat", given, f"{name}.given", axis=0), place_N], f"{name}.given.back")
+    given_TAD = b.op("Reshape", [given_ND, numbers(-1, experts.active, decoder.hidden)], f"{name}.given.slots")
+    p_TA1 = b.op(
+        "Unsqueeze", [b.floating(p_TA, np.dtype(np.float32), f"{name}.p.float"), numbers(-1)], f"{name}.p.slots"
+    )
+    added_TD = b.op(
+        "ReduceSum", [b.op("Mul", [given_TAD, p_TA1], f"{name}.weighted"), numbers(1)], f"{name}.sum", keepdims=0
+    )
+    if (shared := f"{name}.shared") in kept:
+        p_T1 = b.op("Sigmoid", [scores(b, x_TD, f"{shared}.router", vectors)], f"{shared}.p")
+        p_T1 = b.floating(p_T1, np.dtype(np.float32), f"{shared}.p.float")
+        shared_TD = b.op("Mul", [channels(b, x_TD, shared, decoder, matrices), p_T1], f"{shared}.weighted")
+        added_TD = b.op("Add", [added_TD, shared_TD], f"{name}.together")
+    stream.add(b.op("Reshape", [added_TD, b.op("Shape", [x], f"{name}.shape")], f"{name}.out"), name)
+
+
+def scores(b: GraphBuilder, x: ir.Value, router: str, vectors: Mapping[str, np.ndarray]) -> ir.Value:
+    """What a router says of x [T, D], float32 [T, experts]."""
+    product = b.ms("FusedMatMul", [x, b.tensor(router, vectors[router])], f"{router}.product", transB=1)
+    if b.floats == np.float32:
+        return product
+    return b.op("Cast", [product], f"{router}.scores", to=ir.DataType.FLOAT.value)
+
+
+def ascending(b: GraphBuilder, x_N: ir.Value, name: str) -> ir.Value:
+    """Places of x's values in ascending order, of equal ones the first one first."""
+    size = b.op("Shape", [x_N], f"{name}.size")
+    return b.node("", "TopK", [x_N, size], [f"{name}.values", name], {"axis": 0, "largest": 0})[1]
 
 
 def activation(b: GraphBuilder, x: ir.Value, kind: str, name: str) -> ir.Value:
@@ -444,19 +526,22 @@ def decoder_model(
         positions = Positions(b, decoder, mask)
         x = b.op("Add", [x, positions.learned(ids, vectors["positions"])], "embedding.placed")
     stream = Stream(b, x, decoder, vectors)
-    for site in decoder.sites():
-        action = plan[site.name]
-        if site.layer is None or action.keep == 0:
-            if decoder.norms_stream(site.name):
-                stream.enter(site.name)
-            continue
-        if site.kind == "attention":
+    for name, sites in decoder.sub_layers().items():
+        kept, layer = {site.name: plan[site.name] for site in sites if plan[site.name].keep}, sites[0].layer
+        assert layer is not None
+        if not kept:
+            if decoder.norms_stream(name):
+                stream.enter(name)
+        elif sites[0].kind == "attention":
             positions = positions or Positions(b, decoder, mask)
-            heads = decoder.heads_of(action)
-            attention(b, stream, site.layer, next(caches), heads, decoder, matrices, vectors, positions)
+            heads = decoder.heads_of(kept[name])
+            attention(b, stream, layer, next(caches), heads, decoder, matrices, vectors, positions)
         else:
-            beside = decoder.parallel and plan[f"layers.{site.layer}.attention"].keep > 0
-            feed_forward(b, stream, site.layer, decoder, matrices, beside)
+            beside = decoder.parallel and plan[f"layers.{layer}.attention"].keep > 0
+            if decoder.experts_of(layer):
+                mixture(b, stream, layer, kept, decoder, matrices, vectors, beside)
+            else:
+                feed_forward(b, stream, layer, decoder, matrices, beside)
     x = stream.norm("norm")
     if decoder.causal:
         x = last(b, x, b.default(KEEP, np.array(0, np.int64)))

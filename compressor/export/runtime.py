@@ -281,7 +281,8 @@ def site_stack(
 ) -> BenchCalls:
     """`copies` repetitions of `site` under `action` with random weights, in memory, as calls to be timed.
 
-    The graph is `graph.stack_model`: the very functions that build the export.
+    The graph is `graph.stack_model`: the very functions that build the export. An expert's prefill is of as many tokens as
+    reach it on average.
     """
     format = Format.parse(action.format)
     shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
@@ -297,6 +298,7 @@ def site_stack(
     model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
     runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
     many: np.ndarray
+    prefill_tokens = site.reached(prefill_tokens)
     if site.kind == "embedding":
         name, ids = "input_ids", rng.integers(0, decoder.vocabulary, prefill_tokens)
         many = ids[None]

@@ -5,11 +5,13 @@ errors add up. So the blocks are visited in order, teacher and student side by s
 the least-squares solution, in closed form, of
 
     readers (q, k, v, gate, up)    sum_t |W x_t - W' x'_t|^2                       + ridge |W' - W|^2
-    writers (o, down)              sum_t c_t |h_t - h'_t - W' x'_t|^2              + ridge |W' - W|^2
-                                   c_t = 1 / (|h_t|^2 + |h'_t + W x'_t|^2)
+    writers (o, down)              sum_t c_t |h_t - h'_t - p_t W' x'_t|^2          + ridge |W' - W|^2
+                                   c_t = 1 / (|h_t|^2 + |h'_t + p_t W x'_t|^2)
 
 x, x': its input in the teacher and in the student; h: the teacher's residual stream behind the sub-layer; h': the student's
-in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. A
+in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. p is 1
+but for experts: their sums run over the tokens that the student routes to them, with probability p, and h' has what the
+mixture's other experts add, those that were fitted before and those that are still to be. A
 writer thus takes back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those
 that the next norm gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as
 large, would count alone, those too that are none in the teacher.
@@ -50,17 +52,17 @@ def reconstruct(
             matrices |= (table := bank.variant(site, plan[name]))
             student.install(site, plan[name], table)
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
-    sites = [site for site in teacher.sites.values() if site.layer is not None]
-    for done, site in enumerate(sites, 1):
-        fitting = _Fitting(bank, student, site, plan[site.name])
-        x_NLI = torch.cat([x_BLI for _, x_BLI in wanted.inputs(site.matrices[0].name)])
+    sub_layers = teacher.decoder.sub_layers()
+    for done, sites in enumerate(sub_layers.values(), 1):
+        x_NLD = wanted.read()
         wanted.advance()
-        if plan[site.name].keep:
-            fitting.readers(given, x_NLI)
-            fitting.writer(given, wanted.hidden_NLD)
-        matrices |= fitting.weights
+        for fitting in [_Fitting(bank, student, site, plan[site.name]) for site in sites]:
+            if fitting.action.keep:
+                fitting.readers(given, x_NLD)
+                fitting.writer(given, wanted.hidden_NLD)
+            matrices |= fitting.weights
         given.advance()
-        progress(done, len(sites))
+        progress(done, len(sub_layers))
     return bank.student(plan, matrices)
 
 
@@ -68,18 +70,18 @@ class _Fitting:
     """One site of the student while it is fitted. weights: what is finished; the rest is installed unquantized."""
 
     def __init__(self, bank: Bank, student: Network, site: Site, action: Action):
-        self._bank, self._student, self._site, self._action = bank, student, site, action
+        self._bank, self._student, self._site, self.action = bank, student, site, action
         self._dense = bank.pruned(site, action.keep) if action.keep else {}
         self._unquantized = bank.with_biases(site, action.keep, as_floats(self._dense)) if action.keep else {}
         self.weights: dict[str, Weight] = {}
         self._install()
 
-    def readers(self, given: Stream, x_NLI: Tensor) -> None:
-        """Fit the matrices that read the stream; x_NLI: what they read in the teacher."""
+    def readers(self, given: Stream, x_NLD: Tensor) -> None:
+        """Fit the matrices that read the stream; x_NLD: what the sub-layer reads in the teacher."""
         names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
-        for windows, x_BLI in given.inputs(names[0]):
-            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T, given.weights(windows))
+        for windows, weight_BL, x_TI in given.inputs(self._site, names[0]):
+            fit.add(x_TI, x_NLD[windows][weight_BL != 0] @ fit.w_OI.T)
         self._finish(fit, names)
 
     def writer(self, given: Stream, behind_NLD: Tensor) -> None:
@@ -88,23 +90,26 @@ class _Fitting:
         fit = _LeastSquares(self._dense[name])
         bias_D = self._unquantized[name].bias
         added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
-        for windows, x_BLI in given.inputs(name):
-            h_BLD, front_BLD = behind_NLD[windows], given.front(windows) + added_D
-            size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
-            fit.add(x_BLI, h_BLD - front_BLD, given.weights(windows) / size_BL.clamp_min(1e-12))
+        for windows, weight_BL, x_TI in given.inputs(self._site, name):
+            reached_BL = weight_BL != 0
+            p_T1 = weight_BL[reached_BL][:, None].clamp_min(1e-12)
+            h_TD = behind_NLD[windows][reached_BL]
+            front_TD = given.without(self._site, windows)[reached_BL] + p_T1 * added_D
+            size_T = h_TD.square().mean(-1) + (front_TD + p_T1 * (x_TI @ fit.w_OI.T)).square().mean(-1)
+            fit.add(x_TI, (h_TD - front_TD) / p_T1, p_T1[:, 0] ** 2 / size_T.clamp_min(1e-12))
         self._finish(fit, [name])
 
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
         w_OI, moment_II = fit.solution()
         rows = w_OI.split([len(self._dense[name]) for name in names])
         hessian_II = None if self._bank.quantizer == "nearest" else damped(moment_II, DAMPING)
-        format = Format.parse(self._action.format)
+        format = Format.parse(self.action.format)
         made = quantize_together(dict(zip(names, rows, strict=True)), format, hessian_II)
         self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
         self._install()
 
     def _install(self) -> None:
-        self._student.install(self._site, self._action, self._unquantized | self.weights)
+        self._student.install(self._site, self.action, self._unquantized | self.weights)
 
 
 class _LeastSquares:
@@ -116,16 +121,15 @@ class _LeastSquares:
         self._missed_OI = torch.zeros_like(w_OI)
         self._weight = 0.0
 
-    def add(self, x_BLI: Tensor, y_BLO: Tensor, c_BL: Tensor) -> None:
-        """c: of every token, or one number for all."""
-        x_TI, missed_TO = x_BLI.flatten(0, 1), (y_BLO - x_BLI @ self.w_OI.T).flatten(0, 1)
-        c_T1 = c_BL.expand(x_BLI.shape[:2]).flatten()[:, None]
+    def add(self, x_TI: Tensor, y_TO: Tensor, c_T: Tensor | None = None) -> None:
+        c_T1 = torch.ones_like(x_TI[:, :1]) if c_T is None else c_T[:, None]
         self._moment_II.addmm_((x_TI * c_T1).T, x_TI)
-        self._missed_OI.addmm_((missed_TO * c_T1).T, x_TI)
+        self._missed_OI.addmm_(((y_TO - x_TI @ self.w_OI.T) * c_T1).T, x_TI)
         self._weight += float(c_T1.sum())
 
     def solution(self) -> tuple[Tensor, Tensor]:
-        """(W' [O, I], weighted second moment of the input [I, I])."""
-        moment_II, missed_OI = self._moment_II / self._weight, self._missed_OI / self._weight
+        """(W' [O, I], weighted second moment of the input [I, I]); (W, zeros) where nothing was added."""
+        weight = self._weight or 1.0
+        moment_II, missed_OI = self._moment_II / weight, self._missed_OI / weight
         factor_II = torch.linalg.cholesky(damped(moment_II, RIDGE))
         return self.w_OI + torch.cholesky_solve(missed_OI.T, factor_II).T.contiguous(), moment_II
