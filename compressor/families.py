@@ -31,15 +31,17 @@ not all of theirs, or is written otherwise; two places where the first block's i
 
 @dataclass(frozen=True)
 class Family:
-    """places: of the modules. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
+    """places: of the modules, which may depend on the shape. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
     problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain.
-    positions_too: a table, the first row of which is added to every position's."""
+    positions_too: a table, the first row of which is added to every position's. head_bias: a tensor of its own that is the
+    head's."""
 
-    places: Places
+    places: Places | Callable[[Decoder], Places]
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
     problems: Callable[[Any], list[str]] = lambda config: []
     gain_offset: float = 0.0
     positions_too: str | None = None
+    head_bias: str | None = None
 
 
 # -- parts of tensors --
@@ -72,6 +74,16 @@ def _turned_rows(which: str, tensor: Tensor, decoder: Decoder) -> Tensor:
 def _behind(count: int, tensor: Tensor, decoder: Decoder) -> Tensor:
     """Without the first `count` rows."""
     return tensor[count:]
+
+
+def _scaled(tensor: Tensor, decoder: Decoder) -> Tensor:
+    """A query's matrix whose scores are not divided by the root of a head's width."""
+    return tensor * decoder.head_dim**0.5
+
+
+def _behind_scale(tensor: Tensor, decoder: Decoder) -> Tensor:
+    """The gain of a last norm behind which a tied head has a scale."""
+    return tensor * decoder.hidden**-0.5 if decoder.tied else tensor
 
 
 # -- the families --
@@ -195,6 +207,68 @@ _MODERNBERT: Places = {
 }
 
 
+def _t5(decoder: Decoder) -> Places:
+    gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if decoder.gated else {"up": "wi", "down": "wo"}
+
+    def side(ours: str, theirs: str, ffn: int) -> Places:
+        block, first = (f"{theirs}.block.{i}.layer" for i in ("{i}", "0"))
+        return {
+            **_t5_attention(f"{ours}attention", f"{block}.0", "SelfAttention"),
+            # one table for all blocks: each gets a copy
+            f"{ours}attention.distances": (f"{first}.0.SelfAttention.relative_attention_bias", _turned),
+            f"{ours}ffn.norm": f"{block}.{ffn}.layer_norm",
+            **{f"{ours}ffn.{part}": f"{block}.{ffn}.DenseReluDense.{place}" for part, place in gated.items()},
+        }
+
+    return {
+        "embedding": "shared",
+        **side("encoder.", "encoder", 1),
+        "encoder.norm": "encoder.final_layer_norm",
+        **side("", "decoder", 2),
+        **_t5_attention("cross", "decoder.block.{i}.layer.1", "EncDecAttention"),
+        "norm": ("decoder.final_layer_norm", _behind_scale),
+        "head": "lm_head",
+    }
+
+
+def _t5_attention(ours: str, block: str, name: str) -> Places:
+    return {
+        f"{ours}.norm": f"{block}.layer_norm",
+        f"{ours}.q": (f"{block}.{name}.q", _scaled),
+        **{f"{ours}.{part}": f"{block}.{name}.{part}" for part in "kvo"},
+    }
+
+
+def _bart(decoder: Decoder) -> Places:
+    def side(ours: str, theirs: str, stack: Decoder) -> Places:
+        """Norms are of the stream, as of BERT: the one in front of a sub-layer is the one behind the last."""
+        block = f"{theirs}.layers.{{i}}"
+        across = "encoder_attn_layer_norm" if stack.encoder else "self_attn_layer_norm"
+        return {
+            f"{ours}positions": (f"{theirs}.embed_positions", partial(_behind, 2)),
+            f"{ours}attention.norm": [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"],
+            **_bart_attention(f"{ours}attention", f"{block}.self_attn"),
+            f"{ours}ffn.norm": f"{block}.{across}",
+            f"{ours}ffn.up": f"{block}.fc1",
+            f"{ours}ffn.down": f"{block}.fc2",
+            f"{ours}norm": f"{theirs}.layers.{{last}}.final_layer_norm",
+        }
+
+    assert decoder.encoder
+    return {
+        "embedding": "model.shared",
+        **side("encoder.", "model.encoder", decoder.encoder),
+        **side("", "model.decoder", decoder),
+        "cross.norm": "model.decoder.layers.{i}.self_attn_layer_norm",
+        **_bart_attention("cross", "model.decoder.layers.{i}.encoder_attn"),
+        "head": "lm_head",
+    }
+
+
+def _bart_attention(ours: str, theirs: str) -> Places:
+    return {f"{ours}.{part}": f"{theirs}.{place}_proj" for part, place in zip("qkvo", ("q", "k", "v", "out"), strict=True)}
+
+
 def _biased(config: Any, decoder: Decoder) -> Decoder:
     attention = "qkvo" if getattr(config, "attention_bias", False) else ""
     ffn = ("gate", "up", "down") if getattr(config, "mlp_bias", False) else ()
@@ -271,6 +345,50 @@ def _modernbert(config: Any, decoder: Decoder) -> Decoder:
     )
 
 
+def _t5_shape(config: Any, decoder: Decoder) -> Decoder:
+    stack = replace(
+        decoder,
+        activation=_ACTIVATIONS[config.dense_act_fn],  # type: ignore[arg-type]
+        gated=config.is_gated_act,
+        distance_buckets=config.relative_attention_num_buckets,
+        distance_reach=config.relative_attention_max_distance,
+    )
+    # transformers ties all of them, and takes a head of its own where a checkpoint has one, as those without the scale have
+    tied = getattr(config, "scale_decoder_outputs", False)
+    return _answering(config, replace(stack, layers=config.num_decoder_layers, tied=tied), stack)
+
+
+def _bart_shape(config: Any, decoder: Decoder) -> Decoder:
+    stack = replace(
+        decoder,
+        norm="layer",
+        norm_first=False,
+        gated=False,
+        learned_positions=True,
+        embedding_scale=float(torch.tensor(config.d_model**0.5)) if config.scale_embedding else 1.0,
+        biases=("q", "k", "v", "o", "up", "down", "head"),
+    )
+
+    def side(layers: int, heads: int, channels: int) -> Decoder:
+        size = {"heads": heads, "kv_heads": heads, "head_dim": stack.hidden // heads}
+        return replace(stack, layers=layers, channels=channels, **size)
+
+    answering = side(config.decoder_layers, config.decoder_attention_heads, config.decoder_ffn_dim)
+    reading = side(config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim)
+    return _answering(config, answering, reading)
+
+
+def _answering(config: Any, decoder: Decoder, encoder: Decoder) -> Decoder:
+    """A decoder with the encoder of that shape."""
+    start = _first(config, "decoder_start_token_id", "pad_token_id")
+    encoder = replace(encoder, causal=False, prefix="encoder.")
+    return replace(decoder, encoder=encoder, start=start, pad=config.pad_token_id)
+
+
+def _padless_problems(config: Any) -> list[str]:
+    return ["pad_token_id = None (supported: a token)"] if config.pad_token_id is None else []
+
+
 def _bert_problems(config: Any) -> list[str]:
     found = ["is_decoder (supported: an encoder)"] if getattr(config, "is_decoder", False) else []
     kind = getattr(config, "position_embedding_type", None)
@@ -325,6 +443,9 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family(_ROBERTA, _roberta, _bert_problems, positions_too="roberta.embeddings.token_type_embeddings"),
     "distilbert": Family(_DISTILBERT, _bert, _distilbert_problems),
     "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems),
+    "t5": Family(_t5, _t5_shape, _padless_problems),
+    "mt5": Family(_t5, _t5_shape, _padless_problems),
+    "bart": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
 }
 """By `model_type` of the configuration."""
 
@@ -338,6 +459,9 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 _ROTATIONS = ("default", "linear", "llama3")
+
+ANY_LENGTH = 4096
+"""Positions of a model that has no table of them, and no limit."""
 
 
 # -- from a configuration to a shape --
@@ -356,7 +480,7 @@ def check_supported(config: Any) -> None:
         problems += [f"rope_type {kind!r} (supported: {', '.join(_ROTATIONS)})" for kind in kinds - {*_ROTATIONS}]
         sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
         problems += [
-            f"{size} = {getattr(config, size)} (expected: at least 1)" for size in sizes if getattr(config, size) < 1
+            f"{size} = {value} (expected: at least 1)" for size in sizes if (value := getattr(config, size, 1)) < 1
         ]
     if problems:
         raise ModelError(
@@ -379,10 +503,10 @@ def decoder_of(config: Any) -> Decoder:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         channels=getattr(config, "intermediate_size", None)
         or getattr(config, "n_inner", None)
-        or getattr(config, "hidden_dim", None)
+        or _first(config, "hidden_dim", "d_ff")
         or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_first(config, "max_position_embeddings", "n_positions") or ANY_LENGTH,
         norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps") or 1e-12,
         rope_frequencies=whole,
         rope_scale=scale,
@@ -400,7 +524,7 @@ def _first(config: Any, *keys: str) -> Any:
 
 
 def _activation(config: Any) -> str:
-    return _first(config, "hidden_activation", "hidden_act", "activation_function", "activation")
+    return _first(config, "hidden_activation", "hidden_act", "activation_function", "activation", "dense_act_fn")
 
 
 def _windows(config: Any) -> tuple[int | None, tuple[int, ...]]:
@@ -449,6 +573,8 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> di
                 weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
         if ours.endswith("norm"):
             weights[f"{ours}.weight"] = weights[f"{ours}.weight"] + family.gain_offset
+    if family.head_bias:
+        weights["head.bias"] = state[family.head_bias].flatten().float()
     if family.positions_too:
         weights["positions.weight"] = weights["positions.weight"] + state[f"{family.positions_too}.weight"][0].float()
     if turned := 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim:
@@ -494,15 +620,17 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
 def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
     """Our modules -> theirs, for families whose modules are written as ours are."""
     family = FAMILIES[config.model_type]
-    rewritten = any(isinstance(place, tuple) for place in family.places.values())
+    modules = _modules(family, decoder)
+    rewritten = any(part is not None for _, _, part in modules)
     if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
         return None
-    return {ours: theirs for ours, theirs, _ in _modules(family, decoder)}
+    return {ours: theirs for ours, theirs, _ in modules}
 
 
 def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | None:
     """One of these names of weights that belongs to a block behind the last, if there is any."""
-    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1))
+    encoder = decoder.encoder and replace(decoder.encoder, layers=decoder.encoder.layers + 1)
+    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1, encoder=encoder))
     expected = {f"{theirs}.{kind}" for _, theirs, _ in more for kind in _KINDS}
     return min(expected & set(names), default=None)
 
@@ -510,12 +638,16 @@ def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | 
 def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:
     """(our module, theirs, the part that it is), block by block."""
     found: list[tuple[str, str, Part | None]] = []
-    for ours, place in family.places.items():
+    places = family.places(decoder) if callable(family.places) else family.places
+    for ours, place in places.items():
+        stack = decoder.stack_of(ours)
         theirs, part = place if isinstance(place, tuple) else (place, None)
         first, rest = theirs if isinstance(theirs, list) else (theirs, theirs)
-        if not ours.startswith(("attention.", "ffn.")):
-            found.append((ours, first.format(last=decoder.layers - 1), part))
+        inner = ours.removeprefix(stack.prefix)
+        if not inner.startswith(("attention.", "cross.", "ffn.")):
+            found.append((ours, first.format(last=stack.layers - 1), part))
             continue
-        for i in range(decoder.layers):
-            found.append((f"layers.{i}.{ours}", (first if i == 0 else rest).format(i=i, before=i - 1), part))
+        for i in range(stack.layers):
+            name = f"{stack.prefix}layers.{i}.{inner}"
+            found.append((name, (first if i == 0 else rest).format(i=i, before=i - 1), part))
     return found

@@ -34,7 +34,7 @@ def load_teacher(
     trust_remote_code: bool = False,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Load a causal or masked language model in float32, and its tokenizer.
+    """Load a causal or masked language model or an encoder-decoder in float32, and its tokenizer.
 
     Args:
         path: hub id or local folder.
@@ -56,8 +56,7 @@ def load_teacher(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         # pickled weights are not read: they may run code
         safe = {} if gguf else {"use_safetensors": True}
-        causal = decoder_of(config).causal
-        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+        kind = _kind_of(decoder_of(config))
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, found = kind.from_pretrained(path, **safe, **options)  # type: ignore[misc]
     except (MemoryError, torch.OutOfMemoryError, ModelError):
@@ -82,6 +81,11 @@ def load_teacher(
             raise ModelError(
                 f"model.path = {str(path)!r}: expected a mask token in the tokenizer of a masked language model"
             )
+    if decoder.encoder and tokenizer.pad_token_id != decoder.pad:
+        raise ModelError(
+            f"model.path = {str(path)!r}: expected the padding token {decoder.pad} of config.json in the tokenizer of an "
+            f"encoder-decoder, got {tokenizer.pad_token_id}"
+        )
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
@@ -90,6 +94,15 @@ def load_teacher(
         network.model.head.weight = network.model.embedding.weight
     network.model.requires_grad_(False)
     return Teacher(network, tokenizer, str(path))
+
+
+def _kind_of(decoder: Decoder) -> Any:
+    """transformers' class for such models."""
+    import transformers
+
+    if decoder.encoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM if decoder.causal else transformers.AutoModelForMaskedLM
 
 
 def save_teacher(teacher: Teacher, folder: Path) -> None:

@@ -4,7 +4,8 @@
 them: matrices by name, inputs that can be watched, and sites that can be replaced; `Stream` walks through it sub-layer by
 sub-layer.
 
-Shape letters: B batch, N windows, L tokens, D hidden, H heads, K head width, I inputs of a matrix, V vocabulary.
+Shape letters: B batch, N windows, L tokens, S tokens of a source, T of a target, M keys, D hidden, H heads, K head width,
+I inputs of a matrix, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,12 +41,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Cache:
-    """Keys and values [B, H, L, K] of the tokens so far, by layer."""
+@dataclass(frozen=True)
+class Source:
+    """What an encoder made of some texts; which of their tokens are none, for all there are if None."""
 
-    def __init__(self) -> None:
+    hidden_BSD: Tensor
+    blank_BS: Tensor | None = None
+
+
+class Cache:
+    """Keys and values [B, H, L, K] of the tokens so far, by layer, and of the source that they answer, if there is one."""
+
+    def __init__(self, source: Source | None = None) -> None:
         self.length = 0
+        self.source = source
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_source: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append to a layer; returns all of it."""
@@ -53,6 +64,12 @@ class Cache:
             key, value = (torch.cat(pair, 2) for pair in zip(self._layers[layer], (key, value), strict=True))
         self._layers[layer] = key, value
         return key, value
+
+    def of_source(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Those of the source, which are made once."""
+        if layer not in self._of_source:
+            self._of_source[layer] = make()
+        return self._of_source[layer]
 
     def crop(self, length: int) -> None:
         """Forget what lies behind the first `length` tokens."""
@@ -64,23 +81,43 @@ class Cache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention."""
+    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention;
+    buckets_LM: of the distances (`Decoder.buckets`); blank_BM: which tokens of an encoder's text are none; source: what
+    attentions across read."""
 
     rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
     cache: Cache | None = None
+    buckets_LM: Tensor | None = None
+    blank_BM: Tensor | None = None
+    source: Source | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor) -> Context:
         """For `length` tokens behind those in the cache; on the device and of the type of a tensor."""
         start = cache.length if cache else 0
-        positions_L1 = torch.arange(start, start + length, device=like.device, dtype=torch.float32)[:, None]
-        rotations = {}
+        positions_L = torch.arange(start, start + length, device=like.device)
+        rotations, buckets_LM = {}, None
         for frequencies in {decoder.frequencies_of(layer) for layer in range(decoder.layers)} - {()}:
-            angles_LK = positions_L1 * torch.tensor(frequencies, device=like.device)
+            angles_LK = positions_L.float()[:, None] * torch.tensor(frequencies, device=like.device)
             angles_LK = torch.cat([angles_LK, angles_LK], 1)
             tables = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
             rotations[frequencies] = tables[0].to(like.dtype), tables[1].to(like.dtype)
-        return cls(rotations, cache)
+        if decoder.distance_buckets:
+            reach = decoder.distance_reach
+            distance_LM = torch.arange(start + length, device=like.device) - positions_L[:, None]
+            buckets_LM = decoder.buckets().to(like.device)[distance_LM.clamp(-reach, reach) + reach]
+        return cls(rotations, cache, buckets_LM)
+
+    def of_windows(self, windows: slice) -> Context:
+        """The same for some rows of the batch."""
+        blank_BM, source = self.blank_BM, self.source
+        if source is not None:
+            source = Source(source.hidden_BSD[windows], _rows(source.blank_BS, windows))
+        return replace(self, blank_BM=_rows(blank_BM, windows), source=source)
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 class Norm(nn.Module):
@@ -139,8 +176,10 @@ class SubLayer(nn.Module):
 class Attention(SubLayer):
     """Grouped-query attention of block `layer`."""
 
+    part = "attention"
+
     def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.attention"))
+        super().__init__(decoder, decoder.norms_stream(f"{decoder.prefix}layers.{layer}.{self.part}"))
         self.layer, self.width, self.cap, self.causal = layer, decoder.head_dim, decoder.attention_cap, decoder.causal
         self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
@@ -150,9 +189,11 @@ class Attention(SubLayer):
         self.o = nn.Linear(heads, hidden, "o" in decoder.biases)
         self.q_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
         self.k_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
+        buckets = decoder.distance_buckets if self.part == "attention" else 0
+        self.distances = nn.Linear(buckets, decoder.heads, bias=False) if buckets else None
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
-        q, k, v = (matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2) for matrix in (self.q, self.k, self.v))
+        q, k, v = (self._heads(matrix, x_BLD) for matrix in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.frequencies:
@@ -160,15 +201,49 @@ class Attention(SubLayer):
             q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        mixed_BHLK = attend(q, k, v, self.window, self.cap, self.causal)
+        near_HLM = None if self.distances is None else self.distances.weight[:, context.buckets_LM]
+        bias = _hiding(context.blank_BM, near_HLM)
+        return self._written(attend(q, k, v, self.window, self.cap, self.causal, bias))
+
+    def _heads(self, matrix: nn.Linear, x_BLD: Tensor) -> Tensor:
+        """What a matrix gives, head by head: [B, H, L, K]."""
+        return matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
+
+    def _written(self, mixed_BHLK: Tensor) -> Tensor:
         return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
+
+
+class Cross(Attention):
+    """Attention across, to what the encoder gave."""
+
+    part = "cross"
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        source = context.source
+        assert source is not None, "attention across without a source"
+
+        def make() -> tuple[Tensor, Tensor]:
+            read_BSD = self.seen(source.hidden_BSD)
+            return self._heads(self.k, read_BSD), self._heads(self.v, read_BSD)
+
+        k, v = make() if context.cache is None else context.cache.of_source(self.layer, make)
+        bias = _hiding(source.blank_BS, None)
+        return self._written(attend(self._heads(self.q, x_BLD), k, v, None, self.cap, False, bias))
+
+
+def _hiding(blank_BM: Tensor | None, bias_HLM: Tensor | None) -> Tensor | None:
+    """What is added to scores, [H, L, M] or [B, H or 1, L or 1, M]: this, and no attention to tokens that are none."""
+    if blank_BM is None:
+        return bias_HLM
+    zeros = torch.zeros((), device=blank_BM.device) if bias_HLM is None else bias_HLM
+    return zeros.masked_fill(blank_BM[:, None, None], -torch.inf)
 
 
 class FeedForward(SubLayer):
     """down(activation(gate x) * up x), or without a gate down(activation(up x))."""
 
     def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder, decoder.norms_stream(f"layers.{layer}.ffn"))
+        super().__init__(decoder, decoder.norms_stream(f"{decoder.prefix}layers.{layer}.ffn"))
         self.activation = decoder.activation
         hidden, channels = decoder.hidden, decoder.channels
         self.gate = nn.Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
@@ -186,29 +261,93 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = decoder.parallel
         self.attention = Attention(decoder, layer)
+        self.cross = Cross(decoder, layer) if decoder.encoder else None
         self.ffn = FeedForward(decoder, layer)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         front_BLD = self.attention.front(x_BLD)
-        behind_BLD = self.ffn.front(front_BLD + self.attention(front_BLD, context))
+        behind_BLD = front_BLD + self.attention(front_BLD, context)
+        if self.cross is not None:
+            across_BLD = self.cross.front(behind_BLD)
+            behind_BLD = across_BLD + self.cross(across_BLD, context)
+        behind_BLD = self.ffn.front(behind_BLD)
         return behind_BLD + self.ffn(front_BLD if self.parallel else behind_BLD, context)
 
 
-class Transformer(nn.Module):
-    """A language model: token ids [B, L] -> logits [B, L, V].
+class Stack(nn.Module):
+    """Blocks between rows of an embedding and a last norm: an encoder, or the better part of a `Transformer`."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
+        self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
+        self.norm = Norm.of(decoder)
+
+    def front(self, rows_BLD: Tensor, start: int = 0) -> Tensor:
+        """Rows of the embedding -> the stream in front of the first block. start: position of the first token."""
+        x_BLD = rows_BLD
+        if self.decoder.embedding_scale != 1:
+            x_BLD = x_BLD * self.decoder.embedding_scale
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device))
+        return x_BLD
+
+    def states(self, x_BLD: Tensor, context: Context, again: bool = False) -> Iterator[Tensor]:
+        """The stream in front of the first block and behind every block. again: see `Transformer.checkpointing`."""
+        yield x_BLD
+        for block in self.layers:
+            x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False) if again else block(x_BLD, context)
+            yield x_BLD
+
+    def context(self, length: int, cache: Cache | None = None) -> Context:
+        """For `length` tokens behind those in the cache."""
+        return Context.of(self.decoder, length, cache, self.norm.weight)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A window of an encoder-decoder (`text.Spans`, `text.Pairs`) as its two halves read it.
+
+    source_BS: without columns of padding alone; target_BT: at every place the token in front of the one that is to be said
+    there; said_BT: whether there is one; first: place of the target in the window.
+    """
+
+    source_BS: Tensor
+    target_BT: Tensor
+    said_BT: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, ids_BL: Tensor) -> Sides:
+        said_BL = ids_BL < 0
+        (marked,) = said_BL.any(0).nonzero(as_tuple=True)
+        if not len(marked):
+            raise ValueError("expected windows of a source and a target, whose tokens are written ~id; found no target")
+        first, end = int(marked[0]), int(marked[-1]) + 1
+        longest = int((ids_BL[:, :first] != decoder.pad).sum(1).max())
+        before_BT = torch.maximum(ids_BL, ~ids_BL)[:, first : end - 1]
+        target_BT = torch.cat([torch.full_like(ids_BL[:, :1], decoder.start), before_BT], 1)
+        return cls(ids_BL[:, :longest], target_BT, said_BL[:, first:end], first)
+
+    def widened(self, hidden_BTD: Tensor, length: int) -> Tensor:
+        """[B, `length`, D], with zeros for places that are not the target's."""
+        behind = length - self.first - hidden_BTD.shape[1]
+        return functional.pad(hidden_BTD, (0, 0, self.first, behind))
+
+
+class Transformer(Stack):
+    """A language model: token ids [B, L] -> logits [B, L, V]; with an encoder, windows of source and target (`Sides`).
 
     checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
     """
 
     def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
+        super().__init__(decoder)
         self.rounding: Callable[[Tensor], Tensor] | None = None
         self.checkpointing = False
         self.embedding = nn.Embedding(decoder.vocabulary, decoder.hidden)
-        self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
-        self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
-        self.norm = Norm.of(decoder)
+        self.encoder = Stack(decoder.encoder) if decoder.encoder else None
         self.transform, self.transform_norm = None, None
         if decoder.transform:
             self.transform = nn.Linear(decoder.hidden, decoder.hidden, "transform" in decoder.biases)
@@ -221,33 +360,55 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids_BL))
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added."""
+        """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added; with
+        an encoder, of its source, see `begin`. Without, windows are read, and what is not their target has zeros."""
         (last_BLD,) = deque(self._states(ids_BL, cache), maxlen=1)  # the others need not lie in memory
-        return self._end(last_BLD)
+        return self._end(last_BLD, ids_BL, cache)
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
-        """Hidden states [B, L, D] of the embedding and behind every block; the last one is what the head reads."""
+        """Hidden states [B, L, D] of the embedding and behind every block, an encoder's first; the last one is what the
+        head reads."""
         *states, last_BLD = self._states(ids_BL)
-        return [*states, self._end(last_BLD)]
+        return [*states, self._end(last_BLD, ids_BL)]
 
-    def _end(self, x_BLD: Tensor) -> Tensor:
+    def begin(self, ids_BL: Tensor) -> tuple[Tensor, Cache]:
+        """What the text that follows these is begun with: (tokens to be read first, the cache behind which they are)."""
+        if self.encoder is None:
+            return ids_BL, Cache()
+        front_BSD, context = self.read(ids_BL)
+        (last_BSD,) = deque(self.encoder.states(front_BSD, context), maxlen=1)
+        start_B1 = torch.full_like(ids_BL[:, :1], self.decoder.start)
+        return start_B1, Cache(Source(self.encoder.norm(last_BSD), context.blank_BM))
+
+    def _end(self, x_BLD: Tensor, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """The stream behind the last block -> what the head reads."""
         x_BLD = self.norm(x_BLD)
+        if self.encoder is not None and cache is None:
+            x_BLD = Sides.of(self.decoder, ids_BL).widened(x_BLD, ids_BL.shape[1])
         if self.transform is None or self.transform_norm is None:
             return x_BLD
         return self.transform_norm(ACTIVATIONS[self.decoder.activation](self.transform(x_BLD)))
 
     def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
-        """The stream in front of the first block and behind every block."""
-        context = self.context(ids_BL.shape[1], cache)
-        x_BLD = self.embedded(ids_BL, cache.length if cache else 0)
-        yield x_BLD
-        again = self.checkpointing and torch.is_grad_enabled()
-        for block in self.layers:
-            x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False) if again else block(x_BLD, context)
-            yield x_BLD
+        """The stream in front of the first block and behind every block, an encoder's first."""
+        source, again = cache.source if cache else None, self.checkpointing and torch.is_grad_enabled()
+        if self.encoder is not None and cache is None:
+            sides = Sides.of(self.decoder, ids_BL)
+            front_BSD, context = self.read(sides.source_BS)
+            for x_BSD in self.encoder.states(front_BSD, context, again):
+                yield x_BSD
+            source, ids_BL = Source(self.encoder.norm(x_BSD), context.blank_BM), sides.target_BT
+        context = replace(self.context(ids_BL.shape[1], cache), source=source)
+        yield from self.states(self.embedded(ids_BL, cache.length if cache else 0), context, again)
         if cache is not None:
             cache.length += ids_BL.shape[1]
+
+    def read(self, source_BS: Tensor) -> tuple[Tensor, Context]:
+        """A source in front of the encoder's first block."""
+        assert self.encoder is not None
+        blank_BS = source_BS == self.decoder.pad
+        context = replace(self.encoder.context(source_BS.shape[1]), blank_BM=blank_BS if blank_BS.any() else None)
+        return self.encoder.front(self.embedding(source_BS)), context
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -257,16 +418,7 @@ class Transformer(nn.Module):
 
     def embedded(self, ids_BL: Tensor, start: int = 0) -> Tensor:
         """The stream in front of the first block. start: position of the first token."""
-        x_BLD = self.embedding(ids_BL)
-        if self.decoder.embedding_scale != 1:
-            x_BLD = x_BLD * self.decoder.embedding_scale
-        if self.positions is not None:
-            x_BLD = x_BLD + self.positions(torch.arange(start, start + ids_BL.shape[1], device=ids_BL.device))
-        return x_BLD
-
-    def context(self, length: int, cache: Cache | None = None) -> Context:
-        """For `length` tokens behind those in the cache."""
-        return Context.of(self.decoder, length, cache, self.embedding.weight)
+        return self.front(self.embedding(ids_BL), start)
 
 
 def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -275,22 +427,32 @@ def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
     return x_BHLK * cos_LK + torch.cat([-second, first], -1) * sin_LK
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, causal: bool = True) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    cap: float | None,
+    causal: bool = True,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
 
-    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap).
+    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap). bias: is added to them.
     """
     k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
     length, total = q.shape[2], k.shape[2]
     plain = window is None or total <= window
-    if cap is None and plain and length in (1, total):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1)
+    if cap is None and plain and (not causal or (bias is None and length in (1, total))):
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and length > 1)
     distance_LM = torch.arange(total - length, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
     distance_LM = distance_LM if causal else distance_LM.abs()
     visible_LM = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
     if cap is None:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
+        mask = visible_LM if bias is None else bias.masked_fill(~visible_LM, -torch.inf)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
+    scores = scores if bias is None else scores + bias
     return scores.masked_fill(~visible_LM, -torch.inf).softmax(-1) @ v
 
 
@@ -341,7 +503,8 @@ class Network:
         return self.model.every_hidden(self.seen(ids_BL))
 
     def seen(self, ids: Tensor) -> Tensor:
-        """Token ids as the model reads them, on its device: the mask token in place of masked ones (`text.Masking`)."""
+        """Token ids as the model reads them, on its device: the mask token in place of masked ones (`text.Masking`). A
+        window of an encoder-decoder as it is."""
         ids = ids.to(self.device)
         return ids if self.mask_token is None else ids.where(ids >= 0, self.mask_token)
 
@@ -366,8 +529,8 @@ class Network:
         """
         ids_BL = ids_BL.to(self.device)
         ended_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=self.device)
-        fresh_BL, cache = ids_BL, Cache()
         with parametrize.cached():  # weights in training are computed once, not for every token
+            fresh_BL, cache = self.model.begin(ids_BL)
             for _ in range(new_tokens):
                 last_BD = self.model.hidden(fresh_BL, cache)[:, -1]
                 fresh_BL = pick(self.logits(last_BD))[:, None]
@@ -383,10 +546,13 @@ class Network:
         whole_BL = self.generate(ids_L[None], new_tokens, lambda logits_BV: logits_BV.argmax(-1), ends)
         return whole_BL[0, len(ids_L) :].tolist()
 
-    def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
-        """A call that decodes one token behind `context_BL`, every time from the same cache."""
+    def cached_step(self, context_BL: Tensor, source_BS: Tensor | None = None) -> Callable[[], Tensor]:
+        """A call that decodes one token behind `context_BL`, every time from the same cache. source_BS: what an encoder
+        reads."""
         cache, token_BL = Cache(), context_BL[:, -1:].to(self.device)
         with torch.no_grad():
+            if source_BS is not None:
+                _, cache = self.model.begin(source_BS.to(self.device))
             self.model.hidden(context_BL.to(self.device), cache)
 
         @torch.no_grad()
@@ -422,12 +588,12 @@ class Network:
     def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name of an input, matrices that read it), over the pruned and quantized linear layers.
 
-        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down.
+        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down;
+        `layers.{i}.cross.in` -> q; `.cross.source` -> k, v; `.cross.out` -> o.
         """
         for site in self.sites.values():
-            if site.layer is not None:
-                yield f"{site.name}.in", tuple(m.name for m in site.matrices if m.pruned == "rows")
-                yield f"{site.name}.out", tuple(m.name for m in site.matrices if m.pruned == "columns")
+            for name, matrices in site.inputs.items() if site.layer is not None else ():
+                yield name, tuple(matrix.name for matrix in matrices)
 
     @contextmanager
     def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -463,7 +629,7 @@ class Network:
             return
         sub_layer = self.module(site.name)
         sub_layer.dropped, sub_layer.rounding = action.keep == 0, rounder
-        for matrix in site.matrices if action.keep else ():
+        for matrix, _ in site.stored(action):
             given, linear = weights[matrix.name], self.module(matrix.name)
             wanted = matrix.shape(action.keep, site.units)
             assert given.shape == wanted, f"{matrix.name}: {given.shape} where {action} is {wanted}"
@@ -503,7 +669,8 @@ class Network:
 
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys; the precision of students changes neither."""
-        shape = {name: value for name, value in self.decoder.to_dict().items() if name != "precision"}
+        decoder = replace(self.decoder, precision="float32")
+        shape = {name: value for name, value in decoder.to_dict().items() if name != "precision"}
         digest = hashlib.sha256(json.dumps(shape).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())
@@ -526,10 +693,14 @@ class Stream:
 
     @torch.no_grad()
     def __init__(self, network: Network, ids_NL: Tensor):
-        self._network = network
+        self._network, model = network, network.model
         self._sites = [site for site in network.sites.values() if site.layer is not None]
-        self._context = network.model.context(ids_NL.shape[1])
-        self.hidden_NLD = network.model.embedded(network.seen(ids_NL))
+        self._sides, ids_NL = None, network.seen(ids_NL)
+        if model.encoder is None:
+            self.hidden_NLD, self._context = model.embedded(ids_NL), model.context(ids_NL.shape[1])
+        else:
+            self._sides = Sides.of(model.decoder, ids_NL)
+            self.hidden_NLD, self._context = model.read(self._sides.source_BS)
         self._block_NLD = self.hidden_NLD
 
     @property
@@ -554,12 +725,25 @@ class Stream:
                 self._added(windows)
             yield windows, seen[0]
 
+    def counted(self, name: str, windows: slice) -> Tensor | None:
+        """Which tokens [B, L] of an input of the next sub-layer are some, and no padding; None is all."""
+        if self._sides is None:
+            return None
+        if self.site.part == "encoder" or name.endswith(".source"):
+            return self._sides.source_BS[windows] != self._network.decoder.pad
+        return self._sides.said_BT[windows]
+
     def advance(self) -> None:
-        """Pass the next sub-layer."""
+        """Pass the next sub-layer; behind an encoder's last, its norm and on to the decoder."""
         self.hidden_NLD = torch.cat([self.front(windows) + self._added(windows) for windows in self._batches()])
         if self.site.kind == "ffn":
             self._block_NLD = self.hidden_NLD
-        self._sites.pop(0)
+        passed, model = self._sites.pop(0), self._network.model
+        if passed.part == "encoder" and self.site.part == "decoder":
+            source = Source(model.encoder.norm(self.hidden_NLD), self._context.blank_BM)
+            ids_NT = self._sides.target_BT
+            self._context = replace(model.context(ids_NT.shape[1]), source=source)
+            self.hidden_NLD = model.embedded(ids_NT)
 
     def _batches(self) -> Iterator[slice]:
         return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))
@@ -568,7 +752,7 @@ class Stream:
         """What the next sub-layer adds to the stream."""
         parallel = self._network.decoder.parallel
         read_BLD = self._block_NLD[windows] if parallel else self.front(windows)
-        return self._network.module(self.site.name)(read_BLD, self._context)
+        return self._network.module(self.site.name)(read_BLD, self._context.of_windows(windows))
 
 
 @contextmanager

@@ -41,8 +41,8 @@ from compressor.runtimes import runtime
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
-from compressor.student import Student, full_plan
-from compressor.text import Masking, load_prompts, load_tokens, prompts_of, tokens_digest
+from compressor.student import Decoder, Student, full_plan
+from compressor.text import Masking, Spans, load_prompts, load_tokens, plain, prompts_of, tokens_digest
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -107,18 +107,21 @@ class Texts:
     evaluation: dict[str, Tensor]
 
     @classmethod
-    def read(cls, recipe: Recipe, tokenizer, masking: Masking | None = None) -> Texts:
+    def read(cls, recipe: Recipe, tokenizer, masking: Masking | Spans | None = None) -> Texts:
         """The calibration text gives scoring and held-out windows first, then the rest. Scoring windows are cut where it
         takes that for every part to have one."""
         data, tokens = recipe.data, recipe.search.tokens
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
-        windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length, masking=masking)
-        length = data.sequence_length if masking else tokens // count  # a part of a masked window may mask nothing
+        options = {"sequence_length": data.sequence_length, "masking": masking, "target_length": data.said_length}
+        more = partial(load_tokens, data.calibration, tokenizer, **options)
+        windows_NL = more(total)
+        paired = any(source.target for source in data.calibration)
+        # a part of such a window may predict nothing
+        length = data.sequence_length if masking or paired else tokens // count
         score_NL, rest_NL = windows_NL[:count, :length], windows_NL[count:]
         fitted_NL = rest_NL[held_out:]
-        more = partial(load_tokens, data.calibration, tokenizer, sequence_length=data.sequence_length, masking=masking)
         if recipe.distill.tokens:
             fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
         trained_NL = fitted_NL
@@ -126,9 +129,7 @@ class Texts:
             fresh_NL = more(training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
-        evaluation = {
-            s.name: load_tokens([s], tokenizer, each, data.sequence_length, masking=masking) for s in data.evaluation
-        }
+        evaluation = {s.name: load_tokens([s], tokenizer, each, **options) for s in data.evaluation}
         return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
 
     @property
@@ -203,11 +204,9 @@ def start(
             trust_remote_code=trust_remote_code,
             precision=target.precision,
         )
-        causal = teacher.network.decoder.causal
-        if not causal:
-            _check_masked(recipe)
-        texts = Texts.read(recipe, teacher.tokenizer, None if causal else Masking.of(teacher.tokenizer))
-        highest = max(int(teacher.network.seen(ids_NL).max()) for ids_NL in (texts.score_NL, texts.evaluation_NL))
+        _check_asked(recipe, teacher.network.decoder)
+        texts = Texts.read(recipe, teacher.tokenizer, _masking(recipe, teacher))
+        highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := teacher.network.decoder.vocabulary):
             raise ModelError(
                 f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
@@ -222,15 +221,31 @@ def start(
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
 
 
-def _check_masked(recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks of a masked language model what only a causal one does."""
-    for key, asked in {
-        "budget.decode": recipe.budget.decode,
-        "gate.decode": recipe.gate.decode,
-        f"distill.method = {recipe.distill.method}": recipe.distill.own_text,
-    }.items():
-        if asked:
-            raise RecipeError(f"{key}: expected a model that writes, this one is a masked language model; leave it out")
+def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
+    """Raise RecipeError where a recipe asks of a model what only another kind does."""
+    own_text = {f"distill.method = {recipe.distill.method}": recipe.distill.own_text}
+    refused: dict[str, object] = {}
+    if decoder.encoder:
+        wanted, found = "a decoder alone", "an encoder-decoder"
+        refused = own_text | {"target.runtime = torch": recipe.target.runtime == "torch"}
+    elif not decoder.causal:
+        wanted, found = "a model that writes", "a masked language model"
+        refused = own_text | {"budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode}
+    if asked := [key for key, value in refused.items() if value]:
+        raise RecipeError(f"{asked[0]}: expected {wanted}, this one is {found}; leave it out")
+    targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
+    if targets and not decoder.encoder:
+        raise RecipeError(f"data: target = {targets[0]}: expected an encoder-decoder, which answers a text; leave it out")
+
+
+def _masking(recipe: Recipe, teacher: Teacher) -> Masking | Spans | None:
+    """What makes windows out of plain text, where they are not the text itself."""
+    decoder, data = teacher.network.decoder, recipe.data
+    if not decoder.causal:
+        return Masking.of(teacher.tokenizer)
+    if decoder.encoder and not all(source.target for source in (*data.calibration, *data.evaluation)):
+        return Spans.of(teacher.tokenizer, data.sequence_length)
+    return None
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:

@@ -1,10 +1,12 @@
 """A decoder as data: its shape, and the weights of one student. Knows nothing of transformers or ONNX.
 
-Names of a student's tensors, `{i}` being the block:
+Names of a student's tensors, `{i}` being the block; those of an encoder begin with `encoder.`:
 
     embedding                      [vocabulary, hidden]       head (only when untied)  [vocabulary, hidden]
     layers.{i}.attention.q/k/v     [heads * head_dim, hidden]  (k, v: kv_heads * head_dim)
     layers.{i}.attention.o         [hidden, heads * head_dim]
+    layers.{i}.attention.distances [heads, distance_buckets]   (only with biases by distance)
+    layers.{i}.cross.q/k/v/o       as of the attention         (only with an encoder)
     layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
     layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
 
@@ -13,22 +15,20 @@ and whatever else `Decoder.vectors` names. A dropped sub-layer has none of its t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import log
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from compressor.plan import Action, Format, Matrix, Plan, Site
+from compressor.plan import Action, Matrix, Plan, Site
 from compressor.quantize import PARTS, Weight
 
 Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
-
-
-FIRST = "layers.0.attention"
-"""The first sub-layer."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Decoder:
     window: positions that a local attention sees, its own and those before it, or as many on both sides where it is not
     causal; local: the blocks whose attention is local.
     attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
+    distance_buckets: to every score of a head is added what its table says of the distance, which falls into one of so many
+    buckets (see `buckets`); distance_reach: tokens from which on all distances are one.
+    encoder: what reads the text that this decoder answers; every block has an attention across to it, the embedding is one.
+    prefix: of the names of an encoder's tensors. start, pad: of a decoder with an encoder, the token that every answer
+    begins behind, and the token that fills up texts and is not seen.
     precision: of the students that are exported; torch computes in float32.
     """
 
@@ -82,38 +87,73 @@ class Decoder:
     local_frequencies: tuple[float, ...] = ()
     attention_cap: float | None = None
     logit_cap: float | None = None
+    distance_buckets: int = 0
+    distance_reach: int = 0
+    encoder: Decoder | None = None
+    prefix: str = ""
+    start: int = 0
+    pad: int = 0
     precision: Precision = "float32"
 
+    def __post_init__(self) -> None:
+        if self.encoder:
+            object.__setattr__(self, "encoder", replace(self.encoder, precision=self.precision))
+
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in depth order: embedding, then attention and feed-forward of each block, then an untied head."""
+        """Every site, in depth order: embedding, then the sub-layers of each block, an encoder's first, then an untied
+        head."""
         vocabulary, hidden = self.vocabulary, self.hidden
-        heads, groups, channels = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.channels
-
-        def matrix(site: str, part: str, rows: int, columns: int) -> Matrix:
-            pruned: Literal["rows", "columns"] = "columns" if part in ("o", "down") else "rows"
-            return Matrix(f"{site}.{part}", rows, columns, pruned, part in self.biases)
-
         sites = [Site("embedding", "embedding", None, 1, (Matrix("embedding", vocabulary, hidden, "neither"),))]
-        for i in range(self.layers):
-            name = f"layers.{i}.attention"
-            readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
-            sites.append(Site(name, "attention", i, self.kv_heads, (*readers, matrix(name, "o", hidden, heads))))
-            name = f"layers.{i}.ffn"
-            readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
-            sites.append(Site(name, "ffn", i, channels, (*readers, matrix(name, "down", hidden, channels))))
+        sites += [*(self.encoder.sub_layers() if self.encoder else ()), *self.sub_layers()]
         if not self.tied:
             head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
             sites.append(Site("head", "head", None, 1, (head,)))
         return tuple(replace(site, float_bytes=self.floats.itemsize) for site in sites)
 
+    def sub_layers(self) -> Iterator[Site]:
+        """The sites of its own blocks: attention, attention across where there is an encoder, feed-forward."""
+        hidden, channels = self.hidden, self.channels
+        heads, groups = self.heads * self.head_dim, self.kv_heads * self.head_dim
+
+        def matrix(site: str, part: str, rows: int, columns: int) -> Matrix:
+            pruned: Literal["rows", "columns"] = "columns" if part in ("o", "down") else "rows"
+            return Matrix(f"{site}.{part}", rows, columns, pruned, part in self.biases)
+
+        for i in range(self.layers):
+            for kind in ("attention", "cross") if self.encoder else ("attention",):
+                name = f"{self.prefix}layers.{i}.{kind}"
+                readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
+                tables = (matrix(name, "distances", self.heads, self.distance_buckets),)
+                yield Site(
+                    name,
+                    "attention",
+                    i,
+                    self.kv_heads,
+                    (*readers, matrix(name, "o", hidden, heads)),
+                    part="cross" if kind == "cross" else self.part,
+                    tables=tables if self.distance_buckets and kind == "attention" else (),
+                )
+            name = f"{self.prefix}layers.{i}.ffn"
+            readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
+            matrices = (*readers, matrix(name, "down", hidden, channels))
+            yield Site(name, "ffn", i, channels, matrices, part=self.part)
+
+    @property
+    def part(self) -> Literal["decoder", "encoder"]:
+        """`Site.part` of its sites but those across."""
+        return "encoder" if self.prefix else "decoder"
+
+    def stack_of(self, site: str) -> Decoder:
+        """The shape of the blocks that a site belongs to: the encoder's or this one."""
+        return self.encoder if self.encoder and site.startswith(self.encoder.prefix) else self
+
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that is stored beside the matrices, by name; what belongs to a site begins with its name."""
-        norms = {"norm": self.hidden} | ({"transform_norm": self.hidden} if self.transform else {})
-        for site in self.sites():
-            if site.layer is not None:
-                norms |= {f"{site.name}.norm": self.hidden} | (
-                    {f"{site.name}.post_norm": self.hidden} if self.post_norm else {}
-                )
+        norms = {f"{self.prefix}norm": self.hidden} | ({"transform_norm": self.hidden} if self.transform else {})
+        for site in self.sub_layers():
+            norms |= {f"{site.name}.norm": self.hidden} | (
+                {f"{site.name}.post_norm": self.hidden} if self.post_norm else {}
+            )
             if site.kind == "attention" and self.qk_norm:
                 norms |= {f"{site.name}.q_norm": self.head_dim, f"{site.name}.k_norm": self.head_dim}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -121,13 +161,13 @@ class Decoder:
             biased = self.norm == "layer" and self.norm_bias and not name.endswith(("q_norm", "k_norm"))
             shapes |= {name: (length,)} | ({f"{name}.bias": (length,)} if biased else {})
         if self.learned_positions:
-            shapes["positions"] = (self.max_positions, self.hidden)
+            shapes[f"{self.prefix}positions"] = (self.max_positions, self.hidden)
         if self.transform:
             shapes["transform"] = (self.hidden, self.hidden)
             shapes |= {"transform.bias": (self.hidden,)} if "transform" in self.biases else {}
         if self.tied and "head" in self.biases:
             shapes["head.bias"] = (self.vocabulary,)
-        return shapes
+        return shapes | (self.encoder.vectors() if self.encoder else {})
 
     def vectors_of(self, plan: Mapping[str, Action]) -> list[str]:
         """Names of the vectors that a plan's student has. Where a dropped sub-layer's norm is of the stream, it stays."""
@@ -137,7 +177,9 @@ class Decoder:
 
     def norms_stream(self, site: str) -> bool:
         """Whether the norm in front of a sub-layer is of the stream itself, which the sub-layer then reads and adds to."""
-        return site.startswith("layers.") and (not self.norm_first or (self.embedding_norm and site == FIRST))
+        stack = self.stack_of(site)
+        first = stack.embedding_norm and site == f"{stack.prefix}layers.0.attention"
+        return site.startswith(f"{stack.prefix}layers.") and (not stack.norm_first or first)
 
     @property
     def floats(self) -> np.dtype:
@@ -155,6 +197,19 @@ class Decoder:
     def heads_of(self, action: Action) -> tuple[int, int]:
         """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
         return action.keep * self.heads // self.kv_heads, action.keep
+
+    def buckets(self) -> Tensor:
+        """The bucket of every distance from -`distance_reach` to `distance_reach`, int64 [2 reach + 1]: of a key from its
+        query, those beyond being as those at the ends. Half of the buckets have one distance each, the others grow
+        logarithmically; where a query sees on either side, each has half of all (Raffel et al. 2020, "T5", section 2.1).
+        """
+        distance = torch.arange(-self.distance_reach, self.distance_reach + 1)
+        count = self.distance_buckets if self.causal else self.distance_buckets // 2
+        away = (-distance).clamp_min(0) if self.causal else distance.abs()
+        exact = count // 2
+        far = torch.log(away.clamp_min(1).float() / exact) / log(self.distance_reach / exact) * (count - exact)
+        bucket = torch.where(away < exact, away, (exact + far.long()).clamp_max(count - 1))
+        return bucket if self.causal else bucket + count * (distance > 0)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -192,13 +247,11 @@ def matrix_tensors(matrices: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> dict[str, Weight]:
     """The weights of a site under an action, out of the tensors that `matrix_tensors` made."""
-    if action.keep == 0:
-        return {}
     matrices = {}
-    for matrix in site.matrices:
+    for matrix, format in site.stored(action):
         parts = {part: stored[key] for part in PARTS if (key := f"{matrix.name}:{part}") in stored}
         columns = matrix.shape(action.keep, site.units)[1]
-        matrices[matrix.name] = Weight.from_tensors(Format.parse(action.format), columns, parts)
+        matrices[matrix.name] = Weight.from_tensors(format, columns, parts)
     return matrices
 
 

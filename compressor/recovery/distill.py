@@ -111,7 +111,7 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
     """Put a student's weights into a network; `rounding` as for `Network.install`."""
     for name, action in student.plan.items():
         site = network.sites[name]
-        weights = {m.name: student.matrices[m.name] for m in site.matrices} if action.keep else {}
+        weights = {matrix.name: student.matrices[matrix.name] for matrix, _ in site.stored(action)}
         network.install(site, action, weights, rounding)
     with torch.no_grad():
         for name, gain in student.vectors.items():

@@ -53,11 +53,13 @@ def reconstruct(
     sites = [site for site in teacher.sites.values() if site.layer is not None]
     for done, site in enumerate(sites, 1):
         fitting = _Fitting(bank, student, site, plan[site.name])
-        x_NLI = torch.cat([x_BLI for _, x_BLI in wanted.inputs(site.matrices[0].name)])
+        *readers, (_, (last,)) = site.inputs.items()
+        read = [torch.cat([x_BLI for _, x_BLI in wanted.inputs(matrices[0].name)]) for _, matrices in readers]
         wanted.advance()
         if plan[site.name].keep:
-            fitting.readers(given, x_NLI)
-            fitting.writer(given, wanted.hidden_NLD)
+            for (name, matrices), x_NLI in zip(readers, read, strict=True):
+                fitting.readers(given, name, [matrix.name for matrix in matrices], x_NLI)
+            fitting.writer(given, last.name, wanted.hidden_NLD)
         matrices |= fitting.weights
         given.advance()
         progress(done, len(sites))
@@ -71,27 +73,27 @@ class _Fitting:
         self._bank, self._student, self._site, self._action = bank, student, site, action
         self._dense = bank.pruned(site, action.keep) if action.keep else {}
         self._unquantized = bank.with_biases(site, action.keep, as_floats(self._dense)) if action.keep else {}
-        self.weights: dict[str, Weight] = {}
+        self.weights = {name: weight for name, weight in self._unquantized.items() if name not in self._dense}
         self._install()
 
-    def readers(self, given: Stream, x_NLI: Tensor) -> None:
-        """Fit the matrices that read the stream; x_NLI: what they read in the teacher."""
-        names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
+    def readers(self, given: Stream, read: str, names: list[str], x_NLI: Tensor) -> None:
+        """Fit the matrices that share an input; x_NLI: what they read in the teacher."""
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
         for windows, x_BLI in given.inputs(names[0]):
-            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T)
+            fit.add(x_BLI, x_NLI[windows] @ fit.w_OI.T, given.counted(read, windows))
         self._finish(fit, names)
 
-    def writer(self, given: Stream, behind_NLD: Tensor) -> None:
+    def writer(self, given: Stream, name: str, behind_NLD: Tensor) -> None:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
-        name = self._site.matrices[-1].name
         fit = _LeastSquares(self._dense[name])
         bias_D = self._unquantized[name].bias
         added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
         for windows, x_BLI in given.inputs(name):
             h_BLD, front_BLD = behind_NLD[windows], given.front(windows) + added_D
             size_BL = h_BLD.square().mean(-1) + (front_BLD + x_BLI @ fit.w_OI.T).square().mean(-1)
-            fit.add(x_BLI, h_BLD - front_BLD, 1 / size_BL.clamp_min(1e-12))
+            c_BL = 1 / size_BL.clamp_min(1e-12)
+            counted_BL = given.counted(name, windows)
+            fit.add(x_BLI, h_BLD - front_BLD, c_BL if counted_BL is None else c_BL * counted_BL)
         self._finish(fit, [name])
 
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
@@ -118,7 +120,7 @@ class _LeastSquares:
 
     def add(self, x_BLI: Tensor, y_BLO: Tensor, c_BL: Tensor | None = None) -> None:
         x_TI, missed_TO = x_BLI.flatten(0, 1), (y_BLO - x_BLI @ self.w_OI.T).flatten(0, 1)
-        c_T1 = torch.ones_like(x_TI[:, :1]) if c_BL is None else c_BL.flatten()[:, None]
+        c_T1 = torch.ones_like(x_TI[:, :1]) if c_BL is None else c_BL.flatten()[:, None].to(x_TI)
         self._moment_II.addmm_((x_TI * c_T1).T, x_TI)
         self._missed_OI.addmm_((missed_TO * c_T1).T, x_TI)
         self._weight += float(c_T1.sum())
