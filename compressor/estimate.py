@@ -61,7 +61,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
         return 2 * tokens * (parameters - (0 if decoder.tied else table)) / speed
 
     weights = 4 * parameters
-    moments = 4 * decoder.layers * (3 * decoder.hidden**2 + decoder.channels**2)
+    moments = sum(4 * (3 * d.hidden**2 + d.channels**2) * d.layers for d in (decoder, decoder.encoder) if d)
     shapes = {
         (*(matrix.shape(a.keep, s.units) for matrix in s.matrices), a.format) for s in sites for a in menu[s.name]
     }

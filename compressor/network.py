@@ -733,17 +733,19 @@ class Stream:
             return self._sides.source_BS[windows] != self._network.decoder.pad
         return self._sides.said_BT[windows]
 
-    def advance(self) -> None:
-        """Pass the next sub-layer; behind an encoder's last, its norm and on to the decoder."""
-        self.hidden_NLD = torch.cat([self.front(windows) + self._added(windows) for windows in self._batches()])
+    def advance(self) -> Tensor:
+        """Pass the next sub-layer; the stream behind it. Behind an encoder's last, the decoder's stream begins."""
+        behind_NLD = torch.cat([self.front(windows) + self._added(windows) for windows in self._batches()])
+        self.hidden_NLD = behind_NLD
         if self.site.kind == "ffn":
-            self._block_NLD = self.hidden_NLD
+            self._block_NLD = behind_NLD
         passed, model = self._sites.pop(0), self._network.model
         if passed.part == "encoder" and self.site.part == "decoder":
-            source = Source(model.encoder.norm(self.hidden_NLD), self._context.blank_BM)
+            source = Source(model.encoder.norm(behind_NLD), self._context.blank_BM)
             ids_NT = self._sides.target_BT
             self._context = replace(model.context(ids_NT.shape[1]), source=source)
             self.hidden_NLD = model.embedded(ids_NT)
+        return behind_NLD
 
     def _batches(self) -> Iterator[slice]:
         return (slice(start, start + self.BATCH) for start in range(0, len(self.hidden_NLD), self.BATCH))

@@ -46,6 +46,11 @@ import compressor
 model = compressor.load("FOLDER")  # torch: token ids [B, L] -> logits [B, L, V]
 ```
 """
+BOTH = (
+    "`encoder_model.onnx` reads a text, once, and gives what `decoder_model_merged.onnx` attends to, beside "
+    "`last_hidden_state`: its outputs `present.{i}.encoder.key` and `.value` are inputs `past_key_values.{i}.encoder.key` and "
+    "`.value` there. Their weights lie in one file."
+)
 PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 
 STYLE = """
@@ -135,6 +140,7 @@ def card(report: Report) -> str:
     base = str(report.recipe.get("model", {}).get("path", ""))
     torch, masked = _in_torch(report), _is_masked(report)
     task, library = "fill-mask" if masked else "text-generation", "transformers" if torch else "onnxruntime"
+    task = "text2text-generation" if _has_encoder(report) else task
     front = {"library_name": library, "pipeline_tag": task, "tags": ["compressed", "bitsandbytes" if torch else "onnx"]}
     front |= {"base_model": base} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
     parts = [
@@ -143,7 +149,7 @@ def card(report: Report) -> str:
         headline(report),
         _rows_table(report),
         re.sub(r"!\[.*?\]\(.*?\)\n\n", "", _plan_part(report)),
-        _run_part(torch, masked),
+        _run_part(torch, masked, _has_encoder(report)),
         "Licence and terms of use are those of the model that it was made from.",
         _measured_part(report),
     ]
@@ -159,9 +165,16 @@ def _is_masked(report: Report) -> bool:
     return any(row.prefill_ms for row in report.rows) and not any(row.decode_ms for row in report.rows)
 
 
-def _run_part(torch: bool, masked: bool) -> str:
+def _has_encoder(report: Report) -> bool:
+    """Whether it is an encoder-decoder."""
+    return any(entry.site.startswith("encoder.") for entry in report.plan)
+
+
+def _run_part(torch: bool, masked: bool, encoder: bool) -> str:
     parts = ["## How to run", *([] if masked else [WRITE]), LOAD]
-    if not torch:
+    if encoder:
+        parts.append(BOTH)
+    elif not torch:
         others = "optimum" if masked else "ONNX Runtime GenAI, transformers.js and optimum"
         parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")
     return "\n".join([*parts, PLAN_HERE])

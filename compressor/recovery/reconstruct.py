@@ -54,12 +54,12 @@ def reconstruct(
     for done, site in enumerate(sites, 1):
         fitting = _Fitting(bank, student, site, plan[site.name])
         *readers, (_, (last,)) = site.inputs.items()
-        read = [torch.cat([x_BLI for _, x_BLI in wanted.inputs(matrices[0].name)]) for _, matrices in readers]
-        wanted.advance()
+        read = [torch.cat([x_BLI for _, x_BLI in wanted.inputs(together[0].name)]) for _, together in readers]
+        behind_NLD = wanted.advance()
         if plan[site.name].keep:
-            for (name, matrices), x_NLI in zip(readers, read, strict=True):
-                fitting.readers(given, name, [matrix.name for matrix in matrices], x_NLI)
-            fitting.writer(given, last.name, wanted.hidden_NLD)
+            for (source, together), x_NLI in zip(readers, read, strict=True):
+                fitting.readers(given, source, [matrix.name for matrix in together], x_NLI)
+            fitting.writer(given, last.name, behind_NLD)
         matrices |= fitting.weights
         given.advance()
         progress(done, len(sites))
