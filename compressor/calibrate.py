@@ -53,9 +53,7 @@ def collect(
     total = len(calibration_NL) + 2 * len(fisher_NL)
     tensors = _second_moments(network, calibration_NL, lambda done: progress(done, total))
     tensors |= _fisher(network, fisher_NL, seed, lambda done: progress(len(calibration_NL) + 2 * done, total))
-    counts = torch.bincount(
-        plain(network.seen(calibration_NL)).flatten().cpu(), minlength=network.decoder.vocabulary
-    )
+    counts = torch.bincount(plain(network.seen(calibration_NL)).flatten().cpu(), minlength=network.decoder.vocabulary)
     tensors["frequency"] = counts / calibration_NL.numel()
     return tensors
 

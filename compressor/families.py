@@ -31,10 +31,10 @@ not all of theirs, or is written otherwise; two places where the first block's i
 
 @dataclass(frozen=True)
 class Family:
-    """places: of the modules, which may depend on the shape. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
-    problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain.
-    positions_too: a table, the first row of which is added to every position's. head_bias: a tensor of its own that is the
-    head's."""
+    """places: of the modules, which may depend on the shape. shape: what its configuration says beside the common keys, as
+    changes of the `Decoder`. problems: what of a configuration is not supported. gain_offset: is added to every stored norm
+    gain. positions_too: a table, the first row of which is added to every position's. head_bias: a tensor that is the head's.
+    """
 
     places: Places | Callable[[Decoder], Places]
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
@@ -266,7 +266,9 @@ def _bart(decoder: Decoder) -> Places:
 
 
 def _bart_attention(ours: str, theirs: str) -> Places:
-    return {f"{ours}.{part}": f"{theirs}.{place}_proj" for part, place in zip("qkvo", ("q", "k", "v", "out"), strict=True)}
+    return {
+        f"{ours}.{part}": f"{theirs}.{place}_proj" for part, place in zip("qkvo", ("q", "k", "v", "out"), strict=True)
+    }
 
 
 def _biased(config: Any, decoder: Decoder) -> Decoder:
@@ -362,6 +364,7 @@ def _bart_shape(config: Any, decoder: Decoder) -> Decoder:
     stack = replace(
         decoder,
         norm="layer",
+        norm_epsilon=1e-5,
         norm_first=False,
         gated=False,
         learned_positions=True,
@@ -370,8 +373,8 @@ def _bart_shape(config: Any, decoder: Decoder) -> Decoder:
     )
 
     def side(layers: int, heads: int, channels: int) -> Decoder:
-        size = {"heads": heads, "kv_heads": heads, "head_dim": stack.hidden // heads}
-        return replace(stack, layers=layers, channels=channels, **size)
+        width = stack.hidden // heads
+        return replace(stack, layers=layers, channels=channels, heads=heads, kv_heads=heads, head_dim=width)
 
     answering = side(config.decoder_layers, config.decoder_attention_heads, config.decoder_ffn_dim)
     reading = side(config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim)

@@ -89,6 +89,8 @@ def load_teacher(
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
+    elif weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():  # tied all the same
+        weights["head.weight"] = weights["head.weight"].clone()
     network.model.load_state_dict(weights, assign=True)
     if decoder.tied:
         network.model.head.weight = network.model.embedding.weight

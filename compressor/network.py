@@ -658,8 +658,10 @@ class Network:
         """Ids of the tokens that begin, end and pad a text, under transformers' names, those that there are; what
         ends a generation counts before what ends a text."""
         config, generation = self.configuration
-        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
-        found = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        found = {name: getattr(config, name, None) for name in names}
+        if generation.eos_token_id is not None:
+            found["eos_token_id"] = generation.eos_token_id
         return {name: token for name, token in found.items() if token is not None}
 
     def ends(self) -> tuple[int, ...]:
@@ -695,7 +697,8 @@ class Stream:
     def __init__(self, network: Network, ids_NL: Tensor):
         self._network, model = network, network.model
         self._sites = [site for site in network.sites.values() if site.layer is not None]
-        self._sides, ids_NL = None, network.seen(ids_NL)
+        self._sides: Sides | None = None
+        ids_NL = network.seen(ids_NL)
         if model.encoder is None:
             self.hidden_NLD, self._context = model.embedded(ids_NL), model.context(ids_NL.shape[1])
         else:
@@ -741,6 +744,7 @@ class Stream:
             self._block_NLD = behind_NLD
         passed, model = self._sites.pop(0), self._network.model
         if passed.part == "encoder" and self.site.part == "decoder":
+            assert model.encoder is not None and self._sides is not None
             source = Source(model.encoder.norm(behind_NLD), self._context.blank_BM)
             ids_NT = self._sides.target_BT
             self._context = replace(model.context(ids_NT.shape[1]), source=source)

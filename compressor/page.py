@@ -47,9 +47,9 @@ model = compressor.load("FOLDER")  # torch: token ids [B, L] -> logits [B, L, V]
 ```
 """
 BOTH = (
-    "`encoder_model.onnx` reads a text, once, and gives what `decoder_model_merged.onnx` attends to, beside "
-    "`last_hidden_state`: its outputs `present.{i}.encoder.key` and `.value` are inputs `past_key_values.{i}.encoder.key` and "
-    "`.value` there. Their weights lie in one file."
+    "`encoder_model.onnx` reads a text, once, and gives, beside `last_hidden_state`, the keys and values that "
+    "`decoder_model_merged.onnx` attends to: outputs `present.{i}.encoder.key` and `.value` are inputs "
+    "`past_key_values.{i}.encoder.key` and `.value` there. The weights of both lie in one file."
 )
 PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 

@@ -114,22 +114,28 @@ class Texts:
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
-        options = {"sequence_length": data.sequence_length, "masking": masking, "target_length": data.said_length}
-        more = partial(load_tokens, data.calibration, tokenizer, **options)
-        windows_NL = more(total)
+        load = partial(
+            load_tokens,
+            tokenizer=tokenizer,
+            sequence_length=data.sequence_length,
+            masking=masking,
+            target_length=data.said_length,
+        )
+        more = partial(load, data.calibration)
+        windows_NL = more(tokens=total)
         paired = any(source.target for source in data.calibration)
         # a part of such a window may predict nothing
         length = data.sequence_length if masking or paired else tokens // count
         score_NL, rest_NL = windows_NL[:count, :length], windows_NL[count:]
         fitted_NL = rest_NL[held_out:]
         if recipe.distill.tokens:
-            fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
+            fitted_NL = more(tokens=recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
         trained_NL = fitted_NL
         if training := recipe.distill.steps * recipe.batch_windows:
-            fresh_NL = more(training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
+            fresh_NL = more(tokens=training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
-        evaluation = {s.name: load_tokens([s], tokenizer, each, **options) for s in data.evaluation}
+        evaluation = {source.name: load([source], tokens=each) for source in data.evaluation}
         return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
 
     @property
@@ -223,19 +229,23 @@ def start(
 
 def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
     """Raise RecipeError where a recipe asks of a model what only another kind does."""
-    own_text = {f"distill.method = {recipe.distill.method}": recipe.distill.own_text}
-    refused: dict[str, object] = {}
+    own_text: dict[str, object] = {f"distill.method = {recipe.distill.method}": recipe.distill.own_text}
     if decoder.encoder:
-        wanted, found = "a decoder alone", "an encoder-decoder"
-        refused = own_text | {"target.runtime = torch": recipe.target.runtime == "torch"}
+        expected = "a decoder alone, this one is an encoder-decoder"
+        asked = own_text | {"target.runtime = torch": recipe.target.runtime == "torch"}
     elif not decoder.causal:
-        wanted, found = "a model that writes", "a masked language model"
-        refused = own_text | {"budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode}
-    if asked := [key for key, value in refused.items() if value]:
-        raise RecipeError(f"{asked[0]}: expected {wanted}, this one is {found}; leave it out")
+        expected = "a model that writes, this one is a masked language model"
+        asked = own_text | {"budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode}
+    else:
+        expected, asked = "", {}
+    for key, value in asked.items():
+        if value:
+            raise RecipeError(f"{key}: expected {expected}; leave it out")
     targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
     if targets and not decoder.encoder:
-        raise RecipeError(f"data: target = {targets[0]}: expected an encoder-decoder, which answers a text; leave it out")
+        raise RecipeError(
+            f"data: target = {targets[0]}: expected an encoder-decoder, which answers a text; leave it out"
+        )
 
 
 def _masking(recipe: Recipe, teacher: Teacher) -> Masking | Spans | None:

@@ -122,7 +122,9 @@ class Decoder:
         for i in range(self.layers):
             for kind in ("attention", "cross") if self.encoder else ("attention",):
                 name = f"{self.prefix}layers.{i}.{kind}"
-                readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
+                readers = [
+                    matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))
+                ]
                 tables = (matrix(name, "distances", self.heads, self.distance_buckets),)
                 yield Site(
                     name,

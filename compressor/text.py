@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -89,9 +89,13 @@ class Spans:
                 "expected sentinels <extra_id_0> or a mask token in the tokenizer, to make tasks of plain text; give pairs "
                 "of texts instead: a file or data set with a column and a target"
             )
-        spans = cls(length, around.before, around.behind, marks or (tokenizer.mask_token_id,), whole, tokenizer.pad_token_id)
+        spans = cls(
+            length, around.before, around.behind, marks or (tokenizer.mask_token_id,), whole, tokenizer.pad_token_id
+        )
         if spans._total(1) > length:
-            raise DataError(f"data.sequence_length = {length}: expected at least {spans._total(1)}, for source and target")
+            raise DataError(
+                f"data.sequence_length = {length}: expected at least {spans._total(1)}, for source and target"
+            )
         return spans
 
     @property
@@ -135,7 +139,7 @@ class Spans:
 def _parts(random: Random, total: int, count: int) -> list[int]:
     """`total` as a sum of `count` numbers, at least 1 each as far as that goes."""
     cuts = [0, *sorted(random.sample(range(1, total), count - 1)), total] if count > 1 else [0, total]
-    return [end - start for start, end in zip(cuts, cuts[1:])]
+    return [end - start for start, end in pairwise(cuts)]
 
 
 def plain(ids: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ def plain(ids: Tensor) -> Tensor:
 
 
 def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions at which something is predicted, token ids that are), [P] each, of a window: where tokens are masked, or of a
+    """(positions at which something is predicted, token ids that are), [P] each, of a window: where tokens are masked or of a
     target, these; else every token but the first, at the position in front of it."""
     if (masked_L := ids_L < 0).any():
         (where_P,) = masked_L.nonzero(as_tuple=True)
@@ -277,12 +281,10 @@ def _windows(
         return
     ids: list[int] = []
     length = sequence_length - (masking.added if masking else 0)
-    if not source.file:
-        pieces = (f"{text}\n\n" for (text,) in _dataset_rows(source))
-    elif source.file.endswith(".jsonl"):
-        pieces = (f"{text}\n\n" for (text,) in _json_rows(source))
-    else:
+    if source.file and not source.file.endswith(".jsonl"):
         pieces = _file_lines(source)
+    else:
+        pieces = (f"{text}\n\n" for (text,) in _rows(source))
     for chunk in _chunks(pieces):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         whole = len(ids) - len(ids) % length
@@ -297,7 +299,7 @@ def _pairs(source: TextSource, tokenizer: Any, source_length: int, target_length
     def padded(ids: list[int], length: int) -> list[int]:
         return ids + [tokenizer.pad_token_id] * (length - len(ids))
 
-    for text, target in _dataset_rows(source) if source.dataset else _json_rows(source):
+    for text, target in _rows(source):
         read = tokenizer(text, truncation=True, max_length=source_length)["input_ids"]
         said = tokenizer(text_target=target, truncation=True, max_length=target_length)["input_ids"]
         yield padded(read, source_length) + padded([~token for token in said], target_length)
@@ -340,8 +342,12 @@ def _json_lines(source: TextSource) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
+def _rows(source: TextSource) -> Iterator[tuple[str, ...]]:
+    """The texts of a file of JSON lines or of a data set, with their targets, if there are some."""
+    return _json_rows(source) if source.file else _dataset_rows(source)
+
+
 def _json_rows(source: TextSource) -> Iterator[tuple[str, ...]]:
-    """The texts of a file of JSON lines, with their targets, if there are some."""
     for where, row in _json_lines(source):
         for column in source.columns:
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
@@ -351,7 +357,6 @@ def _json_rows(source: TextSource) -> Iterator[tuple[str, ...]]:
 
 
 def _dataset_rows(source: TextSource) -> Iterator[tuple[str, ...]]:
-    """The texts of a data set's rows, with their targets, if there are some."""
     import datasets  # type: ignore[import-untyped]
 
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,16 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from typer.testing import CliRunner
 
 import compressor
 from compressor import pipeline
 from compressor.bank import Bank
+from compressor.cli import app
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.executor import Executor, Reference
-from compressor.export import OnnxEncoderDecoder, exported_bytes, fixed_bytes, open_session
+from compressor.export import OnnxEncoderDecoder, export_onnx, exported_bytes, fixed_bytes, open_session
+from compressor.export.graph import graph_files
 from compressor.folder import save_folder
 from compressor.model import load_teacher, read_decoder
 from compressor.plan import DROP, Action, Plan
@@ -56,7 +61,7 @@ BART = {
     "encoder_ffn_dim": 96,
     "decoder_ffn_dim": 80,
     "max_position_embeddings": 128,
-    "init_std": 0.1,
+    "init_std": 0.15,
     "pad_token_id": PAD,
     "bos_token_id": BEGIN,
     "eos_token_id": END,
@@ -86,6 +91,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
                 parameter.data = torch.randn_like(parameter)  # else a tied head says the same token again and again
             elif parameter.ndim == 2 and "t5" in name and "block" in key:
                 parameter.data *= 2
+        if name == "t5-gated":  # as of T5 1.1 and FLAN
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(276, 64))
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()
         model.save_pretrained(made[name])
@@ -100,10 +107,11 @@ def tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "mask_token": "<mask>"}
-    made.add_special_tokens([*special.values(), *(f"<extra_id_{i}>" for i in range(16))])
+    made.add_special_tokens(list(special.values()))
     ends = [("<s>", BEGIN), ("</s>", END)]
     made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
     if "bart" not in name:
+        made.add_special_tokens([f"<extra_id_{i}>" for i in range(16)])
         made.post_processor = processors.TemplateProcessing("$A </s>", None, ends[1:])
         del special["mask_token"], special["bos_token"]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
@@ -111,11 +119,12 @@ def tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Texts of many lengths with what is to be said of them, a JSON object a line."""
+    """Texts of many lengths with what is to be said of them, a JSON object a line; more of them in `others.jsonl` beside."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     lines = [line.strip() for line in (TEXT / "wiki-calibration.txt").read_text().splitlines() if len(line) > 40]
-    rows = [{"text": line[: 10 + 7 * (i % 6)], "said": line[: 3 + i % 14]} for i, line in enumerate(lines[:60])]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"text": line[: 10 + 7 * (i % 6)], "said": line[: 3 + i % 14]} for i, line in enumerate(lines[:80])]
+    path.write_text("\n".join(map(json.dumps, rows[:60])))
+    path.with_name("others.jsonl").write_text("\n".join(map(json.dumps, rows[60:])))
     return path
 
 
@@ -148,7 +157,9 @@ class Theirs:
     def greedy(self, source_S: torch.Tensor, new_tokens: int) -> list[int]:
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
         seen = torch.ones_like(source_S[None])
-        return self.model.generate(source_S[None], attention_mask=seen, do_sample=False, num_beams=1, **options)[0, 1:].tolist()
+        return self.model.generate(source_S[None], attention_mask=seen, do_sample=False, num_beams=1, **options)[
+            0, 1:
+        ].tolist()
 
 
 def source_of(window_L: torch.Tensor) -> torch.Tensor:
@@ -188,7 +199,9 @@ def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, t
     teacher, theirs, windows_NL = load_teacher(folders[name]), Theirs(folders[name]), windows[name]
     network, decoder = teacher.network, teacher.network.decoder
     assert read_decoder(folders[name]) == decoder and decoder.encoder
-    assert (windows_NL[:4, :48] == PAD).any(1).tolist() == [True] * 4 and len({*map(len, map(source_of, windows_NL[:4]))}) > 1
+    assert (windows_NL[:4, :48] == PAD).any(1).tolist() == [True] * 4 and len(
+        {*map(len, map(source_of, windows_NL[:4]))}
+    ) > 1
     wanted_BTV, said_BL = theirs.logits(windows_NL[:4]), windows_NL[:4] < 0
     with torch.no_grad():
         found_BLV = network.model(windows_NL[:4])
@@ -198,7 +211,9 @@ def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, t
     assert error(alone.numpy(), found_BLV[1, said_BL[1]].numpy()) < 1e-5
 
     plan = full_plan(decoder, "fp32", "fp32")
-    save_folder(Bank(tmp_path / "bank", network, windows_NL[:4], windows_NL[:2]).realize(plan), teacher, tmp_path / "onnx")
+    save_folder(
+        Bank(tmp_path / "bank", network, windows_NL[:4], windows_NL[:2]).realize(plan), teacher, tmp_path / "onnx"
+    )
     said = theirs.greedy(source_of(windows_NL[0]), 16)
     assert len({*said}) > 1
     assert network.greedy(source_of(windows_NL[0]), 16) == said
@@ -241,3 +256,186 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
     with torch.no_grad():
         assert error(again(window_L[None])[0, said_L].numpy(), deployed) < 0.05
     assert exported_bytes(tmp_path / "onnx") <= limit(network.decoder, plan)
+
+
+@sequences
+def test_half_precision(folders, name, windows, tmp_path):
+    network, windows_NL = load_teacher(folders[name]).network, windows[name]
+    plan = full_plan(network.decoder, "fp16", "w8")
+    made = Bank(tmp_path / "bank", network, windows_NL[:8], windows_NL[:2]).realize(plan)
+    half = replace(made.decoder, precision="float16")
+    export_onnx(replace(made, decoder=half), tmp_path)
+    window_L, said_L = windows_NL[20], windows_NL[20] < 0
+    wanted = loaded(network, made, "none").window_logits(window_L.numpy())[said_L].numpy()
+    for exact, most in ((True, 1e-2), (False, 0.05)):
+        with OnnxEncoderDecoder(tmp_path, threads=1, exact=exact) as model:
+            assert error(model.logits(window_L.numpy())[said_L], wanted) < most
+    assert exported_bytes(tmp_path) <= limit(half, plan)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_padded_texts_give_what_they_give_alone(folders, name, windows, tmp_path):
+    """Together in the graphs as anyone else would run them."""
+    teacher, windows_NL = load_teacher(folders[name]), windows[name]
+    plan = full_plan(teacher.network.decoder, "fp32", "fp32")
+    save_folder(
+        Bank(tmp_path / "bank", teacher.network, windows_NL[:4], windows_NL[:2]).realize(plan), teacher, tmp_path
+    )
+    encoder, decoder = (open_session(tmp_path / file, threads=1) for file in graph_files(teacher.network.decoder))
+    seen = (windows_NL[:3, :48] != PAD).long().numpy()
+    _, *across = encoder.run(None, {"input_ids": windows_NL[:3, :48].numpy(), "attention_mask": seen})
+    names = [value.name.replace("present", "past_key_values") for value in encoder.get_outputs()[1:]]
+    empty = {
+        value.name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in decoder.get_inputs()
+        if ".decoder." in value.name
+    }
+    start = np.full((3, 1), teacher.network.decoder.start)
+    feeds = {"input_ids": start, "attention_mask": np.ones_like(start), "encoder_attention_mask": seen}
+    together = decoder.run(["logits"], feeds | empty | dict(zip(names, across, strict=True)))[0]
+    with OnnxEncoderDecoder(tmp_path, threads=1) as model:
+        for window_L, logits_1V in zip(windows_NL[:3], together, strict=True):
+            assert error(logits_1V, model.prefill(source_of(window_L).numpy())[0]) < 1e-5
+
+
+def test_reconstruction_helps(folders, windows, tmp_path):
+    network, windows_NL = load_teacher(folders["t5-gated"]).network, windows["t5-gated"]
+    bank = Bank(tmp_path, network, windows_NL[:16], windows_NL[:2])
+    plan = full_plan(network.decoder, "w2", "w8")
+    reference = Reference(network, windows_NL[16:])
+    students = (bank.realize(plan), reconstruct(bank, plan, windows_NL[:16]))
+    before, behind = (reference.kl(loaded(network, student)) for student in students)
+    assert behind < 0.95 * before
+
+
+def test_padding_changes_no_statistics(folders, windows, tmp_path):
+    """Windows with more padding give the same second moments, scores and fits."""
+    network, windows_NL = load_teacher(folders["t5"]).network, windows["t5"][:4]
+    wider_NL = torch.nn.functional.pad(windows_NL, (0, 7), value=PAD)
+    wider_NL = torch.cat([wider_NL[:, :48], torch.full((4, 9), PAD), wider_NL[:, 48:]], 1)
+    narrow, wide = (Bank(tmp_path, network, x_NL, x_NL[:2]) for x_NL in (windows_NL, wider_NL))
+    plan = full_plan(network.decoder, "w2", "w8")
+    for name, tensor in narrow.statistics().tensors.items():
+        if name != "frequency":
+            assert torch.allclose(tensor, wide.statistics().tensors[name], rtol=1e-3, atol=1e-6), name
+    students = [reconstruct(bank, plan, x_NL) for bank, x_NL in ((narrow, windows_NL), (wide, wider_NL))]
+    (ours, theirs) = (loaded(network, student).window_logits(windows_NL[0].numpy()) for student in students)
+    assert error(ours.numpy(), theirs.numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_spans_of_plain_text_are_masked_and_said(folders, name):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[name])
+    text = (TEXT / "wiki-calibration.txt").read_text()[:400]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for length in (12, 40, 64, 100, 301):
+        spans = Spans.of(tokenizer, length)
+        given = ids[: length - spans.added]
+        window = spans(given)
+        assert window == spans(given) and len(window) == length and window.count(PAD) <= 3
+        first = next(i for i, token in enumerate(window) if token < 0)
+        source, target = window[:first], [~token for token in window[first:] if token < 0]
+        assert source[-1] == target[-1] == END
+        where_P, targets_P = predictions(torch.tensor(window))
+        assert where_P[0] == first and targets_P.tolist() == target
+        if name == "t5":
+            marks = [token for token in target if token in SENTINELS]
+            assert marks == [token for token in source if token in SENTINELS] == SENTINELS[: len(marks)]
+            hidden = dict(zip(marks, _split(target[:-1], marks), strict=True))
+            restored = [token for shown in source[:-1] for token in hidden.get(shown, [shown])]
+            share = sum(map(len, hidden.values())) / len(given)
+        else:
+            assert source[0] == target[0] == BEGIN and MASK in source
+            restored, share = target[1:-1], 1 - sum(token < 256 for token in source) / len(given)
+        assert restored == given and share == pytest.approx(0.15, abs=0.5 / len(given) + 1e-9)
+
+
+def _split(tokens: list[int], marks: list[int]) -> list[list[int]]:
+    """What stands behind each of the marks."""
+    places = [tokens.index(mark) for mark in marks] + [len(tokens)]
+    return [tokens[start + 1 : end] for start, end in pairwise(places)]
+
+
+def test_pairs_are_padded_and_cut(folders, pairs):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bart"])
+    first = json.loads(pairs.read_text().splitlines()[0])
+    source = TextSource(file=str(pairs), target="said")
+    windows_NL = load_tokens([source], tokenizer, 60 * 20, 20, target_length=6)
+    row = next(row for row in windows_NL.tolist() if row[1:4] == tokenizer(first["text"])["input_ids"][1:4])
+    read, said = tokenizer(first["text"])["input_ids"], tokenizer(first["said"])["input_ids"]
+    assert row[:14] == (read if len(read) <= 14 else [*read[:13], END]) + [PAD] * (14 - len(read))
+    assert [~token for token in row[14:] if token < 0] == (said if len(said) <= 6 else [*said[:5], END])
+    with pytest.raises(DataError, match="expected a target of all texts or of none"):
+        load_tokens([source, TextSource(file=str(TEXT / "wiki-calibration.txt"))], tokenizer, 40, 20, target_length=6)
+    with pytest.raises(DataError, match="expected a text under 'summary', found text, said"):
+        load_tokens([source.model_copy(update={"target": "summary"})], tokenizer, 40, 20, target_length=6)
+
+
+def test_a_whole_run_on_plain_text(folders, tmp_path):
+    wanted = recipe(
+        folders["t5-gated"],
+        budget={"bytes": "45%", "prefill": "5x", "decode": "5x"},
+        search={"formats": ["int8", "w4"], "attention_keep": [1.0, 0.5, 0.0], "ffn_keep": [1.0, 0.0]},
+    )
+    report = pipeline.compress(wanted, tmp_path)
+    check(report, tmp_path)
+    assert "<extra_id_0>" in report.samples[0].prompt
+    out = CliRunner().invoke(app, ["generate", str(tmp_path / "onnx"), "Once upon", "--tokens", "8"])
+    assert out.exit_code == 0, out.output
+    assert "Once" not in out.output
+
+
+def test_a_whole_run_on_pairs(folders, pairs, tmp_path):
+    files = {"calibration": pairs, "evaluation": pairs.with_name("others.jsonl")}
+    data = {key: [{"file": str(file), "target": "said"}] for key, file in files.items()}
+    search = {"formats": ["w4"], "attention_keep": [1.0, 0.5], "ffn_keep": [1.0, 0.0]}
+    wanted = recipe(folders["bart"], data={**data, "target_length": 16}, search=search)
+    check(pipeline.compress(wanted, tmp_path), tmp_path)
+    assert pipeline.compress(wanted, tmp_path).parity.passed  # from what the first run left
+
+
+def check(report, out: Path) -> None:
+    assert report.parity.passed and report.parity.greedy_equal and report.budget[0].fits
+    teacher, fp32, _, student = report.rows
+    assert fp32.kl < 1e-4 and fp32.kl < student.kl and fp32.perplexity == pytest.approx(teacher.perplexity, rel=1e-3)
+    assert all(row.prefill_ms and row.decode_ms for row in report.rows)
+    assert {text.bits_per_byte for row in report.rows for text in row.texts.values()} == {None}
+    assert "predicted from the source" in report.protocol
+    card = (out / "onnx" / "README.md").read_text()
+    assert "text2text-generation" in card and "encoder_model.onnx" in card and "GenAI" not in card
+    table = json.loads((out / "latency.json").read_text()).popitem()[1]["entries"]
+    kinds = {tuple(key.split()[:2]) for key in table}
+    assert kinds >= {("encoder", "attention"), ("encoder", "ffn"), ("cross", "attention")}
+    assert {entry["decode_ms"] for key, entry in table.items() if key.startswith("encoder")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("t5", {"distill": {"method": "on_policy"}}, "distill.method = on_policy: expected a decoder alone"),
+        (
+            "t5",
+            {"target": {"runtime": "torch"}, "search": {"formats": ["fp32"]}},
+            "target.runtime = torch: expected a decoder",
+        ),
+        ("t5", {"data": {"sequence_length": 4}}, "data.sequence_length = 4: expected at least 5"),
+    ],
+)
+def test_what_only_decoders_do_is_refused(folders, tmp_path, name, changes, said):
+    with pytest.raises((RecipeError, DataError), match=said):
+        pipeline.compress(recipe(folders[name], **changes), tmp_path)
+
+
+def test_targets_are_for_encoder_decoders(tiny_folder, pairs, tmp_path):
+    source = [{"file": str(pairs), "target": "said"}]
+    with pytest.raises(RecipeError, match="target = said: expected an encoder-decoder"):
+        pipeline.compress(recipe(tiny_folder, data={"calibration": source}), tmp_path)
+    with pytest.raises(RecipeError, match="expected a file of JSON lines"):
+        recipe(tiny_folder, data={"calibration": [{"file": "text.txt", "target": "said"}]})
+
+
+def test_a_tokenizer_of_another_model_is_refused(folders, tiny_folder, tmp_path):
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(folders["t5"]).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="expected the padding token 256"):
+        load_teacher(tmp_path)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import BankError
-from compressor.export.graph import ENCODER_FILE, DECODER_FILE, GRAPH_FILE, Matrices, graph_files, student_models
+from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Matrices, graph_files, student_models
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
 from compressor.quantize import PARTS, Weight
@@ -167,7 +167,9 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
         action = plan[site.name]
         for name, parts, format in _fused(site, action):
             heights, (columns, *_) = zip(*(part.shape(action.keep, site.units) for part in parts), strict=True)
-            whole = _stored(folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats).weight()
+            whole = _stored(
+                folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats
+            ).weight()
             for part, height, end in zip(parts, heights, np.cumsum(heights).tolist(), strict=True):
                 matrices[part.name] = whole.rows(end - height, end)
     return Student(decoder, plan, matrices, vectors)
@@ -181,7 +183,11 @@ def _fused(site: Site, action: Action) -> list[tuple[str, list[Matrix], Format]]
         key = reads.get(matrix.name, matrix.name) if site.kind == "attention" else matrix.name
         together.setdefault(key, ([], format))[0].append(matrix)
     return [
-        (parts[0].name if len(parts) == 1 else site.name + "." + "".join(part.name[-1] for part in parts), parts, format)
+        (
+            parts[0].name if len(parts) == 1 else site.name + "." + "".join(part.name[-1] for part in parts),
+            parts,
+            format,
+        )
         for parts, format in together.values()
     ]
 
@@ -196,7 +202,9 @@ def _open_tensors(folder: Path, graphs: Sequence[str]) -> Mapping[str, ir.Tensor
             graph = ir.load(folder / name).graph
         except Exception as error:  # protobuf and onnx-ir have no common base
             raise BankError(f"{folder / name} cannot be read ({error}); export the model again") from error
-        tensors |= {key: value.const_value for key, value in graph.initializers.items() if value.const_value is not None}
+        tensors |= {
+            key: value.const_value for key, value in graph.initializers.items() if value.const_value is not None
+        }
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:
         if tensor.location != DATA_FILE:

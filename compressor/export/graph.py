@@ -644,7 +644,9 @@ def transform(b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[s
     return norm(b, activation(b, x, decoder.activation, "transform"), "transform_norm", decoder, vectors)
 
 
-def stack_model(decoder: Decoder, site: Site, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:
+def stack_model(
+    decoder: Decoder, site: Site, action: Action, copies: int, matrices: Matrices, store: Store
+) -> ir.Model:
     """`copies` repetitions of one site, each with its own tensors; for timing.
 
     attention, ffn: norm, site, residual in a chain; input `x` [B, S, D], mask and caches as in the whole model.

@@ -300,7 +300,7 @@ class OnnxEncoderDecoder(OnnxDecoder):
         return self.extend(np.array([self._start]), self._read(ids), keep)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """A window [L] of source and target (see `text.Spans`) -> logits [L, V], zeros at places that are not the target's."""
+        """A window [L] of source and target (see `text.Spans`) -> logits [L, V], zeros where it is not the target's."""
         (said,) = np.nonzero(ids < 0)
         first, end = said[0], said[-1] + 1
         source = ids[:first]
@@ -311,7 +311,9 @@ class OnnxEncoderDecoder(OnnxDecoder):
     def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
         """Calls to be timed: a source of `prefill_tokens` tokens to the logits of the first of its answer, and one token more
         behind `context` of them."""
-        ids = np.random.default_rng(0).integers(0, self._session.get_outputs()[0].shape[-1], max(prefill_tokens, context))
+        ids = np.random.default_rng(0).integers(
+            0, self._session.get_outputs()[0].shape[-1], max(prefill_tokens, context)
+        )
         cache = self._read(ids[:prefill_tokens])
         if context:
             _, cache = self.extend(ids[:context], cache, keep=1)
@@ -328,9 +330,7 @@ class OnnxEncoderDecoder(OnnxDecoder):
         self._encoder.close()
 
 
-def open_model(
-    folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False
-) -> OnnxDecoder:
+def open_model(folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False) -> OnnxDecoder:
     """An exported folder, ready to run; arguments as of `OnnxDecoder`."""
     kind = OnnxEncoderDecoder if has_encoder(folder) else OnnxDecoder
     return kind(folder, device, threads, exact=exact)
