@@ -207,15 +207,16 @@ _MODERNBERT: Places = {
 }
 
 
-def _t5(decoder: Decoder) -> Places:
+def _t5(decoder: Decoder, table: str = "0") -> Places:
+    """table: the block whose table of distances a block has; if it is one for all, each gets a copy."""
     gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if decoder.gated else {"up": "wi", "down": "wo"}
 
     def side(ours: str, theirs: str, ffn: int) -> Places:
-        block, first = (f"{theirs}.block.{i}.layer" for i in ("{i}", "0"))
+        block = f"{theirs}.block.{{i}}.layer"
+        distances = f"{theirs}.block.{table}.layer.0.SelfAttention.relative_attention_bias"
         return {
             **_t5_attention(f"{ours}attention", f"{block}.0", "SelfAttention"),
-            # one table for all blocks: each gets a copy
-            f"{ours}attention.distances": (f"{first}.0.SelfAttention.relative_attention_bias", _turned),
+            f"{ours}attention.distances": (distances, _turned),
             f"{ours}ffn.norm": f"{block}.{ffn}.layer_norm",
             **{f"{ours}ffn.{part}": f"{block}.{ffn}.DenseReluDense.{place}" for part, place in gated.items()},
         }
@@ -240,34 +241,34 @@ def _t5_attention(ours: str, block: str, name: str) -> Places:
 
 
 def _bart(decoder: Decoder) -> Places:
-    def side(ours: str, theirs: str, stack: Decoder) -> Places:
-        """Norms are of the stream, as of BERT: the one in front of a sub-layer is the one behind the last."""
+    def side(ours: str, theirs: str, parts: dict[str, str]) -> Places:
+        """parts: a block's attentions -> theirs."""
         block = f"{theirs}.layers.{{i}}"
-        across = "encoder_attn_layer_norm" if stack.encoder else "self_attn_layer_norm"
-        return {
-            f"{ours}positions": (f"{theirs}.embed_positions", partial(_behind, 2)),
-            f"{ours}attention.norm": [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"],
-            **_bart_attention(f"{ours}attention", f"{block}.self_attn"),
-            f"{ours}ffn.norm": f"{block}.{across}",
-            f"{ours}ffn.up": f"{block}.fc1",
-            f"{ours}ffn.down": f"{block}.fc2",
-            f"{ours}norm": f"{theirs}.layers.{{last}}.final_layer_norm",
+        places: Places = {f"{ours}ffn.up": f"{block}.fc1", f"{ours}ffn.down": f"{block}.fc2"}
+        for part, place in parts.items():
+            for matrix, name in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
+                places[f"{ours}{part}.{matrix}"] = f"{block}.{place}.{name}"
+        norms = [f"{block}.{place}_layer_norm" for place in (*parts.values(), "final")]
+        before, end = (
+            [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"],
+            f"{theirs}.layer_norm",
+        )
+        if (
+            not decoder.norm_first
+        ):  # of the stream, as of BERT: the one in front of a sub-layer is the one behind the last
+            norms, end = [before, *norms[:-1]], f"{theirs}.layers.{{last}}.final_layer_norm"
+        places |= {f"{ours}{part}.norm": norm for part, norm in zip((*parts, "ffn"), norms, strict=True)}
+        offset = 0 if decoder.norm_first else 2
+        return places | {
+            f"{ours}norm": end,
+            f"{ours}positions": (f"{theirs}.embed_positions", partial(_behind, offset)),
         }
 
-    assert decoder.encoder
     return {
         "embedding": "model.shared",
-        **side("encoder.", "model.encoder", decoder.encoder),
-        **side("", "model.decoder", decoder),
-        "cross.norm": "model.decoder.layers.{i}.self_attn_layer_norm",
-        **_bart_attention("cross", "model.decoder.layers.{i}.encoder_attn"),
+        **side("encoder.", "model.encoder", {"attention": "self_attn"}),
+        **side("", "model.decoder", {"attention": "self_attn", "cross": "encoder_attn"}),
         "head": "lm_head",
-    }
-
-
-def _bart_attention(ours: str, theirs: str) -> Places:
-    return {
-        f"{ours}.{part}": f"{theirs}.{place}_proj" for part, place in zip("qkvo", ("q", "k", "v", "out"), strict=True)
     }
 
 
@@ -355,7 +356,7 @@ def _t5_shape(config: Any, decoder: Decoder) -> Decoder:
         distance_buckets=config.relative_attention_num_buckets,
         distance_reach=config.relative_attention_max_distance,
     )
-    # transformers ties all of them, and takes a head of its own where a checkpoint has one, as those without the scale have
+    # configurations do not say: those without a scale behind the last norm have a head of their own, or a copy of the table
     tied = getattr(config, "scale_decoder_outputs", False)
     return _answering(config, replace(stack, layers=config.num_decoder_layers, tied=tied), stack)
 
@@ -365,9 +366,9 @@ def _bart_shape(config: Any, decoder: Decoder) -> Decoder:
         decoder,
         norm="layer",
         norm_epsilon=1e-5,
-        norm_first=False,
+        norm_first=config.model_type == "pegasus",
         gated=False,
-        learned_positions=True,
+        learned_positions=True,  # Pegasus' are sines, and in its checkpoints, too
         embedding_scale=float(torch.tensor(config.d_model**0.5)) if config.scale_embedding else 1.0,
         biases=("q", "k", "v", "o", "up", "down", "head"),
     )
@@ -448,6 +449,8 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems),
     "t5": Family(_t5, _t5_shape, _padless_problems),
     "mt5": Family(_t5, _t5_shape, _padless_problems),
+    "umt5": Family(partial(_t5, table="{i}"), _t5_shape, _padless_problems),
+    "pegasus": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
     "bart": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
 }
 """By `model_type` of the configuration."""

@@ -174,7 +174,7 @@ def _plan_figure(report: Report) -> Figure:
         for entry in report.plan:
             if entry.layer is not None and places[entry.site][1] == column:
                 _bar(axes, blocks.index(places[entry.site][0]), entry)
-        axes.set_title(COLUMNS[column])
+        axes.set_title(COLUMNS[column], fontsize=24 / len(columns))
         axes.set_xlim(0, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "all"])
         axes.tick_params(axis="y", length=0)

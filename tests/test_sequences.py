@@ -72,8 +72,10 @@ CONFIGS = {
     "t5": ("T5Config", T5),
     "t5-gated": ("T5Config", GATED | {"tie_word_embeddings": False}),
     "mt5": ("MT5Config", GATED),
+    "umt5": ("UMT5Config", GATED),
     "bart": ("BartConfig", BART),
     "bart-scaled": ("BartConfig", BART | {"scale_embedding": True, "activation_function": "relu"}),
+    "pegasus": ("PegasusConfig", BART | {"scale_embedding": True}),
 }
 sequences = pytest.mark.parametrize("name", CONFIGS)
 
@@ -110,7 +112,7 @@ def tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     made.add_special_tokens(list(special.values()))
     ends = [("<s>", BEGIN), ("</s>", END)]
     made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
-    if "bart" not in name:
+    if "t5" in name:
         made.add_special_tokens([f"<extra_id_{i}>" for i in range(16)])
         made.post_processor = processors.TemplateProcessing("$A </s>", None, ends[1:])
         del special["mask_token"], special["bos_token"]
