@@ -248,17 +248,14 @@ def _bart(decoder: Decoder) -> Places:
         for part, place in parts.items():
             for matrix, name in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
                 places[f"{ours}{part}.{matrix}"] = f"{block}.{place}.{name}"
-        norms = [f"{block}.{place}_layer_norm" for place in (*parts.values(), "final")]
-        before, end = (
-            [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"],
-            f"{theirs}.layer_norm",
-        )
+        norms: list[str | list[str]] = [f"{block}.{place}_layer_norm" for place in (*parts.values(), "final")]
+        end, offset = f"{theirs}.layer_norm", 0
         if (
             not decoder.norm_first
         ):  # of the stream, as of BERT: the one in front of a sub-layer is the one behind the last
-            norms, end = [before, *norms[:-1]], f"{theirs}.layers.{{last}}.final_layer_norm"
+            before = [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"]
+            norms, end, offset = [before, *norms[:-1]], f"{theirs}.layers.{{last}}.final_layer_norm", 2
         places |= {f"{ours}{part}.norm": norm for part, norm in zip((*parts, "ffn"), norms, strict=True)}
-        offset = 0 if decoder.norm_first else 2
         return places | {
             f"{ours}norm": end,
             f"{ours}positions": (f"{theirs}.embed_positions", partial(_behind, offset)),
@@ -450,8 +447,8 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(_t5, _t5_shape, _padless_problems),
     "mt5": Family(_t5, _t5_shape, _padless_problems),
     "umt5": Family(partial(_t5, table="{i}"), _t5_shape, _padless_problems),
-    "pegasus": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
     "bart": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
+    "pegasus": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
 }
 """By `model_type` of the configuration."""
 
