@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """What an encoder made of some texts; which of their tokens are none, for all there are if None."""
+    """What an encoder made of some texts, and which of their tokens are padding, None where none is."""
 
     hidden_BSD: Tensor
     blank_BS: Tensor | None = None
@@ -82,7 +82,7 @@ class Cache:
 @dataclass(frozen=True)
 class Context:
     """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention;
-    buckets_LM: of the distances (`Decoder.buckets`); blank_BM: which tokens of an encoder's text are none; source: what
+    buckets_LM: of the distances (`Decoder.buckets`); blank_BM: which tokens are padding, None where none is; source: what
     attentions across read."""
 
     rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
@@ -106,7 +106,7 @@ class Context:
             reach = decoder.distance_reach
             distance_LM = torch.arange(start + length, device=like.device) - positions_L[:, None]
             buckets_LM = decoder.buckets().to(like.device)[distance_LM.clamp(-reach, reach) + reach]
-        return cls(rotations, cache, buckets_LM)
+        return cls(rotations, cache, buckets_LM, source=cache.source if cache else None)
 
     def of_windows(self, windows: slice) -> Context:
         """The same for some rows of the batch."""
@@ -163,11 +163,14 @@ class SubLayer(nn.Module):
         if self.dropped:
             return torch.zeros_like(x_BLD)
         read_BLD = x_BLD if self.norms_stream else self.norm(x_BLD)
-        added_BLD = self.inner(self.seen(read_BLD), context)
+        added_BLD = self.inner(self.seen(read_BLD, context.blank_BM), context)
         return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
 
-    def seen(self, x: Tensor) -> Tensor:
-        return x if self.rounding is None else self.rounding(x)
+    def seen(self, x: Tensor, blank_BM: Tensor | None) -> Tensor:
+        """What a kernel leaves of x [B, M, I]; padding is nothing to it."""
+        if self.rounding is None:
+            return x
+        return self.rounding(x if blank_BM is None else x.masked_fill(blank_BM[..., None], 0.0))
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
@@ -203,14 +206,14 @@ class Attention(SubLayer):
             k, v = context.cache.update(self.layer, k, v)
         near_HLM = None if self.distances is None else self.distances.weight[:, context.buckets_LM]
         bias = _hiding(context.blank_BM, near_HLM)
-        return self._written(attend(q, k, v, self.window, self.cap, self.causal, bias))
+        return self._written(attend(q, k, v, self.window, self.cap, self.causal, bias), context)
 
     def _heads(self, matrix: nn.Linear, x_BLD: Tensor) -> Tensor:
         """What a matrix gives, head by head: [B, H, L, K]."""
         return matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
 
-    def _written(self, mixed_BHLK: Tensor) -> Tensor:
-        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
+    def _written(self, mixed_BHLK: Tensor, context: Context) -> Tensor:
+        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2), context.blank_BM))
 
 
 class Cross(Attention):
@@ -223,16 +226,16 @@ class Cross(Attention):
         assert source is not None, "attention across without a source"
 
         def make() -> tuple[Tensor, Tensor]:
-            read_BSD = self.seen(source.hidden_BSD)
+            read_BSD = self.seen(source.hidden_BSD, source.blank_BS)
             return self._heads(self.k, read_BSD), self._heads(self.v, read_BSD)
 
         k, v = make() if context.cache is None else context.cache.of_source(self.layer, make)
         bias = _hiding(source.blank_BS, None)
-        return self._written(attend(self._heads(self.q, x_BLD), k, v, None, self.cap, False, bias))
+        return self._written(attend(self._heads(self.q, x_BLD), k, v, None, self.cap, False, bias), context)
 
 
 def _hiding(blank_BM: Tensor | None, bias_HLM: Tensor | None) -> Tensor | None:
-    """What is added to scores, [H, L, M] or [B, H or 1, L or 1, M]: this, and no attention to tokens that are none."""
+    """What is added to scores, [H, L, M] or [B, H or 1, L or 1, M]: this, and no attention to padding."""
     if blank_BM is None:
         return bias_HLM
     zeros = torch.zeros((), device=blank_BM.device) if bias_HLM is None else bias_HLM
@@ -253,7 +256,7 @@ class FeedForward(SubLayer):
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         activate = ACTIVATIONS[self.activation]
         inner = activate(self.up(x_BLD)) if self.gate is None else activate(self.gate(x_BLD)) * self.up(x_BLD)
-        return self.down(self.seen(inner))
+        return self.down(self.seen(inner, context.blank_BM))
 
 
 class Block(nn.Module):
@@ -307,7 +310,7 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Sides:
-    """A window of an encoder-decoder (`text.Spans`, `text.Pairs`) as its two halves read it.
+    """Windows of an encoder-decoder (see `text.Spans`) as its two halves read them.
 
     source_BS: without columns of padding alone; target_BT: at every place the token in front of the one that is to be said
     there; said_BT: whether there is one; first: place of the target in the window.
@@ -391,24 +394,31 @@ class Transformer(Stack):
 
     def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
         """The stream in front of the first block and behind every block, an encoder's first."""
-        source, again = cache.source if cache else None, self.checkpointing and torch.is_grad_enabled()
+        again = self.checkpointing and torch.is_grad_enabled()
         if self.encoder is not None and cache is None:
             sides = Sides.of(self.decoder, ids_BL)
-            front_BSD, context = self.read(sides.source_BS)
-            for x_BSD in self.encoder.states(front_BSD, context, again):
-                yield x_BSD
-            source, ids_BL = Source(self.encoder.norm(x_BSD), context.blank_BM), sides.target_BT
-        context = replace(self.context(ids_BL.shape[1], cache), source=source)
-        yield from self.states(self.embedded(ids_BL, cache.length if cache else 0), context, again)
+            x_BLD, context = self.read(sides.source_BS)
+            for behind_BSD in self.encoder.states(x_BLD, context, again):
+                yield behind_BSD
+            x_BLD, context = self.answer(sides, Source(self.encoder.norm(behind_BSD), context.blank_BM))
+        else:
+            x_BLD = self.embedded(ids_BL, cache.length if cache else 0)
+            context = self.context(ids_BL.shape[1], cache)
+        yield from self.states(x_BLD, context, again)
         if cache is not None:
             cache.length += ids_BL.shape[1]
 
     def read(self, source_BS: Tensor) -> tuple[Tensor, Context]:
         """A source in front of the encoder's first block."""
         assert self.encoder is not None
-        blank_BS = source_BS == self.decoder.pad
-        context = replace(self.encoder.context(source_BS.shape[1]), blank_BM=blank_BS if blank_BS.any() else None)
+        blank_BS = _some(source_BS == self.decoder.pad)
+        context = replace(self.encoder.context(source_BS.shape[1]), blank_BM=blank_BS)
         return self.encoder.front(self.embedding(source_BS)), context
+
+    def answer(self, sides: Sides, source: Source) -> tuple[Tensor, Context]:
+        """A target in front of the first block."""
+        context = replace(self.context(sides.target_BT.shape[1]), blank_BM=_some(~sides.said_BT), source=source)
+        return self.embedded(sides.target_BT), context
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -419,6 +429,10 @@ class Transformer(Stack):
     def embedded(self, ids_BL: Tensor, start: int = 0) -> Tensor:
         """The stream in front of the first block. start: position of the first token."""
         return self.front(self.embedding(ids_BL), start)
+
+
+def _some(blank_BM: Tensor) -> Tensor | None:
+    return blank_BM if blank_BM.any() else None
 
 
 def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -746,9 +760,7 @@ class Stream:
         if passed.part == "encoder" and self.site.part == "decoder":
             assert model.encoder is not None and self._sides is not None
             source = Source(model.encoder.norm(behind_NLD), self._context.blank_BM)
-            ids_NT = self._sides.target_BT
-            self._context = replace(model.context(ids_NT.shape[1]), source=source)
-            self.hidden_NLD = model.embedded(ids_NT)
+            self.hidden_NLD, self._context = model.answer(self._sides, source)
         return behind_NLD
 
     def _batches(self) -> Iterator[slice]:

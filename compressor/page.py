@@ -43,7 +43,7 @@ LOAD = """
 ```python
 import compressor
 
-model = compressor.load("FOLDER")  # torch: token ids [B, L] -> logits [B, L, V]
+model = compressor.load("FOLDER")  # torch: {read} [B, L] -> logits [B, L, V]
 ```
 """
 BOTH = (
@@ -171,7 +171,8 @@ def _has_encoder(report: Report) -> bool:
 
 
 def _run_part(torch: bool, masked: bool, encoder: bool) -> str:
-    parts = ["## How to run", *([] if masked else [WRITE]), LOAD]
+    read = "token ids of texts and, as ~id, of targets" if encoder else "token ids"
+    parts = ["## How to run", *([] if masked else [WRITE]), LOAD.format(read=read)]
     if encoder:
         parts.append(BOTH)
     elif not torch:

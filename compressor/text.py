@@ -110,8 +110,7 @@ class Spans:
             mark = self.marks[min(number, len(self.marks) - 1)]
             source += [*shown, mark]
             target += [*shown, *hidden] if self.whole else [mark, *hidden]
-        around = (self.before, self.behind)
-        source, target = ([*around[0], *side, *around[1]] for side in (source, target))
+        source, target = ([*self.before, *side, *self.behind] for side in (source, target))
         window = [*source, *(~token for token in target)]
         return window + [self.pad] * (self.length - len(window))
 
