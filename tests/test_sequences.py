@@ -277,6 +277,28 @@ def test_half_precision(folders, name, windows, tmp_path):
     assert exported_bytes(tmp_path) <= limit(half, plan)
 
 
+@pytest.mark.parametrize("kept", ["across", "self", "nothing"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_attentions_that_are_all_dropped(folders, name, kept, windows, tmp_path):
+    """No cache of the target, none of the source, or neither."""
+    network, windows_NL = load_teacher(folders[name]).network, windows[name]
+    gone = {"across": ("decoder", "encoder"), "self": ("cross",), "nothing": ("decoder", "encoder", "cross")}[kept]
+    sites = network.decoder.sites()
+    dropped = {site.name for site in sites if site.kind == "attention" and site.part in gone}
+    plan = Plan(tuple((s.name, DROP if s.name in dropped else Action(s.units, "fp32")) for s in sites))
+    student = Bank(tmp_path / "bank", network, windows_NL[:4], windows_NL[:2]).realize(plan)
+    export_onnx(student, tmp_path)
+    torch_student, source = loaded(network, student, "none"), source_of(windows_NL[0])
+    with OnnxEncoderDecoder(tmp_path, threads=1) as model:
+        said_L = windows_NL[0] < 0
+        wanted = torch_student.window_logits(windows_NL[0].numpy())[said_L]
+        assert error(model.logits(windows_NL[0].numpy())[said_L], wanted.numpy()) < 1e-5
+        assert model.generate(source.numpy(), 8) == torch_student.greedy(source, 8)
+        calls = model.bench_callables(12, 5)
+        calls.prefill(), calls.decode()
+    assert exported_bytes(tmp_path) <= limit(network.decoder, plan)
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_padded_texts_give_what_they_give_alone(folders, name, windows, tmp_path):
     """Together in the graphs as anyone else would run them."""
