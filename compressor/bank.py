@@ -25,9 +25,9 @@ from compressor.calibrate import Statistics, collect
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
 from compressor.network import Network
-from compressor.plan import Action, Format, Plan, Site
+from compressor.plan import Action, Format, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
-from compressor.quantize import Weight, damped, quantize, quantize_together
+from compressor.quantize import Weight, as_floats, damped, quantize, quantize_together
 from compressor.student import Student, matrices_from, matrix_tensors
 
 VERSION = 2
@@ -128,15 +128,20 @@ class Bank:
         return dense
 
     def with_biases(self, site: Site, keep: int, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-        """Matrices of a site with `keep` units, and the teacher's biases for what they give."""
+        """Matrices of a site with `keep` units, the teacher's biases for what they give, and its tables."""
+
+        def rows(matrix: Matrix, given: Tensor) -> Tensor:
+            pruned = matrix.pruned == "rows" and keep < site.units
+            kept = unit_columns(self.kept(site, keep), matrix.rows // site.units) if pruned else slice(None)
+            return given.detach()[kept].clone()
+
         biased = dict(weights)
         for matrix in site.matrices:
             if matrix.bias:
-                bias_O = self.teacher.module(matrix.name).bias.detach()
-                if matrix.pruned == "rows" and keep < site.units:
-                    bias_O = bias_O[unit_columns(self.kept(site, keep), matrix.rows // site.units)]
-                biased[matrix.name] = replace(weights[matrix.name], bias=bias_O.clone())
-        return biased
+                bias_O = rows(matrix, self.teacher.module(matrix.name).bias)
+                biased[matrix.name] = replace(weights[matrix.name], bias=bias_O)
+        tables = {table.name: rows(table, self.teacher.matrix(table.name)) for table in site.tables}
+        return biased | as_floats(tables)
 
     def variant(self, site: Site, action: Action) -> dict[str, Weight]:
         """The stored weights of a site under an action, by matrix name, on the teacher's device; empty where the site is
@@ -193,13 +198,14 @@ class Bank:
 
     def _readers(self, site: Site, keep: int) -> list[tuple[list[str], Tensor]]:
         """(matrices that share an input, its damped second moment) of a site with `keep` units."""
-        wide = [matrix.name for matrix in site.matrices if matrix.pruned == "rows"]
-        narrow = site.matrices[-1]
-        hessian = self._hessian(f"{site.name}.out")
-        if keep < site.units:
-            columns = unit_columns(self.kept(site, keep), narrow.columns // site.units)
-            hessian = hessian[columns][:, columns]
-        return [(wide, self._hessian(f"{site.name}.in")), ([narrow.name], hessian)]
+        found = []
+        for name, matrices in site.inputs.items():
+            hessian = self._hessian(name)
+            if keep < site.units and matrices[0].pruned == "columns":
+                columns = unit_columns(self.kept(site, keep), matrices[0].columns // site.units)
+                hessian = hessian[columns][:, columns]
+            found.append(([matrix.name for matrix in matrices], hessian))
+        return found
 
     def _hessian(self, name: str) -> Tensor:
         return damped(self.statistics().second_moment(name), DAMPING)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.network import Network
-from compressor.text import compared
+from compressor.text import compared, plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def collect(
     total = len(windows) + 2 * len(fisher_windows)
     tensors = _second_moments(network, windows, lambda done: progress(done, total))
     tensors |= _fisher(network, fisher_windows, seed, lambda done: progress(len(windows) + 2 * done, total))
-    ids_T = network.seen(torch.cat(windows)).cpu()
+    ids_T = plain(network.seen(torch.cat(windows))).cpu()
     tensors["frequency"] = torch.bincount(ids_T, minlength=network.decoder.vocabulary) / len(ids_T)
     return tensors
 

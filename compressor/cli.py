@@ -185,7 +185,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
 ) -> None:
-    """Shows the greedy continuation that an exported folder gives, on CPU.
+    """Shows the greedy continuation that an exported folder gives, or the answer of an encoder-decoder, on CPU.
 
     compress generate runs/small/onnx "Once upon a time" --tokens 32
     """
@@ -206,7 +206,7 @@ def generate(
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
             made = decoder.generate(np.array(ids), tokens, tokenizer.eos_token_id)
-        typer.echo(tokenizer.decode([*ids, *made], skip_special_tokens=True))
+        typer.echo(tokenizer.decode(made if decoder.answers else [*ids, *made], skip_special_tokens=True))
 
 
 DISK = {

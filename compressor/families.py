@@ -33,18 +33,19 @@ not have all of them; theirs may be a parameter, too."""
 
 @dataclass(frozen=True)
 class Family:
-    """places: of the modules. shape: what its configuration says beside the common keys, as changes of the `Decoder`.
-    problems: what of a configuration is not supported. gain_offset: is added to every stored norm gain.
-    positions_too: a table, the first row of which is added to every position's. classifier: places of the modules at the end
-    of a classifier; transforms: its transform's own changes of the `Decoder`."""
+    """places: of the modules, which may depend on the shape. shape: what its configuration says beside the common keys, as
+    changes of the `Decoder`. problems: what of a configuration is not supported. gain_offset: is added to every stored norm
+    gain. positions_too: a table, the first row of which is added to every position's. head_bias: a tensor that is the head's.
+    classifier: places of the modules at the end of a classifier; transforms: its transform's own changes of the `Decoder`."""
 
-    places: Places
+    places: Places | Callable[[Decoder], Places]
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
     problems: Callable[[Any], list[str]] = lambda config: []
     gain_offset: float = 0.0
     positions_too: str | None = None
     classifier: Places = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
+    head_bias: str | None = None
 
 
 # -- parts of tensors --
@@ -83,6 +84,16 @@ def _of_expert(which: str, tensor: Tensor, decoder: Decoder, expert: int) -> Ten
     """gate, up or down of an expert out of the matrices of all, [experts, O, I]; gate and up are one behind the other."""
     w_OI = tensor[expert]
     return w_OI if which == "down" else dict(zip(("gate", "up"), w_OI.chunk(2), strict=True))[which]
+
+
+def _scaled(tensor: Tensor, decoder: Decoder) -> Tensor:
+    """A query's matrix whose scores are not divided by the root of a head's width."""
+    return tensor * decoder.head_dim**0.5
+
+
+def _behind_scale(tensor: Tensor, decoder: Decoder) -> Tensor:
+    """The gain of a last norm behind which a tied head has a scale."""
+    return tensor * decoder.hidden**-0.5 if decoder.tied else tensor
 
 
 # -- the families --
@@ -217,6 +228,68 @@ _MODERNBERT: Places = {
 }
 
 
+def _t5(decoder: Decoder, table: str = "0") -> Places:
+    """table: the block whose table of distances a block has; if it is one for all, each gets a copy."""
+    gated = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if decoder.gated else {"up": "wi", "down": "wo"}
+
+    def side(ours: str, theirs: str, ffn: int) -> Places:
+        block = f"{theirs}.block.{{i}}.layer"
+        distances = f"{theirs}.block.{table}.layer.0.SelfAttention.relative_attention_bias"
+        return {
+            **_t5_attention(f"{ours}attention", f"{block}.0", "SelfAttention"),
+            f"{ours}attention.distances": (distances, _turned),
+            f"{ours}ffn.norm": f"{block}.{ffn}.layer_norm",
+            **{f"{ours}ffn.{part}": f"{block}.{ffn}.DenseReluDense.{place}" for part, place in gated.items()},
+        }
+
+    return {
+        "embedding": "shared",
+        **side("encoder.", "encoder", 1),
+        "encoder.norm": "encoder.final_layer_norm",
+        **side("", "decoder", 2),
+        **_t5_attention("cross", "decoder.block.{i}.layer.1", "EncDecAttention"),
+        "norm": ("decoder.final_layer_norm", _behind_scale),
+        "head": "lm_head",
+    }
+
+
+def _t5_attention(ours: str, block: str, name: str) -> Places:
+    return {
+        f"{ours}.norm": f"{block}.layer_norm",
+        f"{ours}.q": (f"{block}.{name}.q", _scaled),
+        **{f"{ours}.{part}": f"{block}.{name}.{part}" for part in "kvo"},
+    }
+
+
+def _bart(decoder: Decoder) -> Places:
+    def side(ours: str, theirs: str, parts: dict[str, str]) -> Places:
+        """parts: a block's attentions -> theirs."""
+        block = f"{theirs}.layers.{{i}}"
+        places: Places = {f"{ours}ffn.up": f"{block}.fc1", f"{ours}ffn.down": f"{block}.fc2"}
+        for part, place in parts.items():
+            for matrix, name in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
+                places[f"{ours}{part}.{matrix}"] = f"{block}.{place}.{name}"
+        norms: list[str | list[str]] = [f"{block}.{place}_layer_norm" for place in (*parts.values(), "final")]
+        end, offset = f"{theirs}.layer_norm", 0
+        if (
+            not decoder.norm_first
+        ):  # of the stream, as of BERT: the one in front of a sub-layer is the one behind the last
+            before = [f"{theirs}.layernorm_embedding", f"{theirs}.layers.{{before}}.final_layer_norm"]
+            norms, end, offset = [before, *norms[:-1]], f"{theirs}.layers.{{last}}.final_layer_norm", 2
+        places |= {f"{ours}{part}.norm": norm for part, norm in zip((*parts, "ffn"), norms, strict=True)}
+        return places | {
+            f"{ours}norm": end,
+            f"{ours}positions": (f"{theirs}.embed_positions", partial(_behind, offset)),
+        }
+
+    return {
+        "embedding": "model.shared",
+        **side("encoder.", "model.encoder", {"attention": "self_attn"}),
+        **side("", "model.decoder", {"attention": "self_attn", "cross": "encoder_attn"}),
+        "head": "lm_head",
+    }
+
+
 def _biased(config: Any, decoder: Decoder) -> Decoder:
     attention = "qkvo" if getattr(config, "attention_bias", False) else ""
     ffn = ("gate", "up", "down") if getattr(config, "mlp_bias", False) else ()
@@ -317,6 +390,51 @@ def _modernbert(config: Any, decoder: Decoder) -> Decoder:
     )
 
 
+def _t5_shape(config: Any, decoder: Decoder) -> Decoder:
+    stack = replace(
+        decoder,
+        activation=_ACTIVATIONS[config.dense_act_fn],  # type: ignore[arg-type]
+        gated=config.is_gated_act,
+        distance_buckets=config.relative_attention_num_buckets,
+        distance_reach=config.relative_attention_max_distance,
+    )
+    # configurations do not say: those without a scale behind the last norm have a head of their own, or a copy of the table
+    tied = getattr(config, "scale_decoder_outputs", False)
+    return _answering(config, replace(stack, layers=config.num_decoder_layers, tied=tied), stack)
+
+
+def _bart_shape(config: Any, decoder: Decoder) -> Decoder:
+    stack = replace(
+        decoder,
+        norm="layer",
+        norm_epsilon=1e-5,
+        norm_first=config.model_type == "pegasus",
+        gated=False,
+        learned_positions=True,  # Pegasus' are sines, and in its checkpoints, too
+        embedding_scale=float(torch.tensor(config.d_model**0.5)) if config.scale_embedding else 1.0,
+        biases=("q", "k", "v", "o", "up", "down", "head"),
+    )
+
+    def side(layers: int, heads: int, channels: int) -> Decoder:
+        width = stack.hidden // heads
+        return replace(stack, layers=layers, channels=channels, heads=heads, kv_heads=heads, head_dim=width)
+
+    answering = side(config.decoder_layers, config.decoder_attention_heads, config.decoder_ffn_dim)
+    reading = side(config.encoder_layers, config.encoder_attention_heads, config.encoder_ffn_dim)
+    return _answering(config, answering, reading)
+
+
+def _answering(config: Any, decoder: Decoder, encoder: Decoder) -> Decoder:
+    """A decoder with the encoder of that shape."""
+    start = _first(config, "decoder_start_token_id", "pad_token_id")
+    encoder = replace(encoder, causal=False, prefix="encoder.")
+    return replace(decoder, encoder=encoder, start=start, pad=config.pad_token_id)
+
+
+def _padless_problems(config: Any) -> list[str]:
+    return ["pad_token_id = None (supported: a token)"] if config.pad_token_id is None else []
+
+
 def _bert_problems(config: Any) -> list[str]:
     found = ["is_decoder (supported: an encoder)"] if getattr(config, "is_decoder", False) else []
     kind = getattr(config, "position_embedding_type", None)
@@ -400,6 +518,11 @@ FAMILIES: dict[str, Family] = {
         transforms={"transform_activation": "relu", "transform_norm": False},
     ),
     "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems, classifier={"head": "classifier"}),
+    "t5": Family(_t5, _t5_shape, _padless_problems),
+    "mt5": Family(_t5, _t5_shape, _padless_problems),
+    "umt5": Family(partial(_t5, table="{i}"), _t5_shape, _padless_problems),
+    "bart": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
+    "pegasus": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
 }
 """By `model_type` of the configuration."""
 
@@ -413,6 +536,9 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 _ROTATIONS = ("default", "linear", "llama3")
+
+ANY_LENGTH = 4096
+"""Positions of a model that has no table of them, and no limit."""
 
 
 # -- from a configuration to a shape --
@@ -431,7 +557,7 @@ def check_supported(config: Any) -> None:
         problems += [f"rope_type {kind!r} (supported: {', '.join(_ROTATIONS)})" for kind in kinds - {*_ROTATIONS}]
         sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
         problems += [
-            f"{size} = {getattr(config, size)} (expected: at least 1)" for size in sizes if getattr(config, size) < 1
+            f"{size} = {value} (expected: at least 1)" for size in sizes if (value := getattr(config, size, 1)) < 1
         ]
         problems += _classifier_problems(family, config) if _classes(config) else []
     if problems:
@@ -476,16 +602,16 @@ def decoder_of(config: Any) -> Decoder:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         channels=getattr(config, "intermediate_size", None)
         or getattr(config, "n_inner", None)
-        or getattr(config, "hidden_dim", None)
+        or _first(config, "hidden_dim", "d_ff")
         or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_first(config, "max_position_embeddings", "n_positions") or ANY_LENGTH,
         norm_epsilon=_first(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps") or 1e-12,
         rope_frequencies=whole,
         rope_scale=scale,
         tied=config.tie_word_embeddings and not classes,
         classes=classes,
-        padding=config.pad_token_id if classes else None,
+        pad=config.pad_token_id if classes else 0,
         activation=_ACTIVATIONS[_activation(config)],  # type: ignore[arg-type]
         window=window,
         local=blocks,
@@ -499,7 +625,7 @@ def _first(config: Any, *keys: str) -> Any:
 
 
 def _activation(config: Any) -> str:
-    return _first(config, "hidden_activation", "hidden_act", "activation_function", "activation")
+    return _first(config, "hidden_activation", "hidden_act", "activation_function", "activation", "dense_act_fn")
 
 
 def _windows(config: Any) -> tuple[int | None, tuple[int, ...]]:
@@ -548,6 +674,8 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> di
                 weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
         if ours.endswith("norm"):
             weights[f"{ours}.weight"] = weights[f"{ours}.weight"] + family.gain_offset
+    if family.head_bias:
+        weights["head.bias"] = state[family.head_bias].flatten().float()
     if family.positions_too:
         weights["positions.weight"] = weights["positions.weight"] + state[f"{family.positions_too}.weight"][0].float()
     if turned := 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim:
@@ -593,23 +721,26 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
 def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
     """Our modules -> theirs, for families whose modules are written as ours are."""
     family = FAMILIES[config.model_type]
-    rewritten = any(isinstance(place, tuple) for place in _places(family, decoder).values())
+    modules = _modules(family, decoder)
+    rewritten = any(part is not None for _, _, part in modules)
     if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
         return None
-    return {ours: theirs for ours, theirs, _ in _modules(family, decoder)}
+    return {ours: theirs for ours, theirs, _ in modules}
 
 
 def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | None:
     """One of these names of weights that belongs to a block behind the last, if there is any."""
-    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1))
+    encoder = decoder.encoder and replace(decoder.encoder, layers=decoder.encoder.layers + 1)
+    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1, encoder=encoder))
     expected = {f"{theirs}.{kind}" for _, theirs, _ in more for kind in _KINDS}
     return min(expected & set(names), default=None)
 
 
 def _places(family: Family, decoder: Decoder) -> Places:
+    places = family.places(decoder) if callable(family.places) else family.places
     if not decoder.classes:
-        return family.places
-    places = family.places | family.classifier
+        return places
+    places = places | family.classifier
     return {ours: place for ours, place in places.items() if ours != "transform_norm" or decoder.transform_norm}
 
 
@@ -617,13 +748,16 @@ def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | No
     """(our module, theirs, the part that it is), block by block."""
     found: list[tuple[str, str, Part | None]] = []
     for ours, place in _places(family, decoder).items():
+        stack = decoder.stack_of(ours)
         theirs, part = place if isinstance(place, tuple) else (place, None)
         first, rest = theirs if isinstance(theirs, list) else (theirs, theirs)
-        if not ours.startswith(("attention.", "ffn.")):
-            found.append((ours, first.format(last=decoder.layers - 1), part))
+        inner = ours.removeprefix(stack.prefix)
+        if not inner.startswith(("attention.", "cross.", "ffn.")):
+            found.append((ours, first.format(last=stack.layers - 1), part))
             continue
-        experts = decoder.experts.count if decoder.experts and "{e}" in ours else 1
-        for i, e in product(range(decoder.layers), range(experts)):
-            name, where = f"layers.{i}.{ours.format(e=e)}", (first if i == 0 else rest).format(i=i, before=i - 1)
+        experts = stack.experts.count if stack.experts and "{e}" in ours else 1
+        for i, e in product(range(stack.layers), range(experts)):
+            name = f"{stack.prefix}layers.{i}.{inner.format(e=e)}"
+            where = (first if i == 0 else rest).format(i=i, before=i - 1)
             found.append((name, where, partial(part, expert=e) if part and "{e}" in ours else part))
     return found

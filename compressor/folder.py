@@ -1,6 +1,7 @@
 """The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
 
-model.onnx, model.onnx_data    see `compressor.export`; or model.safetensors, see `compressor.torch_runtime`
+model.onnx, model.onnx_data    see `compressor.export`, two graphs of an encoder-decoder; or model.safetensors, see
+                               `compressor.torch_runtime`
 plan.json                      an action for every site
 config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them
 README.md                      the model card, written at the end of a run
@@ -52,10 +53,11 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The torch student of an exported folder: a transformers model that computes what ONNX Runtime computes, the
-    rounding of what quantized layers read included.
+    """The torch student of an exported folder: a module that computes what ONNX Runtime computes, the rounding of what
+    quantized layers read included, and returns logits [B, L, V].
 
-    Sub-layers may be narrower than the configuration says, or gone; call it with `use_cache=False`.
+    Sub-layers may be narrower than the configuration says, or gone. It is called with token ids [B, L]; an encoder-decoder
+    with texts and, behind them and written as ~id, what is to be said of them.
 
     Raises:
         ModelError, BankError: the folder is not one that `compress` wrote, or a file is damaged.

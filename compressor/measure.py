@@ -133,6 +133,15 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     home = network.device
     network.to(target.device if torch.cuda.is_available() else "cpu")
     try:
+        if network.decoder.encoder:
+            ids_BL = ids_BL + network.decoder.pad + 1  # no padding
+            step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64), ids_BL)
+            yield BenchCalls(
+                lambda: network.generate(ids_BL, 1, lambda logits_BV: logits_BV.argmax(-1)).cpu(),
+                lambda: step().cpu(),
+                lambda: None,
+            )
+            return
         if not network.decoder.causal:
             yield BenchCalls(
                 lambda: network.logits(network.hidden(ids_BL)).cpu(),

@@ -34,7 +34,7 @@ def load_teacher(
     trust_remote_code: bool = False,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Load a causal or masked language model or a classifier of texts in float32, and its tokenizer.
+    """Load a causal or masked language model, a classifier of texts or an encoder-decoder in float32, and its tokenizer.
 
     Args:
         path: hub id or local folder.
@@ -84,14 +84,16 @@ def load_teacher(
                 else "a mask token in that of a masked language model"
             )
             raise ModelError(f"model.path = {str(path)!r}: no such token in the tokenizer; expected {wanted}")
-        if decoder.classes and tokenizer.pad_token_id != decoder.padding:
-            raise ModelError(
-                f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.padding}, the tokenizer "
-                f"{tokenizer.pad_token_id}; correct one of the two"
-            )
+    if (decoder.classes or decoder.encoder) and tokenizer.pad_token_id != decoder.pad:
+        raise ModelError(
+            f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
+            f"{tokenizer.pad_token_id}; correct one of the two"
+        )
     weights = weights_of(model.state_dict(), config, decoder)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
+    elif weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():  # tied all the same
+        weights["head.weight"] = weights["head.weight"].clone()
     network.model.load_state_dict(weights, assign=True)
     if decoder.tied:
         network.model.head.weight = network.model.embedding.weight
@@ -100,8 +102,11 @@ def load_teacher(
 
 
 def _transformers_class(decoder: Decoder) -> Any:
+    """For such models."""
     import transformers
 
+    if decoder.encoder:
+        return transformers.AutoModelForSeq2SeqLM
     if decoder.classes:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM if decoder.causal else transformers.AutoModelForMaskedLM

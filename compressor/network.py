@@ -4,7 +4,8 @@
 them: matrices by name, inputs that can be watched, and sites that can be replaced; `Stream` walks through it sub-layer by
 sub-layer.
 
-Shape letters: B batch, N windows, L tokens, D hidden, H heads, K head width, I inputs of a matrix, V vocabulary.
+Shape letters: B batch, N windows, L tokens, S tokens of a source, T of a target, M keys, D hidden, H heads, K head width,
+I inputs of a matrix, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,12 +42,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Cache:
-    """Keys and values [B, H, L, K] of the tokens so far, by layer."""
+@dataclass(frozen=True)
+class Source:
+    """What an encoder made of some texts, and which of their tokens are padding, None where none is."""
 
-    def __init__(self) -> None:
+    hidden_BSD: Tensor
+    blank_BS: Tensor | None = None
+
+
+class Cache:
+    """Keys and values [B, H, L, K] of the tokens so far, by layer, and of the source that they answer, if there is one."""
+
+    def __init__(self, source: Source | None = None) -> None:
         self.length = 0
+        self.source = source
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_source: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append to a layer; returns all of it."""
@@ -54,6 +65,12 @@ class Cache:
             key, value = (torch.cat(pair, 2) for pair in zip(self._layers[layer], (key, value), strict=True))
         self._layers[layer] = key, value
         return key, value
+
+    def of_source(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Those of the source, which are made once."""
+        if layer not in self._of_source:
+            self._of_source[layer] = make()
+        return self._of_source[layer]
 
     def crop(self, length: int) -> None:
         """Forget what lies behind the first `length` tokens."""
@@ -65,12 +82,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention. visible:
-    [B, L], false for padding; None without any."""
+    """What all attentions of one pass share. rotations: (cos, sin) [L, K] by `Decoder.frequencies_of` an attention;
+    buckets_LM: of the distances (`Decoder.buckets`); blank_BM: which tokens are padding, None where none is; source: what
+    attentions across read."""
 
     rotations: dict[tuple[float, ...], tuple[Tensor, Tensor]]
     cache: Cache | None = None
-    visible: Tensor | None = None
+    buckets_LM: Tensor | None = None
+    blank_BM: Tensor | None = None
+    source: Source | None = None
 
     @classmethod
     def of(
@@ -78,18 +98,29 @@ class Context:
     ) -> Context:
         """For `length` tokens behind those in the cache; on the device and of the type of a tensor."""
         start = cache.length if cache else 0
-        positions_L1 = torch.arange(start, start + length, device=like.device, dtype=torch.float32)[:, None]
-        rotations = {}
+        positions_L = torch.arange(start, start + length, device=like.device)
+        rotations, buckets_LM = {}, None
         for frequencies in {decoder.frequencies_of(layer) for layer in range(decoder.layers)} - {()}:
-            angles_LK = positions_L1 * torch.tensor(frequencies, device=like.device)
+            angles_LK = positions_L.float()[:, None] * torch.tensor(frequencies, device=like.device)
             angles_LK = torch.cat([angles_LK, angles_LK], 1)
             tables = angles_LK.cos() * decoder.rope_scale, angles_LK.sin() * decoder.rope_scale
             rotations[frequencies] = tables[0].to(like.dtype), tables[1].to(like.dtype)
-        return cls(rotations, cache, visible)
+        if decoder.distance_buckets:
+            reach = decoder.distance_reach
+            distance_LM = torch.arange(start + length, device=like.device) - positions_L[:, None]
+            buckets_LM = decoder.buckets().to(like.device)[distance_LM.clamp(-reach, reach) + reach]
+        return cls(rotations, cache, buckets_LM, source=cache.source if cache else None)
 
     def of_windows(self, windows: slice) -> Context:
-        """For some of the batch."""
-        return self if self.visible is None else replace(self, visible=self.visible[windows])
+        """The same for some rows of the batch."""
+        blank_BM, source = self.blank_BM, self.source
+        if source is not None:
+            source = Source(source.hidden_BSD[windows], _rows(source.blank_BS, windows))
+        return replace(self, blank_BM=_rows(blank_BM, windows), source=source)
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 class Norm(nn.Module):
@@ -138,7 +169,7 @@ class SubLayer(nn.Module):
         """x: the stream in front of it."""
         if self.dropped:
             return torch.zeros_like(x_BLD)
-        added_BLD = self.inner(self.seen(self.read(x_BLD)), context)
+        added_BLD = self.inner(self.seen(self.read(x_BLD), context.blank_BM), context)
         return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
 
     def weights(self, read_BLD: Tensor) -> Tensor:
@@ -146,8 +177,11 @@ class SubLayer(nn.Module):
         reach the site."""
         return read_BLD.new_ones(*read_BLD.shape[:2], 1)
 
-    def seen(self, x: Tensor) -> Tensor:
-        return x if self.rounding is None else self.rounding(x)
+    def seen(self, x: Tensor, blank_BM: Tensor | None) -> Tensor:
+        """What a kernel leaves of x [B, M, I]; padding is nothing to it."""
+        if self.rounding is None:
+            return x
+        return self.rounding(x if blank_BM is None else x.masked_fill(blank_BM[..., None], 0.0))
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
@@ -156,8 +190,10 @@ class SubLayer(nn.Module):
 class Attention(SubLayer):
     """Grouped-query attention of block `layer`."""
 
+    part = "attention"
+
     def __init__(self, decoder: Decoder, layer: int):
-        super().__init__(decoder, f"layers.{layer}.attention")
+        super().__init__(decoder, f"{decoder.prefix}layers.{layer}.{self.part}")
         self.layer, self.width, self.cap, self.causal = layer, decoder.head_dim, decoder.attention_cap, decoder.causal
         self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
@@ -167,9 +203,11 @@ class Attention(SubLayer):
         self.o = nn.Linear(heads, hidden, "o" in decoder.biases)
         self.q_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
         self.k_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
+        buckets = decoder.distance_buckets if self.part == "attention" else 0
+        self.distances = nn.Linear(buckets, decoder.heads, bias=False) if buckets else None
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
-        q, k, v = (matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2) for matrix in (self.q, self.k, self.v))
+        q, k, v = (self._heads(matrix, x_BLD) for matrix in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.frequencies:
@@ -177,8 +215,42 @@ class Attention(SubLayer):
             q, k = rotated(q, cos_LK, sin_LK), rotated(k, cos_LK, sin_LK)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        mixed_BHLK = attend(q, k, v, self.window, self.cap, self.causal, context.visible)
-        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2)))
+        near_HLM = None if self.distances is None else self.distances.weight[:, context.buckets_LM]
+        bias = _hiding(context.blank_BM, near_HLM)
+        return self._written(attend(q, k, v, self.window, self.cap, self.causal, bias), context)
+
+    def _heads(self, matrix: nn.Linear, x_BLD: Tensor) -> Tensor:
+        """What a matrix gives, head by head: [B, H, L, K]."""
+        return matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
+
+    def _written(self, mixed_BHLK: Tensor, context: Context) -> Tensor:
+        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2), context.blank_BM))
+
+
+class Cross(Attention):
+    """Attention across, to what the encoder gave."""
+
+    part = "cross"
+
+    def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
+        source = context.source
+        assert source is not None, "attention across without a source"
+
+        def make() -> tuple[Tensor, Tensor]:
+            read_BSD = self.seen(source.hidden_BSD, source.blank_BS)
+            return self._heads(self.k, read_BSD), self._heads(self.v, read_BSD)
+
+        k, v = make() if context.cache is None else context.cache.of_source(self.layer, make)
+        bias = _hiding(source.blank_BS, None)
+        return self._written(attend(self._heads(self.q, x_BLD), k, v, None, self.cap, False, bias), context)
+
+
+def _hiding(blank_BM: Tensor | None, bias_HLM: Tensor | None) -> Tensor | None:
+    """What is added to scores, [H, L, M] or [B, H or 1, L or 1, M]: this, and no attention to padding."""
+    if blank_BM is None:
+        return bias_HLM
+    zeros = torch.zeros((), device=blank_BM.device) if bias_HLM is None else bias_HLM
+    return zeros.masked_fill(blank_BM[:, None, None], -torch.inf)
 
 
 class FeedForward(SubLayer):
@@ -194,7 +266,7 @@ class FeedForward(SubLayer):
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         activate = ACTIVATIONS[self.activation]
         inner = activate(self.up(x_BLD)) if self.gate is None else activate(self.gate(x_BLD)) * self.up(x_BLD)
-        return self.down(self.seen(inner))
+        return self.down(self.seen(inner, context.blank_BM))
 
 
 class SharedExpert(FeedForward):
@@ -250,30 +322,95 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = decoder.parallel
         self.attention = Attention(decoder, layer)
-        experts, name = decoder.experts_of(layer), f"layers.{layer}.ffn"
+        self.cross = Cross(decoder, layer) if decoder.encoder else None
+        experts, name = decoder.experts_of(layer), f"{decoder.prefix}layers.{layer}.ffn"
         self.ffn = Mixture(decoder, layer, experts) if experts else FeedForward(decoder, name, decoder.channels)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         front_BLD = self.attention.front(x_BLD)
-        behind_BLD = self.ffn.front(front_BLD + self.attention(front_BLD, context))
+        behind_BLD = front_BLD + self.attention(front_BLD, context)
+        if self.cross is not None:
+            across_BLD = self.cross.front(behind_BLD)
+            behind_BLD = across_BLD + self.cross(across_BLD, context)
+        behind_BLD = self.ffn.front(behind_BLD)
         return behind_BLD + self.ffn(front_BLD if self.parallel else behind_BLD, context)
 
 
-class Transformer(nn.Module):
-    """A language model: token ids [B, L] -> logits [B, L, V]; or a classifier: -> [B, classes].
+class Stack(nn.Module):
+    """Blocks between rows of an embedding and a last norm: an encoder, or the better part of a `Transformer`."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
+        self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
+        self.norm = Norm.of(decoder)
+
+    def front(self, rows_BLD: Tensor, start: int = 0) -> Tensor:
+        """Rows of the embedding -> the stream in front of the first block. start: position of the first token."""
+        x_BLD = rows_BLD
+        if self.decoder.embedding_scale != 1:
+            x_BLD = x_BLD * self.decoder.embedding_scale
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(torch.arange(start, start + x_BLD.shape[1], device=x_BLD.device))
+        return x_BLD
+
+    def states(self, x_BLD: Tensor, context: Context, again: bool = False) -> Iterator[Tensor]:
+        """The stream in front of the first block and behind every block. again: see `Transformer.checkpointing`."""
+        yield x_BLD
+        for block in self.layers:
+            x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False) if again else block(x_BLD, context)
+            yield x_BLD
+
+    def context(self, length: int, cache: Cache | None = None) -> Context:
+        """For `length` tokens behind those in the cache."""
+        return Context.of(self.decoder, length, cache, self.norm.weight)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Windows of an encoder-decoder (see `text.Spans`) as its two halves read them.
+
+    source_BS: without columns of padding alone; target_BT: at every place the token in front of the one that is to be said
+    there; said_BT: whether there is one; first: place of the target in the window.
+    """
+
+    source_BS: Tensor
+    target_BT: Tensor
+    said_BT: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, ids_BL: Tensor) -> Sides:
+        said_BL = ids_BL < 0
+        (marked,) = said_BL.any(0).nonzero(as_tuple=True)
+        if not len(marked):
+            raise ValueError("expected windows of a source and a target, whose tokens are written ~id; found no target")
+        first, end = int(marked[0]), int(marked[-1]) + 1
+        longest = int((ids_BL[:, :first] != decoder.pad).sum(1).max())
+        before_BT = torch.maximum(ids_BL, ~ids_BL)[:, first : end - 1]
+        target_BT = torch.cat([torch.full_like(ids_BL[:, :1], decoder.start), before_BT], 1)
+        return cls(ids_BL[:, :longest], target_BT, said_BL[:, first:end], first)
+
+    def widened(self, hidden_BTD: Tensor, length: int) -> Tensor:
+        """[B, `length`, D], with zeros for places that are not the target's."""
+        behind = length - self.first - hidden_BTD.shape[1]
+        return functional.pad(hidden_BTD, (0, 0, self.first, behind))
+
+
+class Transformer(Stack):
+    """A language model: token ids [B, L] -> logits [B, L, V]; with an encoder, windows of source and target (`Sides`). Or a
+    classifier: -> [B, classes].
 
     checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
     """
 
     def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
+        super().__init__(decoder)
         self.rounding: Callable[[Tensor], Tensor] | None = None
         self.checkpointing = False
         self.embedding = nn.Embedding(decoder.vocabulary, decoder.hidden)
-        self.positions = nn.Embedding(decoder.max_positions, decoder.hidden) if decoder.learned_positions else None
-        self.layers = nn.ModuleList(Block(decoder, layer) for layer in range(decoder.layers))
-        self.norm = Norm.of(decoder)
+        self.encoder = Stack(decoder.encoder) if decoder.encoder else None
         self.transform, self.transform_norm = None, None
         if decoder.transform:
             self.transform = nn.Linear(decoder.hidden, decoder.hidden, "transform" in decoder.biases)
@@ -287,34 +424,62 @@ class Transformer(nn.Module):
         return logits_BLV[:, 0] if self.decoder.classes else logits_BLV
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added."""
+        """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added; with
+        an encoder, of its source, see `begin`. Without, windows are read, and what is not their target has zeros."""
         (last_BLD,) = deque(self._states(ids_BL, cache), maxlen=1)  # the others need not lie in memory
-        return self._end(last_BLD)
+        return self._end(last_BLD, ids_BL, cache)
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
-        """Hidden states [B, L, D] of the embedding and behind every block; the last one is what the head reads."""
+        """Hidden states [B, L, D] of the embedding and behind every block, an encoder's first; the last one is what the
+        head reads."""
         *states, last_BLD = self._states(ids_BL)
-        return [*states, self._end(last_BLD)]
+        return [*states, self._end(last_BLD, ids_BL)]
 
-    def _end(self, x_BLD: Tensor) -> Tensor:
+    def begin(self, ids_BL: Tensor) -> tuple[Tensor, Cache]:
+        """What the text that follows these is begun with: (tokens to be read first, the cache behind which they are)."""
+        if self.encoder is None:
+            return ids_BL, Cache()
+        front_BSD, context = self.read(ids_BL)
+        (last_BSD,) = deque(self.encoder.states(front_BSD, context), maxlen=1)
+        start_B1 = torch.full_like(ids_BL[:, :1], self.decoder.start)
+        return start_B1, Cache(Source(self.encoder.norm(last_BSD), context.blank_BM))
+
+    def _end(self, x_BLD: Tensor, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """The stream behind the last block -> what the head reads."""
         x_BLD = self.norm(x_BLD)
+        if self.encoder is not None and cache is None:
+            x_BLD = Sides.of(self.decoder, ids_BL).widened(x_BLD, ids_BL.shape[1])
         if self.transform is None:
             return x_BLD
         x_BLD = ACTIVATIONS[self.decoder.transform_activation or self.decoder.activation](self.transform(x_BLD))
         return x_BLD if self.transform_norm is None else self.transform_norm(x_BLD)
 
     def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
-        """The stream in front of the first block and behind every block."""
-        context = self.context(ids_BL, cache)
-        x_BLD = self.embedded(ids_BL, cache.length if cache else 0)
-        yield x_BLD
+        """The stream in front of the first block and behind every block, an encoder's first."""
         again = self.checkpointing and torch.is_grad_enabled()
-        for block in self.layers:
-            x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False) if again else block(x_BLD, context)
-            yield x_BLD
+        if self.encoder is not None and cache is None:
+            sides = Sides.of(self.decoder, ids_BL)
+            x_BLD, context = self.read(sides.source_BS)
+            for behind_BSD in self.encoder.states(x_BLD, context, again):
+                yield behind_BSD
+            x_BLD, context = self.answer(sides, Source(self.encoder.norm(behind_BSD), context.blank_BM))
+        else:
+            x_BLD, context = self.placed(ids_BL, cache)
+        yield from self.states(x_BLD, context, again)
         if cache is not None:
             cache.length += ids_BL.shape[1]
+
+    def read(self, source_BS: Tensor) -> tuple[Tensor, Context]:
+        """A source in front of the encoder's first block."""
+        assert self.encoder is not None
+        blank_BS = _some(source_BS == self.decoder.pad)
+        context = replace(self.encoder.context(source_BS.shape[1]), blank_BM=blank_BS)
+        return self.encoder.front(self.embedding(source_BS)), context
+
+    def answer(self, sides: Sides, source: Source) -> tuple[Tensor, Context]:
+        """A target in front of the first block."""
+        context = replace(self.context(sides.target_BT.shape[1]), blank_BM=_some(~sides.said_BT), source=source)
+        return self.embedded(sides.target_BT), context
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
@@ -324,22 +489,20 @@ class Transformer(nn.Module):
 
     def embedded(self, ids_BL: Tensor, start: int = 0) -> Tensor:
         """The stream in front of the first block. start: position of the first token."""
-        x_BLD = self.embedding(ids_BL)
-        if self.decoder.embedding_scale != 1:
-            x_BLD = x_BLD * self.decoder.embedding_scale
-        if self.positions is not None:
-            x_BLD = x_BLD + self.positions(torch.arange(start, start + ids_BL.shape[1], device=ids_BL.device))
-        return x_BLD
+        return self.front(self.embedding(ids_BL), start)
 
-    def context(self, ids_BL: Tensor, cache: Cache | None = None) -> Context:
-        """For these tokens behind those in the cache."""
-        return Context.of(self.decoder, ids_BL.shape[1], cache, self.embedding.weight, self.visible(ids_BL))
+    def placed(self, ids_BL: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:
+        """Tokens behind those in the cache, in front of the first block."""
+        context = replace(self.context(ids_BL.shape[1], cache), blank_BM=self.blank(ids_BL))
+        return self.embedded(ids_BL, cache.length if cache else 0), context
 
-    def visible(self, ids: Tensor) -> Tensor | None:
-        """Bool of the shape of token ids, false for padding; None if there is none."""
-        if self.decoder.padding is None or not (padding := ids == self.decoder.padding).any():
-            return None
-        return ~padding
+    def blank(self, ids: Tensor) -> Tensor | None:
+        """Which tokens of a classifier's texts are padding; None where none is."""
+        return _some(ids == self.decoder.pad) if self.decoder.classes else None
+
+
+def _some(blank_BM: Tensor) -> Tensor | None:
+    return blank_BM if blank_BM.any() else None
 
 
 def rotated(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -355,26 +518,30 @@ def attend(
     window: int | None,
     cap: float | None,
     causal: bool = True,
-    visible_BM: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [B, H, L, K] at the last L positions of keys and values [B, G, M, K].
 
-    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap). visible: which keys are.
+    window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap). bias: is added to them.
     """
     k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
     length, total = q.shape[2], k.shape[2]
     plain = window is None or total <= window
-    if cap is None and plain and length in (1, total) and visible_BM is None:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1)
+    if cap is None and plain and (not causal or (bias is None and length in (1, total))):
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and length > 1)
     distance_LM = torch.arange(total - length, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
     distance_LM = distance_LM if causal else distance_LM.abs()
-    seen = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
-    if visible_BM is not None:  # what is not visible sees itself: a softmax over nothing would be no number
-        seen = (seen & visible_BM[:, None, None]) | (distance_LM == 0)
+    visible_LM = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
     if cap is None:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if bias is None:
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
+        mask = bias.masked_fill(~visible_LM, -torch.inf)
+        # padding far from all text sees nothing, and a softmax over nothing is no number
+        mask = mask.masked_fill(mask.isneginf().all(-1, keepdim=True), 0.0)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    scores = scores if bias is None else scores + bias
+    return scores.masked_fill(~visible_LM, -torch.inf).softmax(-1) @ v
 
 
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
@@ -424,7 +591,8 @@ class Network:
         return self.model.every_hidden(self.seen(ids_BL))
 
     def seen(self, ids: Tensor) -> Tensor:
-        """Token ids as the model reads them, on its device: the mask token in place of masked ones (`text.Masking`)."""
+        """Token ids as the model reads them, on its device: the mask token in place of masked ones (`text.Masking`). A
+        window of an encoder-decoder as it is."""
         ids = ids.to(self.device)
         return ids if self.mask_token is None else ids.where(ids >= 0, self.mask_token)
 
@@ -434,8 +602,8 @@ class Network:
 
     def written(self, ids_L: Tensor) -> Tensor:
         """A window without the padding behind its text."""
-        visible_L = self.model.visible(ids_L)
-        return ids_L if visible_L is None else ids_L[visible_L]
+        blank_L = self.model.blank(ids_L)
+        return ids_L if blank_L is None else ids_L[~blank_L]
 
     @torch.no_grad()
     def window_logits(self, ids_L: np.ndarray) -> Tensor:
@@ -455,8 +623,8 @@ class Network:
         """
         ids_BL = ids_BL.to(self.device)
         ended_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=self.device)
-        fresh_BL, cache = ids_BL, Cache()
         with parametrize.cached():  # weights in training are computed once, not for every token
+            fresh_BL, cache = self.model.begin(ids_BL)
             for _ in range(new_tokens):
                 last_BD = self.model.hidden(fresh_BL, cache)[:, -1]
                 fresh_BL = pick(self.logits(last_BD))[:, None]
@@ -472,10 +640,13 @@ class Network:
         whole_BL = self.generate(ids_L[None], new_tokens, lambda logits_BV: logits_BV.argmax(-1), ends)
         return whole_BL[0, len(ids_L) :].tolist()
 
-    def cached_step(self, context_BL: Tensor) -> Callable[[], Tensor]:
-        """A call that decodes one token behind `context_BL`, every time from the same cache."""
+    def cached_step(self, context_BL: Tensor, source_BS: Tensor | None = None) -> Callable[[], Tensor]:
+        """A call that decodes one token behind `context_BL`, every time from the same cache. source_BS: what an encoder
+        reads."""
         cache, token_BL = Cache(), context_BL[:, -1:].to(self.device)
         with torch.no_grad():
+            if source_BS is not None:
+                _, cache = self.model.begin(source_BS.to(self.device))
             self.model.hidden(context_BL.to(self.device), cache)
 
         @torch.no_grad()
@@ -511,13 +682,13 @@ class Network:
     def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name of an input, matrices that read it), over the pruned and quantized linear layers.
 
-        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down; of
-        an expert, `layers.{i}.ffn.experts.{e}.in` and so on.
+        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down;
+        `layers.{i}.cross.in` -> q; `.cross.source` -> k, v; `.cross.out` -> o; of an expert, `layers.{i}.ffn.experts.{e}.in`
+        and so on.
         """
         for site in self.sites.values():
-            if site.layer is not None:
-                yield f"{site.name}.in", tuple(m.name for m in site.matrices if m.pruned == "rows")
-                yield f"{site.name}.out", tuple(m.name for m in site.matrices if m.pruned == "columns")
+            for name, matrices in site.inputs.items() if site.layer is not None else ():
+                yield name, tuple(matrix.name for matrix in matrices)
 
     @contextmanager
     def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -554,7 +725,7 @@ class Network:
             return
         sub_layer = self.module(site.name)
         sub_layer.dropped, sub_layer.rounding = action.keep == 0, rounder
-        for matrix in site.matrices if action.keep else ():
+        for matrix, _ in site.stored(action):
             given, linear = weights[matrix.name], self.module(matrix.name)
             wanted = matrix.shape(action.keep, site.units)
             assert given.shape == wanted, f"{matrix.name}: {given.shape} where {action} is {wanted}"
@@ -583,8 +754,10 @@ class Network:
         """Ids of the tokens that begin, end and pad a text, under transformers' names, those that there are; what
         ends a generation counts before what ends a text."""
         config, generation = self.configuration
-        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
-        found = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        found = {name: getattr(config, name, None) for name in names}
+        if generation.eos_token_id is not None:
+            found["eos_token_id"] = generation.eos_token_id
         return {name: token for name, token in found.items() if token is not None}
 
     def ends(self) -> tuple[int, ...]:
@@ -595,9 +768,9 @@ class Network:
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys, in which the precision of students does not count, nor what a
         `Decoder` says by default."""
-        defaults = {field.name: field.default for field in fields(self.decoder)}
-        shape = {name: value for name, value in self.decoder.to_dict().items() if value != defaults[name]}
-        shape.pop("precision", None)
+        decoder = replace(self.decoder, precision="float32")
+        defaults = {field.name: field.default for field in fields(decoder)}
+        shape = {name: value for name, value in decoder.to_dict().items() if value != defaults[name]}
         digest = hashlib.sha256(json.dumps(shape).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())
@@ -620,11 +793,15 @@ class Stream:
 
     @torch.no_grad()
     def __init__(self, network: Network, ids_NL: Tensor):
-        self._network = network
-        self._sub_layers = list(network.decoder.sub_layers().items())
-        seen_NL = network.seen(ids_NL)
-        self._context = network.model.context(seen_NL)
-        self.hidden_NLD = network.model.embedded(seen_NL)
+        self._network, model = network, network.model
+        self._sub_layers = list(network.decoder.every_sub_layer().items())
+        self._sides: Sides | None = None
+        ids_NL = network.seen(ids_NL)
+        if model.encoder is None:
+            self.hidden_NLD, self._context = model.placed(ids_NL)
+        else:
+            self._sides = Sides.of(model.decoder, ids_NL)
+            self.hidden_NLD, self._context = model.read(self._sides.source_BS)
         self._block_NLD = self.hidden_NLD
 
     @property
@@ -632,16 +809,21 @@ class Stream:
         """Those of the sub-layer that comes next."""
         return self._sub_layers[0][1]
 
-    def read(self) -> Tensor:
-        """What the next sub-layer reads, [N, L, D]."""
-        return torch.cat([self._module.read(self._source(windows)) for windows in self._batches()])
+    def read(self) -> dict[str, Tensor]:
+        """What the next sub-layer reads, by the ends of its inputs' names: `in` [N, L, D], and across `source` [N, S, D]."""
+        found = {"in": torch.cat([self._module.read(self._source(windows)) for windows in self._batches()])}
+        if self.sites[0].part == "cross" and self._context.source is not None:
+            found["source"] = self._context.source.hidden_BSD
+        return found
 
-    def inputs(self, site: Site, matrix: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def inputs(self, site: Site, name: str, matrix: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """What a matrix of the next sub-layer reads, batch by batch: (windows, weight_BL, x_TI), x being the inputs of those
-        tokens that reach its site, whose weights are not 0 (see `SubLayer.weights`); padding's are."""
-        place = self.sites.index(site)
+        tokens that reach its site, whose weights are not 0 (see `SubLayer.weights`); padding's are.
+
+        name: of the input, see `Network.inputs`.
+        """
         for windows in self._batches():
-            weight_BL = self._module.weights(self._module.read(self._source(windows)))[..., place]
+            weight_BL, blank_BL = self._weights(site, name, windows)
             reached = int(weight_BL.count_nonzero())
             seen: list[Tensor] = []
 
@@ -653,10 +835,19 @@ class Stream:
             if reached:
                 with _watching({self._network.module(matrix): see}), suppress(_Seen):
                     self._added(windows)
-                x_TI, visible_BL = torch.cat(seen), self._context.of_windows(windows).visible
-                if visible_BL is not None:
-                    x_TI, weight_BL = x_TI[visible_BL[weight_BL != 0]], weight_BL * visible_BL
+                x_TI = torch.cat(seen)
+                if blank_BL is not None:
+                    x_TI, weight_BL = x_TI[~blank_BL[weight_BL != 0]], weight_BL * ~blank_BL
                 yield windows, weight_BL, x_TI
+
+    def _weights(self, site: Site, name: str, windows: slice) -> tuple[Tensor, Tensor | None]:
+        """(weights of the tokens of an input, which of them are padding), [B, L] each."""
+        context = self._context.of_windows(windows)
+        if name.endswith(".source"):
+            assert context.source is not None
+            return context.source.hidden_BSD.new_ones(context.source.hidden_BSD.shape[:2]), context.source.blank_BS
+        weight_BLP = self._module.weights(self._module.read(self._source(windows)))
+        return weight_BLP[..., self.sites.index(site)], context.blank_BM
 
     def without(self, site: Site, windows: slice) -> Tensor:
         """The stream [B, L, D] behind the next sub-layer, if this site of it gave nothing."""
@@ -666,12 +857,18 @@ class Stream:
         module.dropped = False
         return behind_BLD
 
-    def advance(self) -> None:
-        """Pass the next sub-layer."""
-        self.hidden_NLD = torch.cat([self._behind(windows) for windows in self._batches()])
+    def advance(self) -> Tensor:
+        """Pass the next sub-layer; the stream behind it. Behind an encoder's last, the decoder's stream begins."""
+        behind_NLD = torch.cat([self._behind(windows) for windows in self._batches()])
+        self.hidden_NLD = behind_NLD
         if self.sites[0].kind == "ffn":
-            self._block_NLD = self.hidden_NLD
-        self._sub_layers.pop(0)
+            self._block_NLD = behind_NLD
+        (_, (passed, *_)), model = self._sub_layers.pop(0), self._network.model
+        if passed.part == "encoder" and self.sites[0].part == "decoder":
+            assert model.encoder is not None and self._sides is not None
+            source = Source(model.encoder.norm(behind_NLD), self._context.blank_BM)
+            self.hidden_NLD, self._context = model.answer(self._sides, source)
+        return behind_NLD
 
     @property
     def _module(self) -> Any:

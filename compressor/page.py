@@ -43,9 +43,14 @@ LOAD = """
 ```python
 import compressor
 
-model = compressor.load("FOLDER")  # torch: token ids [B, L] -> logits [B, L, V]
+model = compressor.load("FOLDER")  # torch: {read} [B, L] -> logits [B, L, V]
 ```
 """
+BOTH = (
+    "`encoder_model.onnx` reads a text, once, and gives, beside `last_hidden_state`, the keys and values that "
+    "`decoder_model_merged.onnx` attends to: outputs `present.{i}.encoder.key` and `.value` are inputs "
+    "`past_key_values.{i}.encoder.key` and `.value` there. The weights of both lie in one file."
+)
 PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 
 STYLE = """
@@ -159,14 +164,18 @@ def _in_torch(report: Report) -> bool:
 
 
 def _writes(report: Report) -> bool:
-    return report.task == "text-generation"
+    return report.task in ("text-generation", "text2text-generation")
 
 
 def _run_part(report: Report) -> str:
-    load = LOAD.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else LOAD
+    encoder = report.task == "text2text-generation"
+    load = LOAD.format(read="token ids of texts and, as ~id, of targets" if encoder else "token ids")
+    load = load.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else load
     parts = ["## How to run", *([WRITE] if _writes(report) else []), load]
-    if not _in_torch(report):
-        others = "optimum" if not _writes(report) else "ONNX Runtime GenAI, transformers.js and optimum"
+    if encoder:
+        parts.append(BOTH)
+    elif not _in_torch(report):
+        others = "ONNX Runtime GenAI, transformers.js and optimum" if _writes(report) else "optimum"
         parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")
     return "\n".join([*parts, PLAN_HERE])
 
@@ -307,9 +316,8 @@ def _gate_part(report: Report) -> str:
         return ""
     text = "### Gate\n\n" + table(("gate", "limit", "measured", "result"), rows)
     if report.parity:
-        what = {"text-generation": "Greedily decoded tokens", "fill-mask": "The most likely tokens"}.get(
-            report.task, "Classes"
-        )
+        kinds = {"fill-mask": "The most likely tokens", "text-classification": "Classes"}
+        what = kinds.get(report.task, "Greedily decoded tokens")
         same = "the same" if report.parity.greedy_equal else "not the same"
         text += (
             f"\n\n{what} are {same} from the deployed folder and from torch. Both compute in float32 here, without "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -155,36 +156,52 @@ def _colour(name: str) -> str:
     return _FORMAT_COLOURS.get((fmt.kind, fmt.bits), "#999999")
 
 
+COLUMNS = {"attention": "attention: groups kept", "cross": "across: groups kept", "ffn": "feed-forward: channels kept"}
+"""Of the picture of a plan: the last part of a site's name -> its title."""
+
+
+def _place(site: str) -> tuple[str, str]:
+    """`encoder.layers.3.ffn.experts.1` -> (`encoder.layers.3`, `ffn`)."""
+    found = re.match(r"(.*layers\.\d+)\.(\w+)", site)
+    assert found, site
+    return found[1], found[2]
+
+
 def _plan_figure(report: Report) -> Figure:
     from matplotlib.patches import Patch
 
-    layers = 1 + max((entry.layer for entry in report.plan if entry.layer is not None), default=0)
     ends = [entry for entry in report.plan if entry.layer is None]
+    places = {entry.site: _place(entry.site) for entry in report.plan if entry.layer is not None}
+    blocks = list(dict.fromkeys(block for block, _ in places.values()))
+    layers = len(blocks) or 1
+    columns = [name for name in COLUMNS if name in {part for _, part in places.values()}] or ["attention", "ffn"]
     figure = _figure(7.5, 1.6 + 0.2 * (layers + len(ends)))
-    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
-    for axes, kind in ((left, "attention"), (right, "ffn")):
-        for layer in range(layers):
-            parts = [entry for entry in report.plan if entry.kind == kind and entry.layer == layer]
+    every = figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08})
+    left = every[0]
+    for axes, column in zip(every, columns, strict=True):
+        for row, block in enumerate(blocks):
+            parts = [entry for entry in report.plan if places.get(entry.site) == (block, column)]
             for number, entry in enumerate(parts):  # a mixture's experts lie in one row
-                _bar(axes, layer + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, 1 / len(parts))
+                _bar(axes, row + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, 1 / len(parts))
+        axes.set_title(COLUMNS[column], fontsize=24 / len(columns))
         axes.set_xlim(0, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "all"])
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
     for entry in ends:
-        # the embedding stands above the first block, the head below the last, each over both columns
+        # the embedding stands above the first block, the head below the last, each over all columns
         place = -1.5 if entry.kind == "embedding" else layers + 0.5
-        for axes in (left, right):
+        for axes in every:
             _bar(axes, place, entry)
     ticks: dict[float, str] = {-1.5 if entry.kind == "embedding" else layers + 0.5: entry.kind for entry in ends}
-    ticks |= {layer: str(layer) for layer in range(0, layers, 1 if layers <= 40 else 5)}
+    names = [block.removeprefix("layers.").replace("encoder.layers.", "encoder ") for block in blocks] or ["0"]
+    ticks |= {place: names[place] for place in range(0, layers, 1 if layers <= 40 else 5)}
     left.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     left.set_ylim(layers + (1.2 if any(entry.kind == "head" for entry in ends) else -0.3), -2.2 if ends else -0.7)
-    left.set(title="attention: groups kept", ylabel="block")
-    right.set(title="feed-forward: channels kept")
+    left.set_ylabel("block")
     used = {entry.format for entry in report.plan if entry.keep}
-    names = sorted(used, key=lambda name: (-Format.parse(name).bits, Format.parse(name).kind, name))
-    patches = [Patch(color=_colour(name), label=name) for name in names]
+    formats = sorted(used, key=lambda name: (-Format.parse(name).bits, Format.parse(name).kind, name))
+    patches = [Patch(color=_colour(name), label=name) for name in formats]
     if any(entry.keep == 0 for entry in report.plan):
         patches.append(Patch(facecolor="white", edgecolor="#b22222", label="dropped"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)

@@ -41,8 +41,18 @@ from compressor.runtimes import runtime
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
-from compressor.student import Student, full_plan
-from compressor.text import Labelling, Masking, load_prompts, load_tokens, prompts_of, tokens_digest
+from compressor.student import Decoder, Student, full_plan
+from compressor.text import (
+    Labelling,
+    Marking,
+    Masking,
+    Spans,
+    load_prompts,
+    load_tokens,
+    plain,
+    prompts_of,
+    tokens_digest,
+)
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
@@ -107,28 +117,35 @@ class Texts:
     evaluation: dict[str, Tensor]
 
     @classmethod
-    def read(cls, recipe: Recipe, tokenizer, marking: Masking | Labelling | None = None) -> Texts:
+    def read(cls, recipe: Recipe, tokenizer, marking: Marking | None = None) -> Texts:
         """The calibration text gives scoring and held-out windows first, then the rest. Scoring windows are cut where it
         takes that for every part to have one."""
         data, tokens = recipe.data, recipe.search.tokens
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
         total = data.calibration_tokens + (count + held_out) * data.sequence_length
-        windows_NL = load_tokens(data.calibration, tokenizer, total, data.sequence_length, marking=marking)
-        length = data.sequence_length if marking else tokens // count  # a part of a masked window may mask nothing
+        load = partial(
+            load_tokens,
+            tokenizer=tokenizer,
+            sequence_length=data.sequence_length,
+            marking=marking,
+            target_length=data.said_length,
+        )
+        more = partial(load, data.calibration)
+        windows_NL = more(tokens=total)
+        paired = any(source.target for source in data.calibration)
+        # a part of such a window may predict nothing
+        length = data.sequence_length if marking or paired else tokens // count
         score_NL, rest_NL = windows_NL[:count, :length], windows_NL[count:]
         fitted_NL = rest_NL[held_out:]
-        more = partial(load_tokens, data.calibration, tokenizer, sequence_length=data.sequence_length, marking=marking)
         if recipe.distill.tokens:
-            fitted_NL = more(recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
+            fitted_NL = more(tokens=recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
         trained_NL = fitted_NL
         if training := recipe.distill.steps * recipe.batch_windows:
-            fresh_NL = more(training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
+            fresh_NL = more(tokens=training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
-        evaluation = {
-            s.name: load_tokens([s], tokenizer, each, data.sequence_length, marking=marking) for s in data.evaluation
-        }
+        evaluation = {source.name: load([source], tokens=each) for source in data.evaluation}
         return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
 
     @property
@@ -203,10 +220,9 @@ def start(
             trust_remote_code=trust_remote_code,
             precision=target.precision,
         )
-        if not teacher.network.decoder.causal:
-            _check_reading(recipe)
-        texts = Texts.read(recipe, teacher.tokenizer, _marking(teacher))
-        highest = max(int(teacher.network.seen(ids_NL).max()) for ids_NL in (texts.score_NL, texts.evaluation_NL))
+        _check_asked(recipe, teacher.network.decoder)
+        texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher))
+        highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := teacher.network.decoder.vocabulary):
             raise ModelError(
                 f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
@@ -221,23 +237,37 @@ def start(
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
 
 
-def _marking(teacher: Teacher) -> Masking | Labelling | None:
-    """What is done to texts, beyond cutting them into windows."""
-    network = teacher.network
+def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
+    """Raise RecipeError where a recipe asks of a model what only another kind does."""
+    own_text: dict[str, object] = {f"distill.method = {recipe.distill.method}": recipe.distill.own_text}
+    if decoder.encoder:
+        expected = "a decoder alone, this one is an encoder-decoder"
+        asked = own_text | {"target.runtime = torch": recipe.target.runtime == "torch"}
+    elif not decoder.causal:
+        expected = "a model that writes, this one only reads"
+        asked = own_text | {"budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode}
+    else:
+        expected, asked = "", {}
+    for key, value in asked.items():
+        if value:
+            raise RecipeError(f"{key}: expected {expected}; leave it out")
+    targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
+    if targets and not decoder.encoder:
+        raise RecipeError(
+            f"data: target = {targets[0]}: expected an encoder-decoder, which answers a text; leave it out"
+        )
+
+
+def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:
+    """What makes windows out of texts, where they are not the text itself."""
+    network, data = teacher.network, recipe.data
     if network.decoder.classes:
         return Labelling.of(teacher.tokenizer, network.configuration[0].label2id)
-    return None if network.decoder.causal else Masking.of(teacher.tokenizer)
-
-
-def _check_reading(recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks of a model that only reads what one that writes does."""
-    for key, asked in {
-        "budget.decode": recipe.budget.decode,
-        "gate.decode": recipe.gate.decode,
-        f"distill.method = {recipe.distill.method}": recipe.distill.own_text,
-    }.items():
-        if asked:
-            raise RecipeError(f"{key}: expected a model that writes, this one only reads; leave it out")
+    if not network.decoder.causal:
+        return Masking.of(teacher.tokenizer)
+    if network.decoder.encoder and not all(source.target for source in (*data.calibration, *data.evaluation)):
+        return Spans.of(teacher.tokenizer, data.sequence_length)
+    return None
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:

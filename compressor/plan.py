@@ -94,7 +94,7 @@ class Format:
         return [*sizes, rows * -(-blocks * self.bits // 8)] if self.has_zeros else sizes
 
 
-DROPPED = Format.parse("none")
+DROPPED, FP32 = Format.parse("none"), Format.parse("fp32")
 
 
 def aligned(size: int) -> int:
@@ -127,6 +127,8 @@ class Site:
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
     1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
     `share`: of the tokens, those that reach it on average; all, but for an expert of a mixture, which is a feed-forward, too.
+    `part`: of an encoder-decoder, its encoder, which runs once a text; attention across, from the decoder to what the
+    encoder gave; or the rest. `tables`: what is stored beside the matrices, goes with the units and stays fp32.
     """
 
     name: str
@@ -136,11 +138,13 @@ class Site:
     matrices: tuple[Matrix, ...]
     float_bytes: int = 4
     share: float = 1.0
+    part: Literal["decoder", "encoder", "cross"] = "decoder"
+    tables: tuple[Matrix, ...] = ()
 
     @property
     def sub_layer(self) -> str:
         """The sub-layer of a block to which it belongs: itself, or the mixture of which it is an expert."""
-        return f"layers.{self.layer}.{self.kind}"
+        return self.name.split(".experts.")[0].removesuffix(".shared")
 
     def reached(self, tokens: int) -> int:
         """How many of so many tokens reach it on average, at least one."""
@@ -151,12 +155,29 @@ class Site:
         """Number of weights at full size."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
+    @property
+    def inputs(self) -> dict[str, tuple[Matrix, ...]]:
+        """The matrices of an attention or feed-forward by what they read: `{name}.in`, the stream; of attention across
+        also `{name}.source`, what the encoder gave; `{name}.out`, what the last matrix reads."""
+        found: dict[str, tuple[Matrix, ...]] = {}
+        for matrix in self.matrices:
+            read = "out" if matrix.pruned == "columns" else "in"
+            if self.part == "cross" and matrix.name.endswith((".k", ".v")):
+                read = "source"
+            found[f"{self.name}.{read}"] = (*found.get(f"{self.name}.{read}", ()), matrix)
+        return found
+
+    def stored(self, action: Action) -> list[tuple[Matrix, Format]]:
+        """Its matrices and tables, and the formats that an action gives them; none where it is dropped."""
+        if action.keep == 0:
+            return []
+        formats = [(self.matrices, Format.parse(action.format)), (self.tables, FP32)]
+        return [(matrix, format) for matrices, format in formats for matrix in matrices]
+
     def size_bytes(self, action: Action) -> int:
         """Bytes of the exported data file that this site takes under `action`, alignment included."""
-        if action.keep == 0:
-            return 0
-        fmt, total = Format.parse(action.format), 0
-        for matrix in self.matrices:
+        total = 0
+        for matrix, fmt in self.stored(action):
             rows, columns = matrix.shape(action.keep, self.units)
             sizes = fmt.tensor_bytes(rows, columns, self.float_bytes)
             sizes += [self.float_bytes * rows] if matrix.bias else []

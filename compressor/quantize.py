@@ -19,12 +19,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from compressor.plan import Format
+from compressor.plan import FP32, Format
 
 SMALLEST_BLOCK = 32
 """Columns that GPTQ handles before it updates the rest; divides every format's block."""
 
-FP32 = Format.parse("fp32")
 
 CODEBOOKS = {
     "nf4": (

@@ -178,6 +178,9 @@ class TextSource(Section):
     """Column, or key of a JSON object, that holds the text."""
     label: str | None = None
     """Column, or key of a JSON object, that holds the class of a classifier's text: its number or its name."""
+    target: str | None = None
+    """Column, or key of a JSON object, that holds what an encoder-decoder is to say of the text. When absent, spans of the
+    text are masked, and it says those."""
 
     @model_validator(mode="before")
     @classmethod
@@ -195,13 +198,13 @@ class TextSource(Section):
             raise ValueError("expected the path of a text file or {dataset: ..., split: ...}, one of the two")
         if self.dataset is not None and self.split is None:
             raise ValueError("expected a split beside the data set; add for example split: train")
-        if self.label is not None and not self.rows:
-            raise ValueError("label: expected a file of JSON lines (.jsonl) or a data set; a plain text has no classes")
+        if (self.label or self.target) and not self.rows:
+            raise ValueError("expected a file of JSON lines (.jsonl) or a data set beside a label or a target")
         return self
 
     @model_serializer
     def _as_written(self) -> str | dict[str, str]:
-        if self.file and self.column == "text" and self.label is None:
+        if self.file and self.column == "text" and not self.label and not self.target:
             return self.file
         return {key: value for key, value in self if value is not None}
 
@@ -209,6 +212,11 @@ class TextSource(Section):
     def rows(self) -> bool:
         """Whether it has rows with columns: it is a data set, or its file has a JSON object a line."""
         return self.file is None or self.file.endswith(".jsonl")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the text, and of its target, if it has one."""
+        return (self.column, self.target) if self.target else (self.column,)
 
     @property
     def name(self) -> str:
@@ -234,8 +242,23 @@ class DataSection(Section):
     """Tokens taken from the calibration texts; whole windows of `sequence_length`."""
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a window; windows follow one another without overlap."""
+    target_length: Count | None = None
+    """Of a window with a target, how many of its tokens are for that; a quarter when absent."""
     evaluation_tokens: Count = 16384
     """Tokens taken from the evaluation texts, of each the same number; whole windows."""
+
+    @property
+    def said_length(self) -> int:
+        """Tokens of a window with a target that are for the target."""
+        return self.target_length or max(1, self.sequence_length // 4)
+
+    @model_validator(mode="after")
+    def _room_for_text(self) -> DataSection:
+        if self.said_length >= self.sequence_length:
+            raise ValueError(
+                f"target_length = {self.target_length}: expected less than sequence_length = {self.sequence_length}"
+            )
+        return self
 
 
 class Workload(Section):

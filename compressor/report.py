@@ -203,8 +203,8 @@ class GateLine:
     baseline: float | None = None
 
 
-Task = Literal["text-generation", "fill-mask", "text-classification"]
-"""What a model does, as model hubs call it: only the first one decodes."""
+Task = Literal["text-generation", "text2text-generation", "fill-mask", "text-classification"]
+"""What a model does, as model hubs call it: only the first two decode."""
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from compressor.errors import ModelError
 from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
-from compressor.network import Network
+from compressor.network import Network, Sides
 from compressor.plan import Plan
 from compressor.recovery.distill import loaded
 from compressor.runtimes import Deployed, runtime
 from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.student import Decoder
-from compressor.text import predictions, tokens_digest
+from compressor.text import compared, predictions, tokens_digest
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
@@ -163,29 +163,29 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
     """Logits and text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations (see
     `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
-    network = run.teacher.network
-    shown = [network.seen(network.written(window_L)).cpu() for window_L in run.texts.evaluation_NL[:2]]
-    window_L = shown[0][:PARITY_TOKENS]
-    prompts = shown if network.decoder.classes else [ids_L[:PROMPT_TOKENS] for ids_L in shown]
+    teacher = run.teacher.network
+    written = [teacher.written(window_L) for window_L in run.texts.evaluation_NL[:2]]
+    window_L = teacher.seen(written[0] if teacher.decoder.encoder else written[0][:PARITY_TOKENS]).cpu()
+    prompts = [_prompt(teacher, window_L) for window_L in written]
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
-        teacher = run.teacher.network
         network = loaded(teacher, runtime(run.target.runtime).read_student(folder, teacher.decoder, plan), "none")
+        where = compared(window_L)
         expected_LV = network.window_logits(window_L.numpy()).cpu().numpy()
         with _open(run, folder, exact=True) as exact:
             found_LV = exact.logits(window_L.numpy())
             texts = [_text(run, exact, prompt) for prompt in prompts]
-        error = _relative_error(found_LV, expected_LV)
+        error = _relative_error(found_LV[where], expected_LV[where])
         equal = texts == [_text(run, network, prompt) for prompt in prompts]
         progress(1, 2)
         with _open(run, folder) as deployed:
             rounded_LV = deployed.logits(window_L.numpy())
             made = [_text(run, deployed, prompt) for prompt in prompts]
-        rounding = _relative_error(rounded_LV, expected_LV)
+        rounding = _relative_error(rounded_LV[where], expected_LV[where])
         teachers = [_text(run, teacher, prompt) for prompt in prompts]
-        written = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
-        samples = list(zip(written, map(partial(_named, run), teachers), map(partial(_named, run), made)))
+        shown = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
+        samples = list(zip(shown, map(partial(_named, run), teachers), map(partial(_named, run), made)))
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
@@ -193,8 +193,16 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
     return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
 
 
+def _prompt(network: Network, window_L: torch.Tensor) -> torch.Tensor:
+    """What a sample goes on from: the beginning of a window, or all of it that an encoder or a classifier reads."""
+    if network.decoder.encoder:
+        return Sides.of(network.decoder, window_L[None]).source_BS[0]
+    return network.seen(window_L if network.decoder.classes else window_L[:PROMPT_TOKENS]).cpu()
+
+
 def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[int]:
-    """What a model makes of a prompt: a greedy continuation, the most likely token at every position, or the text's class."""
+    """What a model makes of a prompt: a greedy continuation or answer, the most likely token at every position, or the text's
+    class."""
     if not run.teacher.network.decoder.causal:
         logits = model.window_logits if isinstance(model, Network) else model.logits
         return torch.as_tensor(logits(prompt_L.numpy())).argmax(-1).tolist()
@@ -227,9 +235,10 @@ def _rows(
 ) -> tuple[report.Row, ...]:
     sizes = {key: _size(run, folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
-    causal = run.teacher.network.decoder.causal
+    decoder = run.teacher.network.decoder
+    goes_on = decoder.causal and not decoder.encoder  # else what is predicted is not the text
     tokens_a_byte = {
-        text: _tokens_a_byte(run, text_NL[:, 1:]) if causal else None for text, text_NL in run.texts.evaluation.items()
+        text: _tokens_a_byte(run, text_NL[:, 1:]) if goes_on else None for text, text_NL in run.texts.evaluation.items()
     }
     return tuple(
         report.Row(
@@ -242,7 +251,7 @@ def _rows(
             f1=overall[key].f1,
             size_bytes=sizes[key],
             prefill_ms=_timing(times[key].prefill),
-            decode_ms=_timing(times[key].decode) if causal else None,
+            decode_ms=_timing(times[key].decode) if decoder.causal else None,
             peak_memory_bytes=memory.get(key),
         )
         for key, (name, role) in ROLES.items()
@@ -336,6 +345,8 @@ def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
 
 
 def _task(decoder: Decoder) -> report.Task:
+    if decoder.encoder:
+        return "text2text-generation"
     if decoder.classes:
         return "text-classification"
     return "text-generation" if decoder.causal else "fill-mask"
@@ -351,14 +362,18 @@ def _environment(run: Run, folder: Path) -> report.Environment:
 
 def _protocol(run: Run) -> str:
     count, length = run.texts.evaluation_NL.shape
-    target, causal = run.target, run.teacher.network.decoder.causal
+    target, task = run.target, _task(run.teacher.network.decoder)
+    causal = run.teacher.network.decoder.causal
     predicted = {
         "text-generation": "every token but a window's first predicted from those before it",
+        "text2text-generation": "every token of a window's target predicted from the source and the target before it",
         "fill-mask": "some tokens of every window masked, and these predicted from all that is not (pseudo-perplexity)",
         "text-classification": "one text in each, as much of it as fits, and its class predicted",
-    }[_task(run.teacher.network.decoder)]
-    times = f"Prefill: {target.prefill_tokens} tokens"
-    times += " into an empty cache, to the logits of the last. " if causal else ", to all that is predicted. "
+    }[task]
+    times = f"Prefill: {target.prefill_tokens} tokens" + {
+        "text-generation": " into an empty cache, to the logits of the last. ",
+        "text2text-generation": " through the encoder, to the logits of an answer's first. ",
+    }.get(task, ", to all that is predicted. ")
     if causal:
         times += f"Decode: one token behind {target.context} cached ones. "
     return (

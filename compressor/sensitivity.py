@@ -133,7 +133,7 @@ class _SubLayer:
         return 0.5 * self.statistics.fisher(name) * output_error(delta_OI, moment)
 
     def _input(self, name: str) -> str:
-        return f"{self.site.name}.{'out' if name == self.site.matrices[-1].name else 'in'}"
+        return next(read for read, matrices in self.site.inputs.items() if name in (m.name for m in matrices))
 
 
 def _table_loss(bank: Bank, site: Site, action: Action, alpha: float | None) -> float:

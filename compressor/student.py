@@ -1,10 +1,12 @@
 """A decoder as data: its shape, and the weights of one student. Knows nothing of transformers or ONNX.
 
-Names of a student's tensors, `{i}` being the block:
+Names of a student's tensors, `{i}` being the block; those of an encoder begin with `encoder.`:
 
     embedding                      [vocabulary, hidden]       head (only when untied)  [vocabulary, hidden]
     layers.{i}.attention.q/k/v     [heads * head_dim, hidden]  (k, v: kv_heads * head_dim)
     layers.{i}.attention.o         [hidden, heads * head_dim]
+    layers.{i}.attention.distances [heads, distance_buckets]   (only with biases by distance)
+    layers.{i}.cross.q/k/v/o       as of the attention         (only with an encoder)
     layers.{i}.ffn.gate/up         [channels, hidden]          layers.{i}.ffn.down      [hidden, channels]
     layers.{i}.attention.norm, layers.{i}.ffn.norm, norm       [hidden]
 
@@ -14,23 +16,22 @@ the feed-forward is a mixture, its matrices are those of `layers.{i}.ffn.experts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import log
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from compressor.plan import Action, Format, Matrix, Plan, Site
+from compressor.plan import Action, Matrix, Plan, Site
 from compressor.quantize import PARTS, Weight
 
 Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh"]
-
-FIRST = "layers.0.attention"
-"""The first sub-layer."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class Decoder:
     is of what the sub-layer reads; else the stream itself is normalized. embedding_norm: it is in front of the first one.
     transform: in front of the head there are a square matrix, an activation, that of the feed-forwards if none is named, and
     a norm, unless there is none.
-    classes: of whole texts, whose first token the transform and the head read; 0 is a language model. padding: the token that
-    fills a text up to a window's length, which nothing sees.
+    classes: of whole texts, whose first token the transform and the head read; 0 is a language model.
     biases: which of q, k, v, o, gate, up, down, transform and head have one.
     rope_frequencies: inverse frequencies, [head_dim / 2], none without rotary positions; rope_scale multiplies cos and sin.
     local_frequencies: in their place in local attentions.
@@ -71,6 +71,11 @@ class Decoder:
     causal; local: the blocks whose attention is local.
     attention_cap, logit_cap: a score or logit x becomes cap tanh(x / cap).
     experts: the mixtures that there are in place of feed-forwards.
+    distance_buckets: to every score of a head is added what its table says of the distance, which falls into one of so many
+    buckets (see `buckets`); distance_reach: tokens from which on all distances are one.
+    encoder: what reads the text that this decoder answers; every block has an attention across to it, the embedding is one.
+    prefix: of the names of an encoder's tensors. start: of a decoder with an encoder, the token that every answer begins
+    behind. pad: of encoder-decoders and classifiers, the token that fills up texts and is not seen.
     precision: of the students that are exported; torch computes in float32.
     """
 
@@ -95,7 +100,6 @@ class Decoder:
     transform_activation: Activation | None = None
     transform_norm: bool = True
     classes: int = 0
-    padding: int | None = None
     activation: Activation = "silu"
     gated: bool = True
     biases: tuple[str, ...] = ()
@@ -110,51 +114,87 @@ class Decoder:
     attention_cap: float | None = None
     logit_cap: float | None = None
     experts: Experts | None = None
+    distance_buckets: int = 0
+    distance_reach: int = 0
+    encoder: Decoder | None = None
+    prefix: str = ""
+    start: int = 0
+    pad: int = 0
     precision: Precision = "float32"
 
+    def __post_init__(self) -> None:
+        if self.encoder:
+            object.__setattr__(self, "encoder", replace(self.encoder, precision=self.precision))
+
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in depth order: embedding, then attention and feed-forward of each block, or every expert of it, then
-        an untied head."""
-        vocabulary, hidden = self.vocabulary, self.hidden
-        heads, groups = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        """Every site, in depth order: embedding, then those of each block, an encoder's first, then an untied head."""
+        table = Matrix("embedding", self.vocabulary, self.hidden, "neither")
+        sites = [Site("embedding", "embedding", None, 1, (table,), self.floats.itemsize)]
+        sites += [*(self.encoder.block_sites() if self.encoder else ()), *self.block_sites()]
+        if not self.tied and not self.classes:
+            head = Matrix("head", self.vocabulary, self.hidden, "neither", "head" in self.biases)
+            sites.append(Site("head", "head", None, 1, (head,), self.floats.itemsize))
+        return tuple(sites)
+
+    def block_sites(self) -> Iterator[Site]:
+        """Those of its own blocks: attention, attention across where there is an encoder, feed-forward or every expert."""
+        hidden, heads, groups = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        size = self.floats.itemsize
 
         def matrix(site: str, part: str, rows: int, columns: int) -> Matrix:
             pruned: Literal["rows", "columns"] = "columns" if part in ("o", "down") else "rows"
             return Matrix(f"{site}.{part}", rows, columns, pruned, part in self.biases)
 
+        def attention(name: str, layer: int, across: bool) -> Site:
+            readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
+            matrices = (*readers, matrix(name, "o", hidden, heads))
+            if across:
+                return Site(name, "attention", layer, self.kv_heads, matrices, size, part="cross")
+            tables = (matrix(name, "distances", self.heads, self.distance_buckets),) if self.distance_buckets else ()
+            return Site(name, "attention", layer, self.kv_heads, matrices, size, part=self.part, tables=tables)
+
         def feed_forward(name: str, layer: int, channels: int, share: float = 1.0) -> Site:
             readers = [matrix(name, part, channels, hidden) for part in (("gate", "up") if self.gated else ("up",))]
             matrices = (*readers, matrix(name, "down", hidden, channels))
-            return Site(name, "ffn", layer, channels, matrices, share=share)
+            return Site(name, "ffn", layer, channels, matrices, size, share=share, part=self.part)
 
-        sites = [Site("embedding", "embedding", None, 1, (Matrix("embedding", vocabulary, hidden, "neither"),))]
         for i in range(self.layers):
-            name = f"layers.{i}.attention"
-            readers = [matrix(name, part, rows, hidden) for part, rows in (("q", heads), ("k", groups), ("v", groups))]
-            sites.append(Site(name, "attention", i, self.kv_heads, (*readers, matrix(name, "o", hidden, heads))))
-            name = f"layers.{i}.ffn"
+            block = f"{self.prefix}layers.{i}"
+            yield attention(f"{block}.attention", i, across=False)
+            if self.encoder:
+                yield attention(f"{block}.cross", i, across=True)
             if experts := self.experts_of(i):
                 share = experts.active / experts.count
-                sites += [feed_forward(f"{name}.experts.{e}", i, experts.channels, share) for e in range(experts.count)]
-                sites += [feed_forward(f"{name}.shared", i, experts.shared)] if experts.shared else []
+                for e in range(experts.count):
+                    yield feed_forward(f"{block}.ffn.experts.{e}", i, experts.channels, share)
+                if experts.shared:
+                    yield feed_forward(f"{block}.ffn.shared", i, experts.shared)
             else:
-                sites.append(feed_forward(name, i, self.channels))
-        if not self.tied and not self.classes:
-            head = Matrix("head", vocabulary, hidden, "neither", "head" in self.biases)
-            sites.append(Site("head", "head", None, 1, (head,)))
-        return tuple(replace(site, float_bytes=self.floats.itemsize) for site in sites)
+                yield feed_forward(f"{block}.ffn", i, self.channels)
 
     def sub_layers(self) -> dict[str, list[Site]]:
-        """The sites of every sub-layer, by its name, in depth order: one, or the experts of a mixture."""
+        """The sites of every sub-layer of its own blocks, by its name, in depth order: one, or the experts of a mixture."""
         found: dict[str, list[Site]] = {}
-        for site in self.sites():
-            if site.layer is not None:
-                found.setdefault(site.sub_layer, []).append(site)
+        for site in self.block_sites():
+            found.setdefault(site.sub_layer, []).append(site)
         return found
+
+    def every_sub_layer(self) -> dict[str, list[Site]]:
+        """Those of its encoder, and its own."""
+        return (self.encoder.sub_layers() if self.encoder else {}) | self.sub_layers()
+
+    @property
+    def part(self) -> Literal["decoder", "encoder"]:
+        """`Site.part` of its sites but those across."""
+        return "encoder" if self.prefix else "decoder"
+
+    def stack_of(self, name: str) -> Decoder:
+        """The shape of the blocks that a site or a sub-layer belongs to: the encoder's or this one."""
+        return self.encoder if self.encoder and name.startswith(self.encoder.prefix) else self
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of all that is stored beside the matrices, by name, which begins with that of what it belongs to."""
-        norms = {"norm": self.hidden}
+        norms = {f"{self.prefix}norm": self.hidden}
         norms |= {"transform_norm": self.hidden} if self.transform and self.transform_norm else {}
         for name, (site, *_) in self.sub_layers().items():
             norms |= {f"{name}.norm": self.hidden} | ({f"{name}.post_norm": self.hidden} if self.post_norm else {})
@@ -165,7 +205,7 @@ class Decoder:
             biased = self.norm == "layer" and self.norm_bias and not name.endswith(("q_norm", "k_norm"))
             shapes |= {name: (length,)} | ({f"{name}.bias": (length,)} if biased else {})
         if self.learned_positions:
-            shapes["positions"] = (self.max_positions, self.hidden)
+            shapes[f"{self.prefix}positions"] = (self.max_positions, self.hidden)
         if self.transform:
             shapes["transform"] = (self.hidden, self.hidden)
             shapes |= {"transform.bias": (self.hidden,)} if "transform" in self.biases else {}
@@ -177,13 +217,13 @@ class Decoder:
             if experts := self.experts_of(i):
                 shapes[f"layers.{i}.ffn.router"] = (experts.count, self.hidden)
                 shapes |= {f"layers.{i}.ffn.shared.router": (1, self.hidden)} if experts.shared else {}
-        return shapes
+        return shapes | (self.encoder.vectors() if self.encoder else {})
 
     def vectors_of(self, plan: Mapping[str, Action]) -> list[str]:
         """Names of the vectors that a plan's student has: a mixture's while there is an expert of it. Where a dropped
         sub-layer's norm is of the stream, it stays."""
         dropped = {name for name, action in plan.items() if action.keep == 0}
-        sub_layers = self.sub_layers()
+        sub_layers = self.every_sub_layer()
         dropped |= {name for name, sites in sub_layers.items() if all(site.name in dropped for site in sites)}
         gone = tuple(f"{name}." for name in dropped)
         kept = {f"{name}.{part}" for name in sub_layers if self.norms_stream(name) for part in ("norm", "norm.bias")}
@@ -191,7 +231,9 @@ class Decoder:
 
     def norms_stream(self, sub_layer: str) -> bool:
         """Whether the norm in front of a sub-layer is of the stream itself, which the sub-layer then reads and adds to."""
-        return not self.norm_first or (self.embedding_norm and sub_layer == FIRST)
+        stack = self.stack_of(sub_layer)
+        first = f"{stack.prefix}layers.0.attention"
+        return not stack.norm_first or (stack.embedding_norm and sub_layer == first)
 
     @property
     def outputs(self) -> int:
@@ -218,6 +260,19 @@ class Decoder:
     def heads_of(self, action: Action) -> tuple[int, int]:
         """(query heads, key/value heads) of an attention under `action`; query heads go with their group."""
         return action.keep * self.heads // self.kv_heads, action.keep
+
+    def buckets(self) -> Tensor:
+        """The bucket of every distance from -`distance_reach` to `distance_reach`, int64 [2 reach + 1]: of a key from its
+        query, those beyond being as those at the ends. Half of the buckets have one distance each, the others grow
+        logarithmically; where a query sees on either side, each has half of all (Raffel et al. 2020, "T5", section 2.1).
+        """
+        distance = torch.arange(-self.distance_reach, self.distance_reach + 1)
+        count = self.distance_buckets if self.causal else self.distance_buckets // 2
+        away = (-distance).clamp_min(0) if self.causal else distance.abs()
+        exact = count // 2
+        far = torch.log(away.clamp_min(1).float() / exact) / log(self.distance_reach / exact) * (count - exact)
+        bucket = torch.where(away < exact, away, (exact + far.long()).clamp_max(count - 1))
+        return bucket if self.causal else bucket + count * (distance > 0)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -255,13 +310,11 @@ def matrix_tensors(matrices: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> dict[str, Weight]:
     """The weights of a site under an action, out of the tensors that `matrix_tensors` made."""
-    if action.keep == 0:
-        return {}
     matrices = {}
-    for matrix in site.matrices:
+    for matrix, format in site.stored(action):
         parts = {part: stored[key] for part in PARTS if (key := f"{matrix.name}:{part}") in stored}
         columns = matrix.shape(action.keep, site.units)[1]
-        matrices[matrix.name] = Weight.from_tensors(Format.parse(action.format), columns, parts)
+        matrices[matrix.name] = Weight.from_tensors(format, columns, parts)
     return matrices
 
 

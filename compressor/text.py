@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -91,9 +91,108 @@ class Labelling:
         return label if known else self.classes[label]
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Makes windows of an encoder-decoder out of plain text: spans of it are masked, always the same ones, and it is to be
+    restored. A window is what the encoder reads, then what is to be said, written as ~id (see `Masking`), then padding.
+
+    T5 reads a sentinel in the place of a span and says every sentinel and what it stands for (Raffel et al. 2020, section
+    3.1.4); BART reads a mask token and says the whole text (Lewis et al. 2020, section 2.2).
+
+    length: of a window. before, behind: special tokens around a text. marks: tokens that stand for spans, in their order, the
+    last one for all that follow. whole: whether all of the text is said. share: of the tokens that are masked. width: mean
+    length of a span.
+    """
+
+    length: int
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    marks: tuple[int, ...]
+    whole: bool
+    pad: int
+    share: float = 0.15
+    width: int = 3
+
+    @classmethod
+    def of(cls, tokenizer: Any, length: int) -> Spans:
+        """With the tokenizer's sentinels, `<extra_id_0>` and so on, or with its mask token.
+
+        Raises:
+            DataError: it has neither.
+        """
+        around = Masking.of(tokenizer)
+        found = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+        marks = tuple(token for token in found if token not in (None, tokenizer.unk_token_id))
+        whole = not marks
+        if whole and tokenizer.mask_token_id is None:
+            raise DataError(
+                "expected sentinels <extra_id_0> or a mask token in the tokenizer, to make tasks of plain text; give pairs "
+                "of texts instead: a file or data set with a column and a target"
+            )
+        spans = cls(
+            length, around.before, around.behind, marks or (tokenizer.mask_token_id,), whole, tokenizer.pad_token_id
+        )
+        if spans._total(1) > length:
+            raise DataError(
+                f"data.sequence_length = {length}: expected at least {spans._total(1)}, for source and target"
+            )
+        return spans
+
+    @property
+    def added(self) -> int:
+        """Tokens of a window beside those of the text that it is made of."""
+        return self.length - next(n for n in range(self.length, 0, -1) if self._total(n) <= self.length)
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        """Text of a window -> the window."""
+        source, target = [], []
+        for number, (shown, hidden) in enumerate(self._cut(ids)):
+            mark = self.marks[min(number, len(self.marks) - 1)]
+            source += [*shown, mark]
+            target += [*shown, *hidden] if self.whole else [mark, *hidden]
+        source, target = ([*self.before, *side, *self.behind] for side in (source, target))
+        window = [*source, *(~token for token in target)]
+        return window + [self.pad] * (self.length - len(window))
+
+    def _cut(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """(tokens that are shown, those behind them that are masked), from the beginning to the end."""
+        masked, spans = self._counts(len(ids))
+        random, start = Random(str(ids)), 0
+        for shown, hidden in zip(_parts(random, len(ids) - masked, spans), _parts(random, masked, spans), strict=True):
+            middle, end = start + shown, start + shown + hidden
+            yield ids[start:middle], ids[middle:end]
+            start = end
+
+    def _counts(self, tokens: int) -> tuple[int, int]:
+        """(tokens that are masked, spans of them) of so many."""
+        masked = max(1, round(self.share * tokens))
+        return masked, max(1, min(round(masked / self.width), tokens - masked))
+
+    def _total(self, tokens: int) -> int:
+        """Length of the window that so many tokens make."""
+        masked, spans = self._counts(tokens)
+        said = tokens if self.whole else masked + spans
+        return tokens - masked + spans + said + 2 * (len(self.before) + len(self.behind))
+
+
+def _parts(random: Random, total: int, count: int) -> list[int]:
+    """`total` as a sum of `count` numbers, at least 1 each as far as that goes."""
+    cuts = [0, *sorted(random.sample(range(1, total), count - 1)), total] if count > 1 else [0, total]
+    return [end - start for start, end in pairwise(cuts)]
+
+
+def plain(ids: Tensor) -> Tensor:
+    """Token ids, those too that are written as ~id."""
+    return torch.maximum(ids, ~ids)
+
+
+Marking = Masking | Labelling | Spans
+"""What is done to texts, beyond cutting them into windows."""
+
+
 def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
     """(positions at which something is predicted, token ids or the class that are), [P] each, of a window: where tokens are
-    masked, these; else every token but the first, at the position in front of it."""
+    masked or of a target, these; else every token but the first, at the position in front of it."""
     if (masked_L := ids_L < 0).any():
         (where_P,) = masked_L.nonzero(as_tuple=True)
         return where_P, ~ids_L[where_P]
@@ -101,8 +200,8 @@ def predictions(ids_L: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compared(ids_L: Tensor) -> Tensor | slice:
-    """Positions of a window at which a student's distribution counts in training and search: those that are masked, or else
-    all, the last one too."""
+    """Positions of a window at which a student's distribution counts in training and search: those that are masked, or of a
+    target, or else all, the last one too."""
     masked_L = ids_L < 0
     return masked_L if masked_L.any() else slice(None)
 
@@ -119,14 +218,17 @@ def load_tokens(
     tokens: int,
     sequence_length: int,
     spared_NL: Tensor | None = None,
-    marking: Masking | Labelling | None = None,
+    marking: Marking | None = None,
+    target_length: int = 0,
 ) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
     Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
     much as is read (`REACH`): a text often begins with one long article. The windows come in an order in which any first
     part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
-    special tokens are added but by `marking`. With a `Labelling` every text of a source is a window.
+    special tokens are added but by `marking`. With a `Labelling` every text of a source is a window. So is every row of a
+    source with a target: its text, cut to what is left of the window, and `target_length` tokens of its target (see `Spans`),
+    both with special tokens.
 
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
@@ -134,6 +236,8 @@ def load_tokens(
     Raises:
         DataError: a source cannot be read, or all together hold fewer than N windows.
     """
+    if len({source.target is None for source in sources}) > 1:
+        raise DataError(f"{', '.join(map(str, sources))}: expected a target of all texts or of none; give them apart")
     wanted = tokens // sequence_length
     if wanted < 1:
         raise DataError(f"tokens = {tokens}: expected at least one window of {sequence_length}; ask for more tokens")
@@ -142,7 +246,7 @@ def load_tokens(
     read = [
         [
             window
-            for window in islice(_windows(source, tokenizer, sequence_length, marking), reach)
+            for window in islice(_windows(source, tokenizer, sequence_length, marking, target_length), reach)
             if tuple(window) not in spared
         ]
         for source in sources
@@ -214,7 +318,7 @@ def tokens_digest(tokens_NL: Tensor) -> str:
 
 
 def _windows(
-    source: TextSource, tokenizer: Any, sequence_length: int, marking: Masking | Labelling | None
+    source: TextSource, tokenizer: Any, sequence_length: int, marking: Marking | None, target_length: int
 ) -> Iterator[list[int]]:
     if isinstance(marking, Labelling):
         if source.label is None:
@@ -225,6 +329,9 @@ def _windows(
         return
     if source.label is not None:
         raise DataError(f"{source}: expected a classifier of texts, this is a language model; leave label out")
+    if source.target:
+        yield from _pairs(source, tokenizer, sequence_length - target_length, target_length)
+        return
     ids = []
     length = sequence_length - (marking.added if marking else 0)
     for chunk in _chunks(_pieces(source)):
@@ -233,6 +340,19 @@ def _windows(
         windows = (ids[i : i + length] for i in range(0, whole, length))
         yield from map(marking, windows) if marking else windows
         ids = ids[whole:]
+
+
+def _pairs(source: TextSource, tokenizer: Any, source_length: int, target_length: int) -> Iterator[list[int]]:
+    """Windows of texts and their targets, as of `Spans`."""
+
+    def padded(ids: list[int], length: int) -> list[int]:
+        return ids + [tokenizer.pad_token_id] * (length - len(ids))
+
+    for _, row in _rows(source):
+        text, target = (row[column] for column in source.columns)
+        read = tokenizer(text, truncation=True, max_length=source_length)["input_ids"]
+        said = tokenizer(text_target=target, truncation=True, max_length=target_length)["input_ids"]
+        yield padded(read, source_length) + padded([~token for token in said], target_length)
 
 
 def _pieces(source: TextSource) -> Iterator[str]:
@@ -282,14 +402,15 @@ def _json_lines(source: TextSource) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, row with its text and, where asked for, its label), of JSON lines or of a data set."""
+    """(where it stands, row with its text and, where asked for, its target or label), of JSON lines or of a data set."""
     if not source.file:
         yield from ((str(source), row) for row in _dataset_rows(source))
         return
     for where, row in _json_lines(source):
         keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {str(row)[:60]}"
-        if not isinstance(row, dict) or not isinstance(row.get(source.column), str):
-            raise DataError(f"{where}: expected a text under {source.column!r}, {keys}; name the key as column")
+        for column in source.columns:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                raise DataError(f"{where}: expected a text under {column!r}, {keys}; name the key as column")
         if source.label is not None and source.label not in row:
             raise DataError(f"{where}: expected a class under {source.label!r}, {keys}; name the key as label")
         yield where, row
@@ -308,7 +429,7 @@ def _dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
         ) from error
     if first is None:
         return
-    for column in filter(None, (source.column, source.label)):
+    for column in filter(None, (*source.columns, source.label)):
         if column not in first:
             raise DataError(f"{source}: expected the column {column}; choose among {', '.join(first)}")
     yield from chain([first], rows)

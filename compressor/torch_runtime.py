@@ -291,6 +291,11 @@ class TorchDecoder:
         return self._network.decoder.causal
 
     @property
+    def answers(self) -> bool:
+        """Whether what it writes is an answer to a text: encoder-decoders don't run here."""
+        return False
+
+    @property
     def provider(self) -> str:
         """What runs this model."""
         return f"torch on {self._device}"

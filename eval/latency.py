@@ -178,10 +178,12 @@ class LatencyModel:
 
 
 def entry_key(site: Site, action: Action) -> str:
-    """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; an expert's share."""
+    """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; an expert's share; in
+    front, the part of an encoder-decoder that it belongs to, if it is not the decoder itself."""
+    kind = site.kind if site.part == "decoder" else f"{site.part} {site.kind}"
     shapes = ("{}x{}".format(*matrix.shape(action.keep, site.units)) for matrix in site.matrices)
     share = () if site.share == 1 else (f"{site.share:g}",)
-    return " ".join((site.kind, *shapes, action.format, *share))
+    return " ".join((kind, *shapes, action.format, *share))
 
 
 def measure_entry(
@@ -193,6 +195,10 @@ def measure_entry(
     try:
         slopes, spreads = [], []
         for phase, flush in zip(PHASES, (None, before), strict=True):
+            if phase == "decode" and site.part == "encoder":  # it has read the text by then
+                slopes.append(0.0)
+                spreads.append(0.0)
+                continue
             short, long = steadiest([getattr(stack, phase) for stack in stacks], repeats, flush)
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
             slopes.append(max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies)))

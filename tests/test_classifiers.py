@@ -87,7 +87,7 @@ def theirs(folder: Path, network, windows_NL: torch.Tensor) -> torch.Tensor:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
     ids_NL = network.seen(windows_NL)
     with torch.no_grad():
-        return model.eval()(ids_NL, attention_mask=(ids_NL != network.decoder.padding).long()).logits
+        return model.eval()(ids_NL, attention_mask=(ids_NL != network.decoder.pad).long()).logits
 
 
 def test_a_window_is_a_text_with_its_class(folders):
@@ -111,7 +111,7 @@ def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, t
         "attention",
         "ffn",
     }
-    assert 0 < int((windows_NL[:4] == network.decoder.padding).sum()) < 4 * LENGTH - 8
+    assert 0 < int((windows_NL[:4] == network.decoder.pad).sum()) < 4 * LENGTH - 8
     wanted_NC = theirs(folders[name], network, windows_NL[:4])
     with torch.no_grad():
         assert error(network.model(network.seen(windows_NL[:4])).numpy(), wanted_NC.numpy()) < 1e-5
@@ -120,7 +120,7 @@ def test_torch_and_onnx_compute_what_transformers_does(folders, name, windows, t
     plan = full_plan(network.decoder, "fp32", "fp32")
     save_folder(Bank(tmp_path / "bank", network, windows_NL[:4], windows_NL[:2]).realize(plan), teacher, tmp_path)
     session, ids_NL = open_session(tmp_path / "model.onnx", threads=1), network.seen(windows_NL[:4])
-    mask_NL = (ids_NL != network.decoder.padding).long()
+    mask_NL = (ids_NL != network.decoder.pad).long()
     found_NC = session.run(None, {"input_ids": ids_NL.numpy(), "attention_mask": mask_NL.numpy()})[0]
     assert found_NC.shape == (4, 3) and error(found_NC, wanted_NC.numpy()) < 1e-5
     limit = fixed_bytes(network.decoder) + sum(s.size_bytes(plan[s.name]) for s in network.decoder.sites())
@@ -134,7 +134,7 @@ def test_padding_changes_nothing(folders, name, windows, tmp_path):
     network = teacher.network
     # nothing rounded: codes would flip at the last bit of a sum
     plan = Plan(tuple((site, Action(a.keep, "fp32")) for site, a in mixed_plan(network.decoder).items()))
-    long_NL = torch.cat([short_NL, torch.full_like(short_NL, network.decoder.padding)], 1)
+    long_NL = torch.cat([short_NL, torch.full_like(short_NL, network.decoder.pad)], 1)
     found = []
     for place, given_NL in enumerate((short_NL, long_NL)):
         bank = Bank(tmp_path / str(place), network, given_NL, given_NL[:2])

@@ -27,7 +27,7 @@ from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from compressor.text import Masking, load_tokens, predictions
 from eval.perplexity import compare
-from tests import test_families
+from tests import test_families, test_sequences
 from tests.conftest import TEXT
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
@@ -256,5 +256,5 @@ def test_a_tokenizer_without_a_mask_is_refused(folders, tiny_folder, tmp_path):
 
 
 def test_every_family_is_tried():
-    tried = [*test_families.CONFIGS.values(), *CONFIGS.values()]
+    tried = [*test_families.CONFIGS.values(), *CONFIGS.values(), *test_sequences.CONFIGS.values()]
     assert {getattr(transformers, config)(**changes).model_type for config, changes in tried} == set(FAMILIES)

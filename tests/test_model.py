@@ -114,7 +114,7 @@ def test_torch_pruning_finds_the_same_coupled_channels(tiny):
     """An independent oracle: the dependency graph of torch-pruning, for the feed-forward."""
     tp = pytest.importorskip("torch_pruning")
     ffn = tiny.module("layers.0.ffn").requires_grad_(True)
-    graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=(torch.randn(1, 3, 64), None))
+    graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=(torch.randn(1, 3, 64), tiny.model.context(3)))
     group = graph.get_pruning_group(ffn.gate, tp.prune_linear_out_channels, idxs=[3, 5])
     found = {
         (dep.target.module, dep.handler.__name__)

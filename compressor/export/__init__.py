@@ -2,7 +2,8 @@
 
 layout.py    a weight matrix as the arrays its kernel reads; whether int8 products saturate on this processor
 graph.py     the graph: every sub-layer a function, the whole model, stacks of one site for timing
-files.py     model.onnx and model.onnx_data: written, promised in bytes, read back
+files.py     model.onnx and model.onnx_data: written, promised in bytes, read back; of an encoder-decoder encoder_model.onnx,
+             decoder_model_merged.onnx and the same data file for both
 genai.py     the configuration with which ONNX Runtime GenAI runs that graph
 exact.py     the same graph without the rounding of activations, to compare with torch
 runtime.py   sessions on the device asked for, generation, calls to be timed
@@ -14,20 +15,27 @@ from pathlib import Path
 from compressor.export.files import export_onnx, export_random, exported_bytes, fixed_bytes, read_student
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
-from compressor.export.runtime import BenchCalls, Cache, OnnxDecoder, open_session, refused_formats, site_stack
+from compressor.export.runtime import (
+    BenchCalls,
+    Cache,
+    OnnxDecoder,
+    OnnxEncoderDecoder,
+    open_model,
+    open_session,
+    refused_formats,
+    site_stack,
+)
 from compressor.files import write_text_atomic
 from compressor.network import Network
 from compressor.student import Student
 
 GENAI_FILE = "genai_config.json"
 
-open_model = OnnxDecoder
-
 
 def save_model(student: Student, network: Network, folder: Path) -> None:
     """Write a student's graph and weights into `folder`, and what ONNX Runtime GenAI reads. network: the teacher's."""
     export_onnx(student, folder)
-    if student.decoder.causal:
+    if student.decoder.causal and not student.decoder.encoder:
         genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
         write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
 
@@ -36,6 +44,7 @@ __all__ = [
     "BenchCalls",
     "Cache",
     "OnnxDecoder",
+    "OnnxEncoderDecoder",
     "export_onnx",
     "export_random",
     "exported_bytes",

@@ -13,16 +13,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compressor.export.files import GRAPH_FILE
-
 
 @contextmanager
-def exact_graph(folder: Path) -> Iterator[Path]:
-    """Path of a graph beside the folder's own, on the same weights, without rounding; gone when the context ends."""
-    model = ir.load(folder / GRAPH_FILE)
+def exact_graph(deployed: Path) -> Iterator[Path]:
+    """Path of a graph beside the deployed one, on the same weights, without rounding; gone when the context ends."""
+    model = ir.load(deployed)
     _in_float32(model.graph)
     _without_rounding(model.graph)
-    path = folder / f".{GRAPH_FILE}.exact"
+    path = deployed.with_name(f".{deployed.name}.exact")
     try:
         path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
         yield path

@@ -1,4 +1,5 @@
-"""The exported folder: model.onnx (graph) and model.onnx_data (weights), written, read back, and their size promised.
+"""The exported folder: model.onnx (graph; two of an encoder-decoder) and model.onnx_data (weights), written, read back, and
+their size promised.
 
 Every tensor starts at a multiple of `plan.ALIGNMENT` in the data file and is written as soon as it is made, so
 that no more than one site's bytes are in memory.
@@ -7,7 +8,7 @@ that no more than one site's bytes are in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
@@ -18,13 +19,12 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import BankError
-from compressor.export.graph import Matrices, decoder_model
+from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Matrices, graph_files, student_models
 from compressor.export.layout import Stored, layout
-from compressor.plan import Action, Format, Plan, aligned
+from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
 from compressor.quantize import PARTS, Weight
 from compressor.student import Decoder, Precision, Student
 
-GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 
 
@@ -58,9 +58,9 @@ def _made(
     """The matrices of a plan, each made from its format, rows and columns, and whether it has a bias."""
     shapes, formats, biased = {}, {}, {}
     for site in decoder.sites():
-        for matrix in site.matrices:
+        for matrix, format in site.stored(plan[site.name]):
             shapes[matrix.name] = matrix.shape(plan[site.name].keep, site.units)
-            formats[matrix.name] = Format.parse(plan[site.name].format)
+            formats[matrix.name] = format
             biased[matrix.name] = matrix.bias
 
     def matrices(names: tuple[str, ...]) -> Stored:
@@ -74,10 +74,9 @@ def _made(
 
 def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[str, np.ndarray], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    graph_path, data_path = folder / GRAPH_FILE, folder / DATA_FILE
-    data_draft, graph_draft = (path.with_name(f".{path.name}.draft") for path in (data_path, graph_path))
+    drafts = {name: folder / f".{name}.draft" for name in (DATA_FILE, *graph_files(decoder))}
     try:
-        with open(data_draft, "wb") as data:
+        with open(drafts[DATA_FILE], "wb") as data:
 
             def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
                 data.seek(aligned(data.tell()))
@@ -85,16 +84,17 @@ def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[st
                 data.write(np.ascontiguousarray(array).data)
                 return tensor
 
-            model = decoder_model(decoder, plan, matrices, vectors, store)
+            models = student_models(decoder, plan, matrices, vectors, store)
             data.flush()
             os.fsync(data.fileno())
-        graph_draft.write_bytes(_serialize(model))
-        graph_path.unlink(missing_ok=True)
-        os.replace(data_draft, data_path)
-        os.replace(graph_draft, graph_path)
+        for name, model in models.items():
+            drafts[name].write_bytes(_serialize(model))
+            (folder / name).unlink(missing_ok=True)
+        for name, draft in drafts.items():
+            os.replace(draft, folder / name)
     finally:
-        data_draft.unlink(missing_ok=True)
-        graph_draft.unlink(missing_ok=True)
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> ir.ExternalTensor:
@@ -108,8 +108,14 @@ def _serialize(model: ir.Model) -> bytes:
 
 
 def exported_bytes(folder: Path) -> int:
-    """Size in bytes of the exported graph and weights, the quantity that a byte budget limits."""
-    return sum((Path(folder) / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE))
+    """Size in bytes of the exported graphs and weights, the quantity that a byte budget limits."""
+    graphs = (ENCODER_FILE, DECODER_FILE) if has_encoder(folder) else (GRAPH_FILE,)
+    return sum((Path(folder) / name).stat().st_size for name in (*graphs, DATA_FILE))
+
+
+def has_encoder(folder: Path) -> bool:
+    """Whether an encoder-decoder was exported there."""
+    return (Path(folder) / ENCODER_FILE).is_file()
 
 
 @lru_cache
@@ -144,7 +150,8 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
         return _external(name, array.dtype, array.shape, largest)
 
     gains = {name: np.broadcast_to(decoder.floats.type(0), shape) for name, shape in decoder.vectors().items()}
-    return len(_serialize(decoder_model(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)))
+    models = student_models(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)
+    return sum(len(_serialize(model)) for model in models.values())
 
 
 def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
@@ -155,46 +162,57 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
         BankError: a file is missing or truncated, or does not hold what the plan says.
     """
     folder = Path(folder)
-    tensors = _open_tensors(folder)
+    tensors = _open_tensors(folder, graph_files(decoder))
     decoder = replace(decoder, precision=_precision(folder, tensors))
     matrices: dict[str, Weight] = {}
     vectors = {name: _vector(folder, tensors, name).float() for name in decoder.vectors_of(plan)}
     for site in decoder.sites():
         action = plan[site.name]
-        if action.keep == 0:
-            continue
-        format = Format.parse(action.format)
-        shapes = {matrix.name: (*matrix.shape(action.keep, site.units), matrix.bias) for matrix in site.matrices}
-        if site.kind == "attention":
-            fused = [f"{site.name}.{part}" for part in "qkv"]
-            heights, _, biased = zip(*(shapes.pop(name) for name in fused), strict=True)
-            shapes[f"{site.name}.qkv"] = sum(heights), decoder.hidden, biased[0]
-        found = {
-            name: _stored(folder, tensors, name, format, *shape, decoder.floats).weight()
-            for name, shape in shapes.items()
-        }
-        if site.kind == "attention":
-            whole = found.pop(f"{site.name}.qkv")
-            for name, height, end in zip(fused, heights, np.cumsum(heights).tolist(), strict=True):
-                found[name] = whole.rows(end - height, end)
-        matrices |= found
+        for name, parts, format in _fused(site, action):
+            heights, (columns, *_) = zip(*(part.shape(action.keep, site.units) for part in parts), strict=True)
+            whole = _stored(
+                folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats
+            ).weight()
+            for part, height, end in zip(parts, heights, np.cumsum(heights).tolist(), strict=True):
+                matrices[part.name] = whole.rows(end - height, end)
     return Student(decoder, plan, matrices, vectors)
 
 
-def _open_tensors(folder: Path) -> Mapping[str, ir.TensorProtocol]:
-    for name in (GRAPH_FILE, DATA_FILE):
+def _fused(site: Site, action: Action) -> list[tuple[str, list[Matrix], Format]]:
+    """(name in the file, matrices that are one there, format): those of an attention that read the same are one."""
+    reads = {matrix.name: read for read, matrices in site.inputs.items() for matrix in matrices}
+    together: dict[str, tuple[list[Matrix], Format]] = {}
+    for matrix, format in site.stored(action):
+        key = reads.get(matrix.name, matrix.name) if site.kind == "attention" else matrix.name
+        together.setdefault(key, ([], format))[0].append(matrix)
+    return [
+        (
+            parts[0].name if len(parts) == 1 else site.name + "." + "".join(part.name[-1] for part in parts),
+            parts,
+            format,
+        )
+        for parts, format in together.values()
+    ]
+
+
+def _open_tensors(folder: Path, graphs: Sequence[str]) -> Mapping[str, ir.TensorProtocol]:
+    for name in (*graphs, DATA_FILE):
         if not (folder / name).is_file():
             raise BankError(f"{folder / name} is missing; export the model again")
-    try:
-        graph = ir.load(folder / GRAPH_FILE).graph
-    except Exception as error:  # protobuf and onnx-ir have no common base
-        raise BankError(f"{folder / GRAPH_FILE} cannot be read ({error}); export the model again") from error
-    tensors = {name: value.const_value for name, value in graph.initializers.items() if value.const_value is not None}
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name in graphs:
+        try:
+            graph = ir.load(folder / name).graph
+        except Exception as error:  # protobuf and onnx-ir have no common base
+            raise BankError(f"{folder / name} cannot be read ({error}); export the model again") from error
+        tensors |= {
+            key: value.const_value for key, value in graph.initializers.items() if value.const_value is not None
+        }
     external = [tensor for tensor in tensors.values() if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:
         if tensor.location != DATA_FILE:
             raise BankError(
-                f"{folder / GRAPH_FILE}: expected all weights in {DATA_FILE}, {tensor.name} points to {tensor.location}"
+                f"{folder / graphs[-1]}: expected all weights in {DATA_FILE}, {tensor.name} points to {tensor.location}"
             )
     end = max(((tensor.offset or 0) + (tensor.length or 0) for tensor in external), default=0)
     size = (folder / DATA_FILE).stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.export.files import GRAPH_FILE
+from compressor.export.graph import GRAPH_FILE
 from compressor.plan import Action
 from compressor.student import Decoder
 

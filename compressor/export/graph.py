@@ -1,4 +1,5 @@
-"""The ONNX graph of a student, node by node, with onnx-ir: one graph for prefill (empty past) and decode.
+"""The ONNX graph of a student, node by node, with onnx-ir: one graph for prefill (empty past) and decode; of an
+encoder-decoder one for either, on the same weights.
 
 Knows nothing of files or sessions: a `store` callable says where a tensor's bytes go. Every sub-layer is one
 function, which the whole model and the latency table's stacks share, so that what is timed is what is deployed.
@@ -13,20 +14,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import count
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from compressor.export.layout import Stored
-from compressor.plan import Action
+from compressor.plan import Action, Site
 from compressor.student import Decoder
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
 
+GRAPH_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "decoder_model_merged.onnx"
+
+
+def graph_files(decoder: Decoder) -> tuple[str, ...]:
+    """Names of the files of a student's graphs; the last one gives logits."""
+    return (ENCODER_FILE, DECODER_FILE) if decoder.encoder else (GRAPH_FILE,)
+
+
+START, PAD = "decoder_start_token_id", "pad_token_id"
+"""Names of the metadata of an encoder-decoder's last graph."""
+
 KEEP = "num_logits_to_keep"
 """Input with a default (an initializer that may be overridden), int64 scalar: logits of so many last positions; 0 is all."""
+
+Attribute = int | float | str | Sequence[int]
 
 Store = Callable[[str, np.ndarray], ir.TensorProtocol]
 """(name, array) -> the tensor, in memory or in a data file."""
@@ -50,11 +66,11 @@ class GraphBuilder:
         self._store = store
         self._quantized: dict[ir.Value, tuple[ir.Value, ...]] = {}
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float | str) -> ir.Value:
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Attribute) -> ir.Value:
         """One node of the standard operators with one output, called `name`."""
         return self.node("", kind, inputs, [name], attributes)[0]
 
-    def ms(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: int | float | str) -> ir.Value:
+    def ms(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Attribute) -> ir.Value:
         """One node of ONNX Runtime's own operators with one output, called `name`."""
         return self.node("com.microsoft", kind, inputs, [name], attributes)[0]
 
@@ -108,7 +124,8 @@ class GraphBuilder:
             self._quantized[x] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
         return self._quantized[x]
 
-    def model(self) -> ir.Model:
+    def model(self, facts: Mapping[str, str] = MappingProxyType({})) -> ir.Model:
+        """facts: metadata, which a session gives back."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -117,7 +134,7 @@ class GraphBuilder:
             opset_imports=OPSETS,
             name="student",
         )
-        return ir.Model(graph, ir_version=IR_VERSION)
+        return ir.Model(graph, ir_version=IR_VERSION, metadata_props=dict(facts))
 
 
 # -- matrices --
@@ -251,16 +268,19 @@ def norm(b: GraphBuilder, x: ir.Value, name: str, decoder: Decoder, vectors: Map
 
 
 class Positions:
-    """What every attention reads: the mask, lengths from it, and the rotary tables.
+    """What every attention reads: the mask, lengths from it, distances, and the rotary tables. fed: what is read at once,
+    [B, S, ...].
 
     The tables [max_positions, head_dim / 2] are written as arithmetic on a range, which ONNX Runtime folds
     into a constant when the session is made: they cost no bytes in the file.
     """
 
-    def __init__(self, b: GraphBuilder, decoder: Decoder, mask: ir.Value):
-        self._b, self._decoder = b, decoder
+    def __init__(self, b: GraphBuilder, decoder: Decoder, mask: ir.Value, fed: ir.Value):
+        self._b, self._decoder, self._fed = b, decoder, fed
         self._tables: dict[tuple[float, ...], tuple[ir.Value, ir.Value]] = {}
         self._far: ir.Value | None = None
+        self._apart: ir.Value | None = None
+        self._start: ir.Value | None = None
         one = b.small("one", np.array([1], np.int64))
         to_int32 = ir.DataType.INT32.value
         self._total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
@@ -269,7 +289,7 @@ class Positions:
             self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
             self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
         else:
-            self.mask = b.op("Cast", [mask], "key_padding_mask", to=to_int32)
+            self.mask = key_mask(b, mask)
 
     def rotation(self, layer: int) -> tuple[ir.Value | None, ir.Value | None]:
         """(cos, sin) of the attention of a block, or nothing without rotary positions."""
@@ -310,13 +330,45 @@ class Positions:
             self._far = b.op("Unsqueeze", [bias, b.small("axes.two", np.array([0, 1], np.int64))], "places.bias.all")
         return self._far
 
-    def learned(self, ids: ir.Value, table: np.ndarray) -> ir.Value:
+    def near(self, name: str, table: Stored) -> ir.Value:
+        """What is added to scores for their distance, [1, H, S, total], by the table of an attention."""
+        b, reach = self._b, self._decoder.distance_reach
+        if self._apart is None:
+            one = b.small("positions.1", np.array(1, np.int64))
+            keys = b.op("Range", [b.small("positions.0", np.array(0, np.int64)), self._total, one], "places.keys")
+            queries = b.op("Range", [self._fed_from(), self._total, one], "places.queries")
+            column = b.op("Unsqueeze", [queries, b.small("axis.1", np.array([1], np.int64))], "places.column")
+            apart = b.op("Sub", [keys, column], "places.apart")
+            ends = [b.small(f"reach.{i}", np.array(i, np.int64)) for i in (-reach, reach)]
+            self._apart = b.op("Add", [b.op("Clip", [apart, *ends], "places.within"), ends[1]], "places.number")
+        values = b.floating(
+            b.tensor(f"{name}.values", table.arrays["values"]), table.arrays["values"].dtype, f"{name}.float"
+        )
+        # the first Gather is of constants, and folded when the session is made
+        buckets = b.small("distance_buckets", self._decoder.buckets().numpy())
+        by_distance = b.op("Gather", [values, buckets], f"{name}.all", axis=1)
+        rows = b.op("Gather", [by_distance, self._apart], f"{name}.rows", axis=1)
+        return b.op("Unsqueeze", [rows, b.small("axis.0", np.array([0], np.int64))], f"{name}.bias")
+
+    def learned(self, table: np.ndarray) -> ir.Value:
         """Rows of a table of positions for the tokens that are fed, [S, D]."""
+        b, name = self._b, f"{self._decoder.prefix}positions"
+        one = b.small("positions.1", np.array(1, np.int64))
+        places = b.op("Range", [self._fed_from(), self._total, one], "places")
+        return b.op("Gather", [b.tensor(name, table), places], f"{name}.rows")
+
+    def _fed_from(self) -> ir.Value:
+        """The position of the first token that is fed."""
         b = self._b
-        fed = b.op("Squeeze", [b.op("Shape", [ids], "ids.fed", start=1, end=2)], "fed")
-        start = b.op("Sub", [self._total, fed], "fed.start")
-        places = b.op("Range", [start, self._total, b.small("positions.1", np.array(1, np.int64))], "places")
-        return b.op("Gather", [b.tensor("positions", table), places], "positions.rows")
+        if self._start is None:
+            length = b.op("Squeeze", [b.op("Shape", [self._fed], "ids.fed", start=1, end=2)], "fed")
+            self._start = b.op("Sub", [self._total, length], "fed.start")
+        return self._start
+
+
+def key_mask(b: GraphBuilder, mask: ir.Value, name: str = "key_padding_mask") -> ir.Value:
+    """The mask [B, M] of tokens that are some, as `MultiHeadAttention` takes it."""
+    return b.op("Cast", [mask], name, to=ir.DataType.INT32.value)
 
 
 FAR = -3e4
@@ -335,11 +387,14 @@ def attention(
     positions: Positions,
 ) -> None:
     """Grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
-    name, head_dim = f"layers.{layer}.attention", decoder.head_dim
+    name, head_dim = f"{decoder.prefix}layers.{layer}.attention", decoder.head_dim
     x = stream.enter(name)
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     window = decoder.window_of(layer)
     rotation = positions.rotation(layer)
+    near = None
+    if decoder.distance_buckets:
+        near = positions.near(f"{name}.distances", matrices((f"{name}.distances",)))
     inputs: list[ir.Value | None] = [qkv, None, None]
     if decoder.qk_norm or not decoder.causal:
         widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
@@ -353,26 +408,64 @@ def attention(
             start = b.small("start", np.array([0], np.int64))
             q, k = (b.ms("RotaryEmbedding", [part, start, *rotation], f"{part.name}.turned") for part in (q, k))
             inputs = [q, k, v]
-        seen = [None, positions.mask, positions.far(layer)]
+        seen = [None, positions.mask, near or positions.far(layer)]
         mixed = b.ms("MultiHeadAttention", _given([*inputs, *seen]), f"{name}.mixed", num_heads=heads[0])
         stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
         return
+    number = f"{cache}.decoder" if decoder.encoder else str(cache)
     past = [
-        b.input(f"past_key_values.{cache}.{part}", b.float_type, ["batch_size", heads[1], "past", head_dim])
+        b.input(f"past_key_values.{number}.{part}", b.float_type, ["batch_size", heads[1], "past", head_dim])
         for part in ("key", "value")
     ]
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
-        _given([*inputs, *past, positions.last, positions.total, *rotation]),
-        [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
+        _given([*inputs, *past, positions.last, positions.total, *rotation, None, near]),
+        [f"{name}.mixed", f"present.{number}.key", f"present.{number}.value"],
         {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": int(rotation[0] is not None)}
         | ({"local_window_size": window} if window else {})
         | ({"softcap": decoder.attention_cap} if decoder.attention_cap else {}),
     )
-    b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
-    b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
+    b.output(key, f"present.{number}.key", ["batch_size", heads[1], "total", head_dim])
+    b.output(value, f"present.{number}.value", ["batch_size", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
+
+
+def cross(
+    b: GraphBuilder,
+    stream: Stream,
+    layer: int,
+    cache: int,
+    heads: int,
+    decoder: Decoder,
+    matrices: Matrices,
+    mask: Callable[[], ir.Value],
+) -> None:
+    """Attention across of block `layer`, to keys and values of the source, which `cross_source` made; cache: their number.
+    mask: of the source's tokens, see `key_mask`."""
+    name = f"layers.{layer}.cross"
+    q = linear(b, stream.enter(name), f"{name}.q", matrices((f"{name}.q",)), f"{name}.q.out")
+    source = [
+        b.input(
+            f"past_key_values.{cache}.encoder.{part}", b.float_type, ["batch_size", heads, "source", decoder.head_dim]
+        )
+        for part in ("key", "value")
+    ]
+    mixed = b.ms("MultiHeadAttention", [q, *source, None, mask()], f"{name}.mixed", num_heads=heads)
+    stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
+
+
+def cross_source(
+    b: GraphBuilder, hidden: ir.Value, layer: int, cache: int, heads: int, decoder: Decoder, matrices: Matrices
+) -> None:
+    """Keys and values of what the encoder gave, for the attention across of block `layer`; cache: their number."""
+    name = f"layers.{layer}.cross"
+    kv = linear(b, hidden, f"{name}.kv", matrices((f"{name}.k", f"{name}.v")), f"{name}.kv.out")
+    apart = b.small("heads_apart", np.array([0, 0, -1, decoder.head_dim], np.int64))
+    by_head = b.op("Transpose", [b.op("Reshape", [kv, apart], f"{name}.heads")], f"{name}.by_head", perm=[0, 2, 1, 3])
+    halves = b.node("", "Split", [by_head], [f"{name}.{part}" for part in "kv"], {"axis": 1, "num_outputs": 2})
+    for half, part in zip(halves, ("key", "value"), strict=True):
+        b.output(half, f"present.{cache}.encoder.{part}", ["batch_size", heads, "source", decoder.head_dim])
 
 
 def head_norm(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray], decoder: Decoder) -> ir.Value:
@@ -397,7 +490,7 @@ def feed_forward(
 
     beside: it reads the stream in front of the block's attention, which waits to be added.
     """
-    name = f"layers.{layer}.ffn"
+    name = f"{decoder.prefix}layers.{layer}.ffn"
     x = stream.enter(name, front=beside)
     stream.add(channels(b, x, name, decoder, matrices), name)
 
@@ -502,10 +595,26 @@ def activation(b: GraphBuilder, x: ir.Value, kind: str, name: str) -> ir.Value:
 # -- the whole --
 
 
+def student_models(
+    decoder: Decoder, plan: Mapping[str, Action], matrices: Matrices, vectors: Mapping[str, np.ndarray], store: Store
+) -> dict[str, ir.Model]:
+    """The graphs of a whole student by the names of their files. What both read of an encoder-decoder is stored once."""
+    stored: dict[str, ir.TensorProtocol] = {}
+
+    def once(name: str, array: np.ndarray) -> ir.TensorProtocol:
+        if name not in stored:
+            stored[name] = store(name, array)
+        return stored[name]
+
+    makers = (encoder_model, decoder_model) if decoder.encoder else (decoder_model,)
+    made = (make(decoder, plan, matrices, vectors, once) for make in makers)
+    return dict(zip(graph_files(decoder), made, strict=True))
+
+
 def decoder_model(
     decoder: Decoder, plan: Mapping[str, Action], matrices: Matrices, vectors: Mapping[str, np.ndarray], store: Store
 ) -> ir.Model:
-    """The graph of a whole student.
+    """The graph of a whole student, or of an encoder-decoder without its encoder.
 
     Inputs, of which only the first two where it is not causal: input_ids [B, S] int64; attention_mask [B, past + S] int64;
     past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] floats, i numbers the attentions that are left: the
@@ -513,36 +622,16 @@ def decoder_model(
     Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`), [B, classes] of a classifier; present.{i}.key
     and .value.
     Floats are `decoder.floats`, as vectors have to be.
+
+    With an encoder these caches are past_key_values.{i}.decoder.key and so on, and there are two kinds of inputs more:
+    encoder_attention_mask [B, source] int64, and past_key_values.{i}.encoder.key and .value [B, heads_i, source, head_dim],
+    which `encoder_model` gives, i numbering the attentions across that are left.
     """
     b = GraphBuilder(store, decoder.floats)
     ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
     table = matrices(("embedding",))
-    x = embedding(b, ids, "embedding", table)
-    if decoder.embedding_scale != 1:
-        x = b.op("Mul", [x, b.number("embedding_scale", decoder.embedding_scale)], "embedding.scaled")
-    positions, caches = None, count()
-    if decoder.learned_positions:
-        positions = Positions(b, decoder, mask)
-        x = b.op("Add", [x, positions.learned(ids, vectors["positions"])], "embedding.placed")
-    stream = Stream(b, x, decoder, vectors)
-    for name, sites in decoder.sub_layers().items():
-        kept, layer = {site.name: plan[site.name] for site in sites if plan[site.name].keep}, sites[0].layer
-        assert layer is not None
-        if not kept:
-            if decoder.norms_stream(name):
-                stream.enter(name)
-        elif sites[0].kind == "attention":
-            positions = positions or Positions(b, decoder, mask)
-            heads = decoder.heads_of(kept[name])
-            attention(b, stream, layer, next(caches), heads, decoder, matrices, vectors, positions)
-        else:
-            beside = decoder.parallel and plan[f"layers.{layer}.attention"].keep > 0
-            if decoder.experts_of(layer):
-                mixture(b, stream, layer, kept, decoder, matrices, vectors, beside)
-            else:
-                feed_forward(b, stream, layer, decoder, matrices, beside)
-    x = stream.norm("norm")
+    x = blocks(b, ids, mask, decoder, table, plan, matrices, vectors)
     if decoder.causal:
         x = last(b, x, b.default(KEEP, np.array(0, np.int64)))
     if decoder.classes:
@@ -563,7 +652,80 @@ def decoder_model(
         cap = b.number("logit_cap", decoder.logit_cap)
         logits = b.op("Mul", [b.op("Tanh", [b.op("Div", [logits, cap], "scores.share")], "scores.tanh"), cap], "logits")
     b.output(logits, "logits", ["batch_size", "kept", decoder.vocabulary])
+    facts = {START: str(decoder.start), PAD: str(decoder.pad)} if decoder.encoder else {}
+    return b.model(facts)
+
+
+def encoder_model(
+    decoder: Decoder, plan: Mapping[str, Action], matrices: Matrices, vectors: Mapping[str, np.ndarray], store: Store
+) -> ir.Model:
+    """The graph of a student's encoder, and of what runs once for every source: keys and values of the attentions across.
+
+    Inputs: input_ids and attention_mask [B, source] int64. Outputs: last_hidden_state [B, source, D] floats;
+    present.{i}.encoder.key and .value, which are inputs of `decoder_model`.
+    """
+    assert decoder.encoder
+    b = GraphBuilder(store, decoder.floats)
+    ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "source"])
+    mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "source"])
+    x = blocks(b, ids, mask, decoder.encoder, matrices(("embedding",)), plan, matrices, vectors)
+    b.output(x, "last_hidden_state", ["batch_size", "source", decoder.hidden])
+    across = [site for site in decoder.block_sites() if site.part == "cross" and plan[site.name].keep]
+    for number, site in enumerate(across):
+        heads, _ = decoder.heads_of(plan[site.name])
+        cross_source(b, x, layer_of(site), number, heads, decoder, matrices)
     return b.model()
+
+
+def layer_of(site: Site) -> int:
+    """The block of an attention or a feed-forward."""
+    assert site.layer is not None
+    return site.layer
+
+
+def blocks(
+    b: GraphBuilder,
+    ids: ir.Value,
+    mask: ir.Value,
+    decoder: Decoder,
+    table: Stored,
+    plan: Mapping[str, Action],
+    matrices: Matrices,
+    vectors: Mapping[str, np.ndarray],
+) -> ir.Value:
+    """Token ids [B, S] -> the stream [B, S, D] behind the last norm, of a decoder or of an encoder."""
+    x = embedding(b, ids, "embedding", table)
+    if decoder.embedding_scale != 1:
+        x = b.op("Mul", [x, b.number("embedding_scale", decoder.embedding_scale)], "embedding.scaled")
+    positions = cache(lambda: Positions(b, decoder, mask, ids))
+    if decoder.learned_positions:
+        x = b.op("Add", [x, positions().learned(vectors[f"{decoder.prefix}positions"])], "embedding.placed")
+
+    @cache
+    def source_mask() -> ir.Value:
+        given = b.input("encoder_attention_mask", ir.DataType.INT64, ["batch_size", "source"])
+        return key_mask(b, given, "source_padding_mask")
+
+    stream = Stream(b, x, decoder, vectors)
+    caches, sources = count(), count()
+    for name, sites in decoder.sub_layers().items():
+        kept, layer = {site.name: plan[site.name] for site in sites if plan[site.name].keep}, layer_of(sites[0])
+        if not kept:
+            if decoder.norms_stream(name):
+                stream.enter(name)
+        elif sites[0].part == "cross":
+            heads = decoder.heads_of(kept[name])
+            cross(b, stream, layer, next(sources), heads[0], decoder, matrices, source_mask)
+        elif sites[0].kind == "attention":
+            heads = decoder.heads_of(kept[name])
+            attention(b, stream, layer, next(caches), heads, decoder, matrices, vectors, positions())
+        else:
+            beside = decoder.parallel and plan[f"layers.{layer}.attention"].keep > 0
+            if decoder.experts_of(layer):
+                mixture(b, stream, layer, kept, decoder, matrices, vectors, beside)
+            else:
+                feed_forward(b, stream, layer, decoder, matrices, beside)
+    return stream.norm(f"{decoder.prefix}norm")
 
 
 def transform(b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[str, np.ndarray]) -> ir.Value:
@@ -583,17 +745,18 @@ def product(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.nd
     )
 
 
-def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:
+def stack_model(
+    decoder: Decoder, site: Site, action: Action, copies: int, matrices: Matrices, store: Store
+) -> ir.Model:
     """`copies` repetitions of one site, each with its own tensors; for timing.
 
     attention, ffn: norm, site, residual in a chain; input `x` [B, S, D], mask and caches as in the whole model.
     embedding: lookup and final norm from `input_ids`, and the head's product where the table is tied.
     head: final norm of `x` and product; of causal models at the last position.
     """
-    b = GraphBuilder(store, decoder.floats)
-    vectors = {
-        name: np.ones(shape, decoder.floats) for name, shape in replace(decoder, layers=copies).vectors().items()
-    }
+    b, kind = GraphBuilder(store, decoder.floats), site.kind
+    stack = replace(decoder.stack_of(site.name), layers=copies)
+    vectors = {name: np.ones(shape, decoder.floats) for name, shape in stack.vectors().items()}
     if kind == "embedding":
         source = b.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
     else:
@@ -610,13 +773,28 @@ def stack_model(decoder: Decoder, kind: str, action: Action, copies: int, matric
                 y = linear(b, read, name, weight, f"{name}.logits")
             b.output(y, f"{name}.end", ["batch_size", "sequence", "width"])
         return b.model()
-    stream = Stream(b, source, decoder, vectors)
-    if kind == "attention":
-        positions = Positions(b, decoder, b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"]))
+    stream = Stream(b, source, stack, vectors)
+    if kind == "attention" and site.part != "cross":
+        mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
+        positions = Positions(b, stack, mask, source)
+    elif site.part == "cross":
+        mask = key_mask(b, b.input("encoder_attention_mask", ir.DataType.INT64, ["batch_size", "source"]))
     for copy in range(copies):
-        if kind == "attention":
-            attention(b, stream, copy, copy, decoder.heads_of(action), decoder, matrices, vectors, positions)
+        heads = stack.heads_of(action)
+        if site.part == "cross":
+            cross(b, stream, copy, copy, heads[0], stack, matrices, lambda: mask)
+        elif kind == "attention":
+            attention(b, stream, copy, copy, heads, stack, matrices, vectors, positions)
         else:
-            feed_forward(b, stream, copy, decoder, matrices)
+            feed_forward(b, stream, copy, stack, matrices)
     b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])
+    return b.model()
+
+
+def source_model(decoder: Decoder, action: Action, copies: int, matrices: Matrices, store: Store) -> ir.Model:
+    """What runs of `copies` attentions across once a source; input `x` [B, source, D], outputs as of `encoder_model`."""
+    b = GraphBuilder(store, decoder.floats)
+    x = b.input("x", b.float_type, ["batch_size", "source", decoder.hidden])
+    for copy in range(copies):
+        cross_source(b, x, copy, copy, decoder.heads_of(action)[0], decoder, matrices)
     return b.model()

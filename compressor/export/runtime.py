@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from compressor.errors import RuntimeTargetError
 from compressor.export.exact import exact_graph
-from compressor.export.files import GRAPH_FILE
-from compressor.export.graph import KEEP, stack_model
+from compressor.export.files import has_encoder
+from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, KEEP, PAD, START, source_model, stack_model
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
 from compressor.student import Decoder, Precision
@@ -121,6 +121,7 @@ class _Runner:
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
         self._has_mask = "attention_mask" in inputs
+        self._sources = [name for name in self._caches if name.endswith(".encoder.key")]
         self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
         self._outputs = [value.name for value in self._session.get_outputs()]
 
@@ -137,7 +138,8 @@ class _Runner:
     def run(
         self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int, keep: int = 0
     ) -> tuple[ort.OrtValue, dict[str, ort.OrtValue]]:
-        """Feed `array` [1, S, ...] as input `name`; (first output, in host memory; cache inputs of the next run).
+        """Feed `array` [1, S, ...] as input `name`; (first output that is no cache, in host memory; cache inputs of the next
+        run).
 
         keep: logits of so many last positions, all if it is 0 or if the graph is an older one that cannot choose.
         """
@@ -147,6 +149,9 @@ class _Runner:
         binding.bind_cpu_input(name, array)
         if self._has_mask:
             binding.bind_cpu_input("attention_mask", np.ones((1, past_length + array.shape[1]), np.int64))
+        if self._sources:
+            length = past[self._sources[0]].shape()[2]
+            binding.bind_cpu_input("encoder_attention_mask", np.ones((1, length), np.int64))
         if keep and self._can_keep:
             binding.bind_ortvalue_input(KEEP, ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64)))
         for key, value in past.items():
@@ -156,7 +161,7 @@ class _Runner:
         self._session.run_with_iobinding(binding)
         results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         present = {k: v for k, v in results.items() if k.startswith("present.")}
-        first = next(v for k, v in results.items() if k not in present)
+        first = next((v for k, v in results.items() if k not in present), None)
         return first, {k.replace("present", "past_key_values", 1): v for k, v in present.items()}
 
     def close(self) -> None:
@@ -201,12 +206,19 @@ class OnnxDecoder(_Runner):
         RuntimeTargetError: the folder holds no graph, or the provider is not the one asked for.
     """
 
+    GRAPH = GRAPH_FILE
+
     def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False):
-        graph = Path(folder) / GRAPH_FILE
+        graph = Path(folder) / self.GRAPH
         if not graph.is_file():
             raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
-        with exact_graph(Path(folder)) if exact else nullcontext(graph) as path:
+        with exact_graph(graph) if exact else nullcontext(graph) as path:
             super().__init__(path, "cpu" if exact else device, threads)
+
+    @property
+    def answers(self) -> bool:
+        """Whether what it writes is an answer to a text, and not what follows it."""
+        return False
 
     @property
     def writes(self) -> bool:
@@ -231,9 +243,8 @@ class OnnxDecoder(_Runner):
         """More tokens [S] behind `cache` -> (logits [S, V], or of the `keep` last positions only, the longer cache)."""
         ids = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
         logits, values = self.run("input_ids", ids, cache.values, cache.length, keep)
-        found = logits.numpy()
-        rows = found.reshape(-1, found.shape[-1])[-keep:].astype(np.float32, copy=False)
-        return rows, Cache(cache.length + ids.shape[1], values)
+        found, longer = logits.numpy(), Cache(cache.length + ids.shape[1], {**cache.values, **values})
+        return found.reshape(-1, found.shape[-1])[-keep:].astype(np.float32, copy=False), longer
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Token ids [S] -> logits [S, V], or [1, classes]."""
@@ -268,6 +279,63 @@ class OnnxDecoder(_Runner):
         )
 
 
+class OnnxEncoderDecoder(OnnxDecoder):
+    """An exported encoder-decoder, ready to run: what `prefill` and `generate` get is read by the encoder, and answered."""
+
+    GRAPH = DECODER_FILE
+
+    def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False):
+        super().__init__(folder, device, threads, exact=exact)
+        graph, facts = Path(folder) / ENCODER_FILE, self._session.get_modelmeta().custom_metadata_map
+        with exact_graph(graph) if exact else nullcontext(graph) as path:
+            self._encoder = _Runner(path, self._device, threads)
+        self._start, self._pad = int(facts[START]), int(facts[PAD])
+
+    @property
+    def answers(self) -> bool:
+        return True
+
+    def prefill(self, ids: np.ndarray, keep: int = 0) -> tuple[np.ndarray, Cache]:
+        """Token ids [S] of a source -> (logits [1, V] of the first token of an answer, cache)."""
+        return self.extend(np.array([self._start]), self._read(ids), keep)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """A window [L] of source and target (see `text.Spans`) -> logits [L, V], zeros where it is not the target's."""
+        (said,) = np.nonzero(ids < 0)
+        first, end = said[0], said[-1] + 1
+        source = ids[:first]
+        before = np.maximum(ids, ~ids)[first : end - 1]
+        found, _ = self.extend(np.array([self._start, *before]), self._read(source[source != self._pad]))
+        return np.pad(found, ((first, len(ids) - end), (0, 0)))
+
+    def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
+        """Calls to be timed: a source of `prefill_tokens` tokens to the logits of the first of its answer, and one token more
+        behind `context` of them."""
+        ids = np.random.default_rng(0).integers(
+            0, self._session.get_outputs()[0].shape[-1], max(prefill_tokens, context)
+        )
+        cache = self._read(ids[:prefill_tokens])
+        if context:
+            _, cache = self.extend(ids[:context], cache, keep=1)
+        return BenchCalls(lambda: self.prefill(ids[:prefill_tokens]), lambda: self.step(int(ids[0]), cache), self.close)
+
+    def _read(self, ids: np.ndarray) -> Cache:
+        """A source [S] -> the cache in front of its answer."""
+        source = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
+        _, values = self._encoder.run("input_ids", source, {}, 0)
+        return Cache(0, {**self.past(0), **values})
+
+    def close(self) -> None:
+        super().close()
+        self._encoder.close()
+
+
+def open_model(folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False) -> OnnxDecoder:
+    """An exported folder, ready to run; arguments as of `OnnxDecoder`."""
+    kind = OnnxEncoderDecoder if has_encoder(folder) else OnnxDecoder
+    return kind(folder, device, threads, exact=exact)
+
+
 def site_stack(
     decoder: Decoder,
     site: Site,
@@ -282,10 +350,11 @@ def site_stack(
     """`copies` repetitions of `site` under `action` with random weights, in memory, as calls to be timed.
 
     The graph is `graph.stack_model`: the very functions that build the export. An expert's prefill is of as many tokens as
-    reach it on average.
+    reach it on average. Of an encoder-decoder, the encoder reads the prompt; what is behind it then runs for one token, and
+    in decoding alone.
     """
-    format = Format.parse(action.format)
-    shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix in site.matrices}
+    shapes = {matrix.name: matrix.shape(action.keep, site.units) for matrix, _ in site.stored(action)}
+    formats = {matrix.name: format for matrix, format in site.stored(action)}
     biased = {matrix.name for matrix in site.matrices if matrix.bias}
     rng = np.random.default_rng(0)
 
@@ -293,10 +362,15 @@ def site_stack(
         # drawn anew for every copy: ONNX Runtime keeps prepacked weights of equal contents once, which fit in a cache
         parts = [f"{site.name}.{name.rsplit('.', 1)[-1]}" if site.layer is not None else name for name in names]
         rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1]
-        return Stored.random(rng, format, rows, columns, parts[0] in biased, decoder.floats)
+        return Stored.random(rng, formats[parts[0]], rows, columns, parts[0] in biased, decoder.floats)
 
-    model = stack_model(decoder, site.kind, action, copies, matrices, lambda name, array: ir.tensor(array, name=name))
-    runner = _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
+    def store(name: str, array: np.ndarray) -> ir.TensorProtocol:
+        return ir.tensor(array, name=name)
+
+    def opened(model: ir.Model) -> _Runner:
+        return _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
+
+    runner = opened(stack_model(decoder, site, action, copies, matrices, store))
     many: np.ndarray
     prefill_tokens = site.reached(prefill_tokens)
     if site.kind == "embedding":
@@ -306,7 +380,24 @@ def site_stack(
         name = "x"
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
     one = many[:, :1]
+    if site.part == "cross":
+        reader = opened(source_model(decoder, action, copies, matrices, store))
+        read = runner.past(prefill_tokens, rng)
+
+        def close() -> None:
+            runner.close()
+            reader.close()
+
+        return BenchCalls(
+            lambda: runner.run(name, one, reader.run(name, many, {}, 0)[1], 0),
+            lambda: runner.run(name, one, read, 0),
+            close,
+        )
     empty, filled = runner.past(0), runner.past(context, rng)
+    if site.part == "encoder":
+        return BenchCalls(lambda: runner.run(name, many, empty, 0), lambda: None, runner.close)
+    if decoder.encoder and site.layer is not None:
+        many = one
     behind = context if decoder.causal else 0
     return BenchCalls(
         lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, behind), runner.close

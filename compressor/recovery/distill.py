@@ -111,7 +111,7 @@ def load_student(student: Student, network: Network, rounding: Rounding = "dynam
     """Put a student's weights into a network; `rounding` as for `Network.install`."""
     for name, action in student.plan.items():
         site = network.sites[name]
-        weights = {m.name: student.matrices[m.name] for m in site.matrices} if action.keep else {}
+        weights = {matrix.name: student.matrices[matrix.name] for matrix, _ in site.stored(action)}
         network.install(site, action, weights, rounding)
     with torch.no_grad():
         for name, gain in student.vectors.items():
@@ -306,9 +306,9 @@ class Imitation:
         loss = self.kl_weight * self.temperature**2 * kl
         if self.hidden_weight:
             pairs = zip(hidden_s[1:], hidden_t[1:], strict=True)
-            visible_BL = self.teacher.model.visible(ids_BL.to(self.teacher.device))
-            if visible_BL is not None:
-                pairs = ((a[visible_BL], b[visible_BL]) for a, b in pairs)  # type: ignore[assignment]
+            blank_BL = self.teacher.model.blank(ids_BL.to(self.teacher.device))
+            if blank_BL is not None:
+                pairs = ((a[~blank_BL], b[~blank_BL]) for a, b in pairs)  # type: ignore[assignment]
             gaps = [(a - b).square().mean() / b.square().mean() for a, b in pairs]
             loss = loss + self.hidden_weight * torch.stack(gaps).mean()
         return loss

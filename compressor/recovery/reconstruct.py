@@ -24,7 +24,7 @@ Shape letters: N windows, L tokens a window, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -52,14 +52,13 @@ def reconstruct(
             matrices |= (table := bank.variant(site, plan[name]))
             student.install(site, plan[name], table)
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
-    sub_layers = teacher.decoder.sub_layers()
+    sub_layers = teacher.decoder.every_sub_layer()
     for done, sites in enumerate(sub_layers.values(), 1):
-        x_NLD = wanted.read()
-        wanted.advance()
+        read = wanted.read()
+        behind_NLD = wanted.advance()
         for fitting in [_Fitting(bank, student, site, plan[site.name]) for site in sites]:
             if fitting.action.keep:
-                fitting.readers(given, x_NLD)
-                fitting.writer(given, wanted.hidden_NLD)
+                fitting.fit(given, read, behind_NLD)
             matrices |= fitting.weights
         given.advance()
         progress(done, len(sub_layers))
@@ -73,24 +72,30 @@ class _Fitting:
         self._bank, self._student, self._site, self.action = bank, student, site, action
         self._dense = bank.pruned(site, action.keep) if action.keep else {}
         self._unquantized = bank.with_biases(site, action.keep, as_floats(self._dense)) if action.keep else {}
-        self.weights: dict[str, Weight] = {}
+        self.weights = {name: weight for name, weight in self._unquantized.items() if name not in self._dense}
         self._install()
 
-    def readers(self, given: Stream, x_NLD: Tensor) -> None:
-        """Fit the matrices that read the stream; x_NLD: what the sub-layer reads in the teacher."""
-        names = [matrix.name for matrix in self._site.matrices if matrix.pruned == "rows"]
+    def fit(self, given: Stream, read: Mapping[str, Tensor], behind_NLD: Tensor) -> None:
+        """Fit all matrices. read: what the sub-layer reads in the teacher, by the ends of its inputs' names, [N, L, D];
+        behind_NLD: the teacher's stream behind it."""
+        *readers, (_, (last,)) = self._site.inputs.items()
+        for name, together in readers:
+            self._readers(given, name, [matrix.name for matrix in together], read[name.rpartition(".")[2]])
+        self._writer(given, last.name, behind_NLD)
+
+    def _readers(self, given: Stream, read: str, names: list[str], x_NLD: Tensor) -> None:
+        """Fit the matrices that share an input; x_NLD: what they read in the teacher."""
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
-        for windows, weight_BL, x_TI in given.inputs(self._site, names[0]):
+        for windows, weight_BL, x_TI in given.inputs(self._site, read, names[0]):
             fit.add(x_TI, x_NLD[windows][weight_BL != 0] @ fit.w_OI.T)
         self._finish(fit, names)
 
-    def writer(self, given: Stream, behind_NLD: Tensor) -> None:
+    def _writer(self, given: Stream, name: str, behind_NLD: Tensor) -> None:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
-        name = self._site.matrices[-1].name
         fit = _LeastSquares(self._dense[name])
         bias_D = self._unquantized[name].bias
         added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
-        for windows, weight_BL, x_TI in given.inputs(self._site, name):
+        for windows, weight_BL, x_TI in given.inputs(self._site, f"{self._site.name}.out", name):
             reached_BL = weight_BL != 0
             p_T1 = weight_BL[reached_BL][:, None].clamp_min(1e-12)
             h_TD = behind_NLD[windows][reached_BL]
