@@ -11,7 +11,7 @@ recipe.py        what a run is asked for, checked          student.py      a dec
 actions.py       from a recipe to every site's menu        quantize.py     formats as arithmetic: grids, GPTQ
 text.py          windows of tokens, prompts                prune.py        pruning as arithmetic: OBS
 families.py      the one file that knows architectures     calibrate.py    what one look at the teacher tells
-model.py         the teacher, loaded                       network.py      a decoder in torch, site by site
+model.py         the teacher, loaded                       network.py      a model in torch, site by site
 bank.py          variants, made once and kept              sensitivity.py  predicted KL of every action
 executor.py      puts plans into the student, scores them  search.py       policies against the executor
 ledger.py        every plan that was scored                recovery/       what brings a student back to its teacher
@@ -21,7 +21,7 @@ measure.py       exported students, timed and weighed      results.py      from 
 report.py        what a run found                          page.py         the page and the card
 pictures.py      the plots                                 gate.py         limits, and an earlier report
 estimate.py      what a run would take                     cli.py          the command line
-pytest_plugin.py, progress.py, files.py, stages.py, errors.py
+transformer.py   the modules of all models in torch         pytest_plugin.py, progress.py, files.py, stages.py, errors.py
 """
 
 from __future__ import annotations

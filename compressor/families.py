@@ -475,6 +475,8 @@ def _gemma_problems(config: Any) -> list[str]:
     return ["attention in both directions"] if getattr(config, "use_bidirectional_attention", False) else []
 
 
+_POOLED = {"transform_activation": "tanh", "transform_norm": False}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA, _biased),
     "mistral": Family(_LLAMA),
@@ -500,7 +502,7 @@ FAMILIES: dict[str, Family] = {
         _bert_problems,
         positions_too="bert.embeddings.token_type_embeddings",
         classifier={"transform": "bert.pooler.dense", "head": "classifier"},
-        transforms={"transform_activation": "tanh", "transform_norm": False},
+        transforms=_POOLED,
     ),
     "roberta": Family(
         _ROBERTA,
@@ -508,7 +510,7 @@ FAMILIES: dict[str, Family] = {
         _bert_problems,
         positions_too="roberta.embeddings.token_type_embeddings",
         classifier={"transform": "classifier.dense", "head": "classifier.out_proj"},
-        transforms={"transform_activation": "tanh", "transform_norm": False},
+        transforms=_POOLED,
     ),
     "distilbert": Family(
         _DISTILBERT,

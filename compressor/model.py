@@ -10,8 +10,9 @@ import torch
 
 from compressor.errors import ModelError
 from compressor.families import blocks_beyond, check_supported, checkpoint_of, decoder_of, weights_of
-from compressor.network import Network, Transformer
+from compressor.network import Network
 from compressor.student import Decoder, Precision
+from compressor.transformer import Transformer
 
 
 @dataclass(frozen=True)

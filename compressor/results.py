@@ -18,7 +18,7 @@ from compressor.errors import ModelError
 from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
-from compressor.network import Network, Sides
+from compressor.network import Network
 from compressor.plan import Plan
 from compressor.recovery.distill import loaded
 from compressor.runtimes import Deployed, runtime
@@ -26,6 +26,7 @@ from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.student import Decoder
 from compressor.text import compared, predictions, tokens_digest
+from compressor.transformer import Sides
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 

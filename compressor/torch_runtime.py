@@ -26,10 +26,11 @@ from compressor.export.runtime import BenchCalls, Device
 from compressor.families import module_names
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import network_from_config
-from compressor.network import Attention, Cache, Context, FeedForward, Network, Norm
+from compressor.network import Network
 from compressor.plan import Action, Format, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
 from compressor.student import Decoder, Precision, Student
+from compressor.transformer import Attention, Cache, Context, FeedForward, Norm
 
 FILE = "model.safetensors"
 HEADER_BYTES = 200

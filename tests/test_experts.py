@@ -14,13 +14,14 @@ from compressor.estimate import dry_run
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, export_onnx, export_random, exported_bytes, read_student, site_stack
 from compressor.model import load_teacher
-from compressor.network import Context, FeedForward, Mixture, Network
+from compressor.network import Network
 from compressor.plan import DROP, Action, Plan
 from compressor.quantize import as_floats, fake_dynamic_int8
 from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.student import Decoder, Experts, full_plan
+from compressor.transformer import Context, FeedForward, Mixture
 from eval.latency import entry_key, measure_entry
 from tests.test_families import error, folders  # noqa: F401
 from tests.test_latency import FakeStacks, stacks  # noqa: F401
@@ -215,8 +216,8 @@ def test_the_stream_knows_what_an_expert_reads_and_adds(mixed, windows):
     dense = {matrix.name: mixed.matrix(matrix.name).data for matrix in site.matrices}
     mixed.install(site, Action(64, "int8"), as_floats(dense))
     stream.advance()
-    whole_NLD, module = stream.read(), mixed.module("layers.0.ffn")
-    for windows_, weight_BL, x_TI in stream.inputs(site, f"{site.name}.gate"):
+    whole_NLD, module = stream.read()["in"], mixed.module("layers.0.ffn")
+    for windows_, weight_BL, x_TI in stream.inputs(site, f"{site.name}.in"):
         x_BLD = whole_NLD[windows_]
         wanted_BL = torch.tensor([[chosen(module, x_D).get(2, 0.0) for x_D in x_LD] for x_LD in x_BLD])
         torch.testing.assert_close(weight_BL, wanted_BL, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,8 @@
 """From a student to files that ONNX Runtime runs; the one package that knows ONNX.
 
 layout.py    a weight matrix as the arrays its kernel reads; whether int8 products saturate on this processor
-graph.py     the graph: every sub-layer a function, the whole model, stacks of one site for timing
+layers.py    what graphs are made of: nodes, matrices in every format, every sub-layer a function
+graph.py     the whole model, and stacks of one site for timing
 files.py     model.onnx and model.onnx_data: written, promised in bytes, read back; of an encoder-decoder encoder_model.onnx,
              decoder_model_merged.onnx and the same data file for both
 genai.py     the configuration with which ONNX Runtime GenAI runs that graph

@@ -19,7 +19,8 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import BankError
-from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Matrices, graph_files, student_models
+from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, graph_files, student_models
+from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
 from compressor.quantize import PARTS, Weight

@@ -86,7 +86,7 @@ class _Fitting:
     def _readers(self, given: Stream, read: str, names: list[str], x_NLD: Tensor) -> None:
         """Fit the matrices that share an input; x_NLD: what they read in the teacher."""
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
-        for windows, weight_BL, x_TI in given.inputs(self._site, read, names[0]):
+        for windows, weight_BL, x_TI in given.inputs(self._site, read):
             fit.add(x_TI, x_NLD[windows][weight_BL != 0] @ fit.w_OI.T)
         self._finish(fit, names)
 
@@ -95,7 +95,7 @@ class _Fitting:
         fit = _LeastSquares(self._dense[name])
         bias_D = self._unquantized[name].bias
         added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
-        for windows, weight_BL, x_TI in given.inputs(self._site, f"{self._site.name}.out", name):
+        for windows, weight_BL, x_TI in given.inputs(self._site, f"{self._site.name}.out"):
             reached_BL = weight_BL != 0
             p_T1 = weight_BL[reached_BL][:, None].clamp_min(1e-12)
             h_TD = behind_NLD[windows][reached_BL]
