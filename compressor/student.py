@@ -141,9 +141,11 @@ class Decoder:
             yield Site(name, "ffn", i, channels, matrices, part=self.part)
 
     @property
-    def part(self) -> Literal["decoder", "encoder"]:
-        """`Site.part` of its sites but those across."""
-        return "encoder" if self.prefix else "decoder"
+    def part(self) -> Literal["encoder", "decoder"] | None:
+        """`Site.part` of its sub-layers but those across."""
+        if self.prefix:
+            return "encoder"
+        return "decoder" if self.encoder else None
 
     def stack_of(self, site: str) -> Decoder:
         """The shape of the blocks that a site belongs to: the encoder's or this one."""

@@ -176,8 +176,8 @@ class LatencyModel:
 
 def entry_key(site: Site, action: Action) -> str:
     """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; in front, the part of an
-    encoder-decoder that it belongs to, if it is not the decoder itself."""
-    kind = site.kind if site.part == "decoder" else f"{site.part} {site.kind}"
+    encoder-decoder that it belongs to."""
+    kind = f"{site.part} {site.kind}" if site.part else site.kind
     shapes = ("{}x{}".format(*matrix.shape(action.keep, site.units)) for matrix in site.matrices)
     return " ".join((kind, *shapes, action.format))
 
