@@ -431,8 +431,9 @@ def _answering(config: Any, decoder: Decoder, encoder: Decoder) -> Decoder:
     return replace(decoder, encoder=encoder, start=start, pad=config.pad_token_id)
 
 
-def _padless_problems(config: Any) -> list[str]:
-    return ["pad_token_id = None (supported: a token)"] if config.pad_token_id is None else []
+def _answering_problems(config: Any) -> list[str]:
+    found = [] if config.is_encoder_decoder else ["is_encoder_decoder = False (supported: True)"]
+    return found + (["pad_token_id = None (supported: a token)"] if config.pad_token_id is None else [])
 
 
 def _bert_problems(config: Any) -> list[str]:
@@ -520,11 +521,11 @@ FAMILIES: dict[str, Family] = {
         transforms={"transform_activation": "relu", "transform_norm": False},
     ),
     "modernbert": Family(_MODERNBERT, _modernbert, _modernbert_problems, classifier={"head": "classifier"}),
-    "t5": Family(_t5, _t5_shape, _padless_problems),
-    "mt5": Family(_t5, _t5_shape, _padless_problems),
-    "umt5": Family(partial(_t5, table="{i}"), _t5_shape, _padless_problems),
-    "bart": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
-    "pegasus": Family(_bart, _bart_shape, _padless_problems, head_bias="final_logits_bias"),
+    "t5": Family(_t5, _t5_shape, _answering_problems),
+    "mt5": Family(_t5, _t5_shape, _answering_problems),
+    "umt5": Family(partial(_t5, table="{i}"), _t5_shape, _answering_problems),
+    "bart": Family(_bart, _bart_shape, _answering_problems, head_bias="final_logits_bias"),
+    "pegasus": Family(_bart, _bart_shape, _answering_problems, head_bias="final_logits_bias"),
 }
 """By `model_type` of the configuration."""
 

@@ -134,7 +134,7 @@ def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     network.to(target.device if torch.cuda.is_available() else "cpu")
     try:
         if network.decoder.encoder:
-            ids_BL = ids_BL + network.decoder.pad + 1  # no padding
+            ids_BL = ids_BL + int(network.decoder.pad == 0)  # no padding
             step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64), ids_BL)
             yield BenchCalls(
                 lambda: network.generate(ids_BL, 1, lambda logits_BV: logits_BV.argmax(-1)).cpu(),

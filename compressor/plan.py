@@ -127,8 +127,8 @@ class Site:
     `units` is what an action's `keep` counts: key/value groups of an attention, channels of a feed-forward,
     1 for embedding and head, which are never pruned. `float_bytes`: of a scale or a bias in the exported file.
     `share`: of the tokens, those that reach it on average; all, but for an expert of a mixture, which is a feed-forward, too.
-    `part`: of an encoder-decoder, its encoder, which runs once a text; attention across, from the decoder to what the
-    encoder gave; or the rest. `tables`: what is stored beside the matrices, goes with the units and stays fp32.
+    `part`: of the blocks of an encoder-decoder, its encoder, which runs once a text; the decoder; or attention across, from
+    the decoder to what the encoder gave. `tables`: what is stored beside the matrices, goes with the units and stays fp32.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Site:
     matrices: tuple[Matrix, ...]
     float_bytes: int = 4
     share: float = 1.0
-    part: Literal["decoder", "encoder", "cross"] = "decoder"
+    part: Literal["encoder", "decoder", "cross"] | None = None
     tables: tuple[Matrix, ...] = ()
 
     @property

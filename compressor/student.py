@@ -184,9 +184,11 @@ class Decoder:
         return (self.encoder.sub_layers() if self.encoder else {}) | self.sub_layers()
 
     @property
-    def part(self) -> Literal["decoder", "encoder"]:
-        """`Site.part` of its sites but those across."""
-        return "encoder" if self.prefix else "decoder"
+    def part(self) -> Literal["encoder", "decoder"] | None:
+        """`Site.part` of its sub-layers but those across."""
+        if self.prefix:
+            return "encoder"
+        return "decoder" if self.encoder else None
 
     def stack_of(self, name: str) -> Decoder:
         """The shape of the blocks that a site or a sub-layer belongs to: the encoder's or this one."""

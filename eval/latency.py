@@ -179,8 +179,8 @@ class LatencyModel:
 
 def entry_key(site: Site, action: Action) -> str:
     """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; an expert's share; in
-    front, the part of an encoder-decoder that it belongs to, if it is not the decoder itself."""
-    kind = site.kind if site.part == "decoder" else f"{site.part} {site.kind}"
+    front, the part of an encoder-decoder that it belongs to."""
+    kind = f"{site.part} {site.kind}" if site.part else site.kind
     shapes = ("{}x{}".format(*matrix.shape(action.keep, site.units)) for matrix in site.matrices)
     share = () if site.share == 1 else (f"{site.share:g}",)
     return " ".join((kind, *shapes, action.format, *share))

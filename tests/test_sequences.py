@@ -446,7 +446,8 @@ def check(report, out: Path) -> None:
     assert "text2text-generation" in card and "encoder_model.onnx" in card and "GenAI" not in card
     table = json.loads((out / "latency.json").read_text()).popitem()[1]["entries"]
     kinds = {tuple(key.split()[:2]) for key in table}
-    assert kinds >= {("encoder", "attention"), ("encoder", "ffn"), ("cross", "attention")}
+    assert kinds >= {(part, kind) for part in ("encoder", "decoder") for kind in ("attention", "ffn")}
+    assert ("cross", "attention") in kinds
     assert {entry["decode_ms"] for key, entry in table.items() if key.startswith("encoder")} == {0.0}
 
 
@@ -465,6 +466,21 @@ def check(report, out: Path) -> None:
 def test_what_only_decoders_do_is_refused(folders, tmp_path, name, changes, said):
     with pytest.raises((RecipeError, DataError), match=said):
         pipeline.compress(recipe(folders[name], **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        ("T5Config", T5 | {"is_encoder_decoder": False}, "is_encoder_decoder = False"),
+        ("BartConfig", BART | {"pad_token_id": None}, "pad_token_id = None"),
+        ("T5Config", T5 | {"feed_forward_proj": "tanh"}, "activation 'tanh'"),
+        ("MBartConfig", BART, "model_type 'mbart' .supported: .*pegasus"),
+    ],
+)
+def test_other_shapes_are_refused_by_name(config, changes, said, tmp_path):
+    getattr(transformers, config)(**changes).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        read_decoder(tmp_path)
 
 
 def test_targets_are_for_encoder_decoders(tiny_folder, pairs, tmp_path):

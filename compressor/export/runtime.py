@@ -396,7 +396,7 @@ def site_stack(
     empty, filled = runner.past(0), runner.past(context, rng)
     if site.part == "encoder":
         return BenchCalls(lambda: runner.run(name, many, empty, 0), lambda: None, runner.close)
-    if decoder.encoder and site.layer is not None:
+    if site.part == "decoder":
         many = one
     behind = context if decoder.causal else 0
     return BenchCalls(
