@@ -3,7 +3,8 @@ as a `Decoder` describes them; nothing here knows a family.
 
 Names of modules are those of `compressor.student`. What is done to a model as a whole is `compressor.network`.
 
-Shape letters: B batch, L tokens, S tokens of a source, T of a target, M keys, D hidden, H heads, K head width, V vocabulary.
+Shape letters: B batch, L tokens, S tokens of a source, T of a target, M keys, D hidden, H heads, K head width, V vocabulary;
+of mixtures T tokens of all windows, E experts, A active ones, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -286,11 +287,10 @@ class Mixture(SubLayer):
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         x_TD, weight_ET = x_BLD.flatten(0, 1), self.weights(x_BLD).flatten(0, 1).T
         sites = [*self.experts, *([] if self.shared is None else [self.shared])]
-        site_N, token_N = weight_ET.nonzero(as_tuple=True)
+        site_R, token_R = weight_ET.nonzero(as_tuple=True)  # all R routes, sorted by expert
+        tokens = token_R.split(site_R.bincount(minlength=len(sites)).tolist())
         added_TD = torch.zeros_like(x_TD)
-        for site, weight_T, token_n in zip(
-            sites, weight_ET, token_N.split(site_N.bincount(minlength=len(sites)).tolist())
-        ):
+        for site, weight_T, token_n in zip(sites, weight_ET, tokens, strict=True):
             if len(token_n) and not site.dropped:
                 given_nD = self._given(site, x_TD[token_n], token_n // x_BLD.shape[1], context)
                 added_TD.index_add_(0, token_n, (weight_T[token_n, None] * given_nD).to(added_TD.dtype))
@@ -298,9 +298,9 @@ class Mixture(SubLayer):
 
     @staticmethod
     def _given(expert: SubLayer, x_nD: Tensor, window_n: Tensor, context: Context) -> Tensor:
-        """What an expert gives for tokens of some windows; apart where it rounds, as if every window ran alone."""
-        parts = x_nD.split(window_n.unique_consecutive(return_counts=True)[1].tolist()) if expert.rounding else [x_nD]
-        return torch.cat([expert(x_pD[None], context)[0] for x_pD in parts])
+        """What an expert gives for tokens of some windows; where it rounds, as if every window ran alone."""
+        counts = window_n.unique_consecutive(return_counts=True)[1].tolist() if expert.rounding else [len(x_nD)]
+        return torch.cat([expert(x_pD[None], context)[0] for x_pD in x_nD.split(counts)])
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from compressor.student import Decoder, Experts, full_plan
 from compressor.transformer import Context, FeedForward, Mixture
 from eval.latency import entry_key, measure_entry
 from tests.test_families import error, folders  # noqa: F401
-from tests.test_latency import FakeStacks, stacks  # noqa: F401
+from tests.test_latency import stacks  # noqa: F401
 from tests.test_pipeline import recipe
 
 SHARED = "layers.0.ffn.shared"

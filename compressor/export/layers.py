@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compressor.export.layout import Stored
-from compressor.student import Decoder
+from compressor.student import Decoder, Experts
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
@@ -80,6 +80,10 @@ class GraphBuilder:
         if name not in self.initializers:
             self._initializer(name, ir.tensor(array, name=name))
         return self.initializers[name]
+
+    def integers(self, *values: int) -> ir.Value:
+        """A constant list of integers."""
+        return self.small(f"integers.{'.'.join(map(str, values))}", np.array(values, np.int64))
 
     def number(self, name: str, number: float) -> ir.Value:
         """A constant of the graph's floats."""
@@ -499,55 +503,58 @@ def mixture(
 ) -> None:
     """The experts of block `layer` (see `student.Experts`), each on the tokens alone that are routed to it.
 
-    The T tokens stand in a list A times each, once for every expert that they are routed to, sorted by expert, and every
-    expert reads its piece of it; an empty one takes the kernels some microseconds. What they give is gathered back and added
-    up slot by slot: ONNX Runtime's ScatterND adds in parallel, in any order.
+    The T tokens stand in a list of N = T A, once for each of the A experts that they are routed to, sorted by expert, and
+    every expert reads its piece of it; an empty one takes the kernels some microseconds. What they give is gathered back and
+    added up slot by slot: ONNX Runtime's ScatterND adds in parallel, in any order.
 
     kept: names of the experts that are not dropped; the others give 0. beside: as in `feed_forward`.
     """
     name, experts = f"layers.{layer}.ffn", decoder.experts_of(layer)
     assert experts
-
-    def numbers(*values: int) -> ir.Value:
-        return b.small(f"numbers.{'.'.join(map(str, values))}", np.array(values, np.int64))
-
     x = stream.enter(name, front=beside)
-    x_TD = b.op("Reshape", [x, numbers(-1, decoder.hidden)], f"{name}.tokens")
-    names = [f"{name}.best", f"{name}.chosen"]
-    p_TE = b.op("Softmax", [scores(b, x_TD, f"{name}.router", vectors)], f"{name}.p", axis=-1)
-    p_TA, expert_TA = b.node("", "TopK", [p_TE, numbers(experts.active)], names, {"axis": -1})
-    if experts.normalized:
-        p_TA = b.op("Div", [p_TA, b.op("ReduceSum", [p_TA, numbers(-1)], f"{name}.p.sum")], f"{name}.p.normalized")
+    x_TD = b.op("Reshape", [x, b.integers(-1, decoder.hidden)], f"{name}.tokens")
+    p_TA, expert_TA = routes(b, x_TD, name, experts, vectors)
 
-    expert_N = b.op("Reshape", [expert_TA, numbers(-1)], f"{name}.slots")
+    expert_N = b.op("Reshape", [expert_TA, b.integers(-1)], f"{name}.slots")
     order_N = ascending(b, expert_N, f"{name}.order")
-    token_N = b.op("Div", [order_N, numbers(experts.active)], f"{name}.token")
-    hits_NE = b.op("OneHot", [expert_N, numbers(experts.count), numbers(0, 1)], f"{name}.hits")
-    counts_E = b.op("ReduceSum", [hits_NE, numbers(0)], f"{name}.counts", keepdims=0)
-    parts = [f"{name}.experts.{e}" for e in range(experts.count)]
+    token_N = b.op("Div", [order_N, b.integers(experts.active)], f"{name}.token")
+    hits_NE = b.op("OneHot", [expert_N, b.integers(experts.count), b.integers(0, 1)], f"{name}.hits")
+    counts_E = b.op("ReduceSum", [hits_NE, b.integers(0)], f"{name}.counts", keepdims=0)
     rows_ND = b.op("Gather", [x_TD, token_N], f"{name}.rows")
+    parts = [f"{name}.experts.{e}" for e in range(experts.count)]
     pieces = b.node("", "Split", [rows_ND, counts_E], [f"{part}.in" for part in parts], {"axis": 0})
-    given = [
-        channels(b, piece, part, decoder, matrices)
-        if part in kept
-        else b.op("Mul", [piece, b.number("nothing", 0.0)], f"{part}.out")
-        for part, piece in zip(parts, pieces, strict=True)
-    ]
-    place_N = ascending(b, order_N, f"{name}.place")
-    given_ND = b.op("Gather", [b.op("Concat", given, f"{name}.given", axis=0), place_N], f"{name}.given.back")
-    given_TAD = b.op("Reshape", [given_ND, numbers(-1, experts.active, decoder.hidden)], f"{name}.given.slots")
-    p_TA1 = b.op(
-        "Unsqueeze", [b.floating(p_TA, np.dtype(np.float32), f"{name}.p.float"), numbers(-1)], f"{name}.p.slots"
-    )
-    added_TD = b.op(
-        "ReduceSum", [b.op("Mul", [given_TAD, p_TA1], f"{name}.weighted"), numbers(1)], f"{name}.sum", keepdims=0
-    )
+    given = []
+    for part, piece in zip(parts, pieces, strict=True):
+        if part in kept:
+            given.append(channels(b, piece, part, decoder, matrices))
+        else:
+            given.append(b.op("Mul", [piece, b.number("nothing", 0.0)], f"{part}.out"))
+    given_ND = b.op("Concat", given, f"{name}.given", axis=0)
+
+    back_ND = b.op("Gather", [given_ND, ascending(b, order_N, f"{name}.place")], f"{name}.given.back")
+    back_TAD = b.op("Reshape", [back_ND, b.integers(-1, experts.active, decoder.hidden)], f"{name}.given.slots")
+    p_TA1 = b.op("Unsqueeze", [p_TA, b.integers(-1)], f"{name}.p.slots")
+    weighed_TAD = b.op("Mul", [back_TAD, p_TA1], f"{name}.weighed")
+    added_TD = b.op("ReduceSum", [weighed_TAD, b.integers(1)], f"{name}.sum", keepdims=0)
     if (shared := f"{name}.shared") in kept:
         p_T1 = b.op("Sigmoid", [scores(b, x_TD, f"{shared}.router", vectors)], f"{shared}.p")
         p_T1 = b.floating(p_T1, np.dtype(np.float32), f"{shared}.p.float")
-        shared_TD = b.op("Mul", [channels(b, x_TD, shared, decoder, matrices), p_T1], f"{shared}.weighted")
+        shared_TD = b.op("Mul", [channels(b, x_TD, shared, decoder, matrices), p_T1], f"{shared}.weighed")
         added_TD = b.op("Add", [added_TD, shared_TD], f"{name}.together")
     stream.add(b.op("Reshape", [added_TD, b.op("Shape", [x], f"{name}.shape")], f"{name}.out"), name)
+
+
+def routes(
+    b: GraphBuilder, x_TD: ir.Value, name: str, experts: Experts, vectors: Mapping[str, np.ndarray]
+) -> tuple[ir.Value, ir.Value]:
+    """(probabilities, numbers), [T, A] each, of the experts that tokens are routed to in the mixture `name`."""
+    p_TE = b.op("Softmax", [scores(b, x_TD, f"{name}.router", vectors)], f"{name}.p", axis=-1)
+    outputs = [f"{name}.best", f"{name}.chosen"]
+    p_TA, expert_TA = b.node("", "TopK", [p_TE, b.integers(experts.active)], outputs, {"axis": -1})
+    if experts.normalized:
+        whole_T1 = b.op("ReduceSum", [p_TA, b.integers(-1)], f"{name}.p.sum")
+        p_TA = b.op("Div", [p_TA, whole_T1], f"{name}.p.normalized")
+    return b.floating(p_TA, np.dtype(np.float32), f"{name}.p.float"), expert_TA
 
 
 def scores(b: GraphBuilder, x: ir.Value, router: str, vectors: Mapping[str, np.ndarray]) -> ir.Value:
