@@ -11,7 +11,7 @@ import transformers
 import compressor
 from compressor.bank import Bank
 from compressor.errors import ModelError
-from compressor.executor import Executor
+from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes
 from compressor.folder import save_folder
 from compressor.model import Teacher, load_teacher, read_decoder, save_teacher
@@ -301,3 +301,15 @@ def test_what_is_not_supported_is_refused_by_name(config, changes, match, tmp_pa
 def test_the_teacher_of_a_family_keeps_its_own_name(folders):
     assert isinstance(load_teacher(folders["gpt2"]), Teacher)
     assert load_teacher(folders["gpt2"]).network.family == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_reconstruction_sees_through_a_norm_behind_a_sub_layer(folders, name, windows, tmp_path):
+    network = load_teacher(folders[name]).network
+    bank, plan = Bank(tmp_path, network, windows[:16], windows[:2]), full_plan(network.decoder, "w4", "w8")
+    reference = Reference(network, windows[16:])
+    before, behind = (
+        reference.kl(loaded(network, student))
+        for student in (bank.realize(plan), reconstruct(bank, plan, windows[:16]))
+    )
+    assert behind < 0.9 * before

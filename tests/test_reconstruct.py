@@ -29,7 +29,8 @@ def test_least_squares_against_the_normal_equations_of_everything_at_once():
     w, x, y, c = torch.randn(5, 7), torch.randn(6, 10, 7), torch.randn(6, 10, 5), torch.rand(6, 10)
     fit = _LeastSquares(w)
     for windows in (slice(0, 4), slice(4, 6)):
-        fit.add(x[windows].flatten(0, 1), y[windows].flatten(0, 1), c[windows].flatten())
+        x_TI, y_TO = x[windows].flatten(0, 1), y[windows].flatten(0, 1)
+        fit.add(x_TI, y_TO - x_TI @ w.T, c[windows].flatten())
     x, y, c = x.flatten(0, 1).double(), y.flatten(0, 1).double(), c.flatten()[:, None].double() / float(c.sum())
     moment = (x * c).T @ x
     ridge = RIDGE * moment.diagonal().mean() * torch.eye(7).double()

@@ -11,10 +11,11 @@ the least-squares solution, in closed form, of
 x, x': its input in the teacher and in the student; h: the teacher's residual stream behind the sub-layer; h': the student's
 in front of it, with the bias; W: the variant before quantization. W' is then quantized with the second moment of x'. p is 1
 but for experts: their sums run over the tokens that the student routes to them, with probability p, and h' has what the
-mixture's other experts add, those that were fitted before and those that are still to be. A
-writer thus takes back what the blocks before it have done to the stream, a dropped sub-layer included. Its weights are those
-that the next norm gives to an error, on either side: without them the few tokens of an attention sink, a thousand times as
-large, would count alone, those too that are none in the teacher.
+mixture's other experts add, those that were fitted before and those that are still to be. A writer thus takes back what the
+blocks before it have done to the stream, a dropped sub-layer included. Its weights are those that the next norm gives to an
+error, on either side: without them the few tokens of an attention sink, a thousand times as large, would count alone, those
+too that are none in the teacher. Where a norm stands behind a writer, norm(u) = g u / |u|, what the stream lacks is carried
+back through it with the length |u| that W gives.
 
 Sources: Frantar et al. 2022, "GPTQ" (blocks in order, on the student's own inputs); Li et al. 2025, "GPTAQ" (the teacher's
 output as the target). Departures: the residual stream as the writers' target, the weights, and structured pruning.
@@ -87,21 +88,27 @@ class _Fitting:
         """Fit the matrices that share an input; x_NLD: what they read in the teacher."""
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
         for windows, weight_BL, x_TI in given.inputs(self._site, read):
-            fit.add(x_TI, x_NLD[windows][weight_BL != 0] @ fit.w_OI.T)
+            fit.add(x_TI, (x_NLD[windows][weight_BL != 0] - x_TI) @ fit.w_OI.T)
         self._finish(fit, names)
 
     def _writer(self, given: Stream, name: str, behind_NLD: Tensor) -> None:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
-        fit = _LeastSquares(self._dense[name])
-        bias_D = self._unquantized[name].bias
-        added_D = behind_NLD.new_zeros(()) if bias_D is None else bias_D
+        fit, bias_D = _LeastSquares(self._dense[name]), self._unquantized[name].bias
+        norm = self._student.module(self._site.sub_layer).post_norm
         for windows, weight_BL, x_TI in given.inputs(self._site, f"{self._site.name}.out"):
             reached_BL = weight_BL != 0
             p_T1 = weight_BL[reached_BL][:, None].clamp_min(1e-12)
-            h_TD = behind_NLD[windows][reached_BL]
-            front_TD = given.without(self._site, windows)[reached_BL] + p_T1 * added_D
-            size_T = h_TD.square().mean(-1) + (front_TD + p_T1 * (x_TI @ fit.w_OI.T)).square().mean(-1)
-            fit.add(x_TI, (h_TD - front_TD) / p_T1, p_T1[:, 0] ** 2 / size_T.clamp_min(1e-12))
+            h_TD, without_TD = (
+                stream[reached_BL] for stream in (behind_NLD[windows], given.without(self._site, windows))
+            )
+            own_TD = x_TI @ fit.w_OI.T + (0.0 if bias_D is None else bias_D)
+            behind_TD = without_TD + p_T1 * (own_TD if norm is None else norm(own_TD))
+            size_T = h_TD.square().mean(-1) + behind_TD.square().mean(-1)
+            missed_TD = (h_TD - behind_TD) / p_T1
+            if norm is not None:
+                length_T1 = own_TD.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+                missed_TD, p_T1 = missed_TD * length_T1 / norm.weight, p_T1 / length_T1
+            fit.add(x_TI, missed_TD, p_T1[:, 0] ** 2 / size_T.clamp_min(1e-12))
         self._finish(fit, [name])
 
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
@@ -118,7 +125,7 @@ class _Fitting:
 
 
 class _LeastSquares:
-    """min over W' of sum_t c_t |y_t - W' x_t|^2 + ridge |W' - W|^2, gathered batch by batch."""
+    """min over W' of sum_t c_t |W x_t + m_t - W' x_t|^2 + ridge |W' - W|^2, gathered batch by batch."""
 
     def __init__(self, w_OI: Tensor):
         self.w_OI = w_OI
@@ -126,10 +133,11 @@ class _LeastSquares:
         self._missed_OI = torch.zeros_like(w_OI)
         self._weight = 0.0
 
-    def add(self, x_TI: Tensor, y_TO: Tensor, c_T: Tensor | None = None) -> None:
+    def add(self, x_TI: Tensor, missed_TO: Tensor, c_T: Tensor | None = None) -> None:
+        """missed: the m of the formula, what W does not give."""
         c_T1 = torch.ones_like(x_TI[:, :1]) if c_T is None else c_T[:, None]
         self._moment_II.addmm_((x_TI * c_T1).T, x_TI)
-        self._missed_OI.addmm_(((y_TO - x_TI @ self.w_OI.T) * c_T1).T, x_TI)
+        self._missed_OI.addmm_((missed_TO * c_T1).T, x_TI)
         self._weight += float(c_T1.sum())
 
     def solution(self) -> tuple[Tensor, Tensor]:
