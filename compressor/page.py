@@ -51,6 +51,12 @@ BOTH = (
     "`decoder_model_merged.onnx` attends to: outputs `present.{i}.encoder.key` and `.value` are inputs "
     "`past_key_values.{i}.encoder.key` and `.value` there. The weights of both lie in one file."
 )
+MADE = {
+    "text-generation": "Greedy continuations.",
+    "text2text-generation": "Greedy answers.",
+    "fill-mask": "The most likely token at every position.",
+    "text-classification": "The class of each text.",
+}
 PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 
 STYLE = """
@@ -463,7 +469,7 @@ def _samples_part(report: Report) -> str:
         plain = re.sub(r"([\\`*_#<>\[\]|~=+-])", r"\\\1", text.strip() or "(nothing)")  # text, not Markdown
         return "\n".join(f"> {line}  ".rstrip("\n") if line else ">" for line in plain.splitlines())
 
-    parts = ["## Samples", "Greedy continuations."]
+    parts = ["## Samples", MADE[report.task]]
     for sample in report.samples:
         parts.append(f"### {' '.join(sample.prompt.split())} …")
         parts.append(f"*teacher*\n{quoted(sample.teacher)}")

@@ -245,7 +245,12 @@ def test_a_whole_run(folders, labelled, tmp_path):
     assert teacher.accuracy > 0.9 < student.accuracy
     assert {sample.student for sample in report.samples} <= CLASSES.keys() and "[SEP]" in report.samples[0].prompt
     page, card = ((tmp_path / name).read_text() for name in ("report.md", "onnx/README.md"))
-    assert "accuracy | F1" in page and "text-classification" in card and "compress generate" not in card
+    assert (
+        "The class of each text." in page
+        and "accuracy | F1" in page
+        and "text-classification" in card
+        and "compress generate" not in card
+    )
 
 
 @pytest.mark.parametrize(
