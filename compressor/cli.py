@@ -115,7 +115,9 @@ def check(
     tolerance: Annotated[
         list[str] | None,
         typer.Option(
-            "--tolerance", metavar="NAME=SHARE", help="What may be lost: perplexity_ratio=2%, bytes, prefill, decode."
+            "--tolerance",
+            metavar="NAME=SHARE",
+            help="What may be lost: perplexity_ratio=2%, accuracy_ratio, bytes, prefill, decode.",
         ),
     ] = None,
     times: Annotated[

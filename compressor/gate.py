@@ -1,15 +1,16 @@
 """Is a result good enough? A report against limits, and against an earlier report of the same thing; told to people and CI.
 
-Perplexity and bytes are compared as they are. Times are noisy: against a limit the fastest round counts, against a baseline
-the ratio to the fp32 export that was timed beside it, and what may be lost grows by the spread of the rounds.
+Perplexity, accuracy and bytes are compared as they are. Times are noisy: against a limit the fastest round counts, against a
+baseline the ratio to the fp32 export that was timed beside it, and what may be lost grows by the spread of the rounds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 from pydantic import ValidationError
@@ -47,13 +48,29 @@ def read_report(path: str | Path) -> Report:
 # -- lines --
 
 
+def _perplexity_ratio(rows: Sequence[Row]) -> float:
+    return _measured(_row(rows, "student").perplexity) / _measured(_row(rows, "teacher").perplexity)
+
+
+def _accuracy_ratio(rows: Sequence[Row]) -> float:
+    right = _measured(_row(rows, "student").accuracy)
+    return _measured(_row(rows, "teacher").accuracy) / right if right else inf
+
+
+RATIOS: dict[Literal["perplexity_ratio", "accuracy_ratio"], Callable[[Sequence[Row]], float]] = {
+    "perplexity_ratio": _perplexity_ratio,
+    "accuracy_ratio": _accuracy_ratio,
+}
+"""What a student may have lost of its teacher's quality."""
+
+
 def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ...]:
     """The lines of a recipe's gate, those that it has."""
-    teacher, reference, student = (_row(rows, role) for role in ("teacher", "reference", "student"))
+    reference, student = (_row(rows, role) for role in ("reference", "student"))
     lines = []
-    if gate.perplexity_ratio is not None:
-        ratio = _measured(student.perplexity) / _measured(teacher.perplexity)
-        lines.append(GateLine("perplexity_ratio", gate.perplexity_ratio, ratio, ratio <= gate.perplexity_ratio))
+    for kind, find in RATIOS.items():
+        if (most := getattr(gate, kind)) is not None:
+            lines.append(GateLine(kind, most, ratio := find(rows), ratio <= most))
     if gate.bytes is not None:
         most, size = gate.bytes.resolve(_measured(reference.size_bytes)), _measured(student.size_bytes)
         lines.append(GateLine("bytes", most, size, size <= most))
@@ -87,12 +104,12 @@ def against_baseline(
         )
     ours, theirs = report.rows, baseline.rows
     student, old = _row(ours, "student"), _row(theirs, "student")
-    ratios = [
-        _measured(_row(rows, "student").perplexity) / _measured(_row(rows, "teacher").perplexity)
-        for rows in (ours, theirs)
-    ]
-    most = ratios[1] * (1 + allowed["perplexity_ratio"])
-    lines = [GateLine("perplexity_ratio", most, ratios[0], ratios[0] <= most, ratios[1])]
+    lines = []
+    for kind, find in RATIOS.items():
+        if kind == "perplexity_ratio" or student.accuracy is not None:
+            found, earlier = find(ours), find(theirs)
+            most = earlier * (1 + allowed[kind])
+            lines.append(GateLine(kind, most, found, found <= most, earlier))
     size, before = _measured(student.size_bytes), _measured(old.size_bytes)
     most = before * (1 + allowed["bytes"])
     lines.append(GateLine("bytes", most, size, size <= most, before))
@@ -202,17 +219,14 @@ def compare(ours: str | Path | Report, theirs: str | Path | Report) -> str:
         here, there = (report.row(role) for report in reports)  # type: ignore[arg-type]
         if here is None or there is None:
             continue
-        for name, show, get in [("perplexity", number, _perplexity), *AXES.values()]:
+        quality = [("perplexity", number, lambda row: row.perplexity), ("accuracy", number, lambda row: row.accuracy)]
+        for name, show, get in [*quality, *AXES.values()]:
             pair = [get(here), get(there)]
             if None not in pair:
                 rows.append((f"{here.name}: {name}", *map(show, pair), f"{pair[0] / pair[1]:.3f}×"))  # type: ignore[operator]
     differences = _differences(reports[0], reports[1], times=True)
     text = table(("figure", "ours", "theirs", "ratio"), rows)
     return text + (f"\n\nNot the same measurement: {'; '.join(differences)}." if differences else "")
-
-
-def _perplexity(row: Row) -> float | None:
-    return row.perplexity
 
 
 # -- for CI --

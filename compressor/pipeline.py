@@ -239,23 +239,27 @@ def start(
 
 def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
     """Raise RecipeError where a recipe asks of a model what only another kind does."""
-    own_text: dict[str, object] = {f"distill.method = {recipe.distill.method}": recipe.distill.own_text}
-    if decoder.encoder:
-        expected = "a decoder alone, this one is an encoder-decoder"
-        asked = own_text | {"target.runtime = torch": recipe.target.runtime == "torch"}
-    elif not decoder.causal:
-        expected = "a model that writes, this one only reads"
-        asked = own_text | {"budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode}
-    else:
-        expected, asked = "", {}
-    for key, value in asked.items():
-        if value:
-            raise RecipeError(f"{key}: expected {expected}; leave it out")
+    method, own_text = f"distill.method = {recipe.distill.method}", recipe.distill.own_text
     targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
-    if targets and not decoder.encoder:
-        raise RecipeError(
-            f"data: target = {targets[0]}: expected an encoder-decoder, which answers a text; leave it out"
-        )
+    kinds: dict[str, tuple[bool, dict[str, object]]] = {
+        "a decoder alone, this one is an encoder-decoder": (
+            bool(decoder.encoder),
+            {method: own_text, "target.runtime = torch": recipe.target.runtime == "torch"},
+        ),
+        "a model that writes, this one only reads": (
+            not decoder.causal,
+            {method: own_text, "budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode},
+        ),
+        "a classifier, this one is none": (not decoder.classes, {"gate.accuracy_ratio": recipe.gate.accuracy_ratio}),
+        "an encoder-decoder, which answers a text": (
+            not decoder.encoder,
+            {f"data: target = {target}": True for target in targets},
+        ),
+    }
+    for expected, (other, asked) in kinds.items():
+        for key, value in asked.items() if other else ():
+            if value:
+                raise RecipeError(f"{key}: expected {expected}; leave it out")
 
 
 def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:

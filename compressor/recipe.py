@@ -484,6 +484,8 @@ class ToleranceSection(Section):
 
     perplexity_ratio: Annotated[float, Field(ge=0)] = 0.01
     """Of the student's perplexity over the teacher's."""
+    accuracy_ratio: Annotated[float, Field(ge=0)] = 0.01
+    """Of the teacher's accuracy over the student's, where they are classifiers."""
     bytes: Annotated[float, Field(ge=0)] = 0.0
     """Of the size of the exported files."""
     prefill: Annotated[float, Field(ge=0)] = 0.1
@@ -497,6 +499,8 @@ class GateSection(Section):
 
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     """Perplexity of the student over that of the teacher, on the evaluation text."""
+    accuracy_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Of a classifier, accuracy of the teacher over that of the student: 1.02 lets it lose a fiftieth."""
     bytes: SizeLimit | None = None
     """Size of the exported files, as in `budget`."""
     prefill: TimeLimit | None = None

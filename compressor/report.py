@@ -191,12 +191,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class GateLine:
-    """One limit of the gate. The unit follows from the name: bytes, ms, or none for `perplexity_ratio`.
+    """One limit of the gate. The unit follows from the name: bytes, ms, or none for ratios.
 
     baseline: what an earlier report has, if the limit comes from one; a time is carried over by the fp32 exports' times.
     """
 
-    name: Literal["perplexity_ratio", "bytes", "prefill", "decode"]
+    name: Literal["perplexity_ratio", "accuracy_ratio", "bytes", "prefill", "decode"]
     limit: float
     measured: float
     passed: bool
@@ -236,7 +236,7 @@ class Report:
 
         Args:
             baseline: a run's folder, its report.json, or a report; None is the recipe's limits alone.
-            tolerance: what may be lost against it, as a share, by `perplexity_ratio`, `bytes`, `prefill` and `decode`;
+            tolerance: what may be lost against it, as a share, by the names of lines;
                 `compressor.gate.TOLERANCE` where it is left out.
             times: whether times are compared, which takes the same device.
 
@@ -365,6 +365,7 @@ AXES: dict[str, tuple[str, Callable[[float | None], str], Callable[[Row], float 
     "prefill": ("prefill", milliseconds, lambda row: median_of(row.prefill_ms)),
     "decode": ("decode per token", milliseconds, lambda row: median_of(row.decode_ms)),
     "perplexity_ratio": ("perplexity, student / teacher", number, lambda row: None),
+    "accuracy_ratio": ("accuracy, teacher / student", number, lambda row: None),
 }
 
 

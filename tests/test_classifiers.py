@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import transformers
 import compressor
 from compressor import pipeline
 from compressor.bank import Bank
-from compressor.errors import DataError, ModelError, RecipeError
+from compressor.errors import DataError, ModelError, RecipeError, RegressionError
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes, open_session
 from compressor.folder import save_folder
@@ -224,7 +225,9 @@ def test_a_whole_run(folders, labelled, tmp_path):
         "sequence_length": LENGTH,
     }
     data |= {"calibration_tokens": 12 * LENGTH, "evaluation_tokens": 40 * LENGTH}
-    wanted = recipe(folder, budget={"bytes": "45%"}, data=data, search={"tokens": 8 * LENGTH})
+    wanted = recipe(
+        folder, gate={"accuracy_ratio": 1.2}, budget={"bytes": "45%"}, data=data, search={"tokens": 8 * LENGTH}
+    )
     report = pipeline.compress(wanted, tmp_path)
     assert report.parity.passed and report.budget[0].fits and report.task == "text-classification"
     teacher, fp32, _, student = report.rows
@@ -243,6 +246,12 @@ def test_a_whole_run(folders, labelled, tmp_path):
         ]
     assert (student.accuracy, student.f1, student.kl) == (again.accuracy, again.f1, pytest.approx(again.kl))
     assert teacher.accuracy > 0.9 < student.accuracy
+    (line,) = report.gate
+    assert line.name == "accuracy_ratio" and line.passed and line.measured == teacher.accuracy / student.accuracy
+    worse = replace(report, rows=(*report.rows[:3], replace(student, accuracy=0.8 * student.accuracy)))
+    with pytest.raises(RegressionError, match="accuracy, teacher / student"):
+        worse.check(baseline=report)
+    assert {found.name for found in report.check(baseline=report)} >= {"accuracy_ratio", "perplexity_ratio", "prefill"}
     assert {sample.student for sample in report.samples} <= CLASSES.keys() and "[SEP]" in report.samples[0].prompt
     page, card = ((tmp_path / name).read_text() for name in ("report.md", "onnx/README.md"))
     assert (
@@ -305,3 +314,8 @@ def test_paddings_that_differ_are_refused(folders, tmp_path):
     encoder_tokenizer(pad_token_id=MASK).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"expected one padding token, config.json has {PAD}, the tokenizer {MASK}"):
         load_teacher(tmp_path)
+
+
+def test_accuracy_is_asked_of_classifiers_alone(tiny_folder, tmp_path):
+    with pytest.raises(RecipeError, match="gate.accuracy_ratio: expected a classifier, this one is none; leave it out"):
+        pipeline.compress(recipe(tiny_folder, gate={"accuracy_ratio": 1.02}), tmp_path)
