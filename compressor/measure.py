@@ -129,12 +129,11 @@ def opened(folder: Path, target: Target) -> Iterator[BenchCalls]:
 @contextmanager
 def opened_torch(network: Network, target: Target) -> Iterator[BenchCalls]:
     """The teacher in torch, as calls to be timed; on the target, if torch has it, with torch's own number of threads."""
-    ids_BL = torch.zeros(1, target.prefill_tokens, dtype=torch.int64)
+    ids_BL = torch.full((1, target.prefill_tokens), network.decoder.filler)
     home = network.device
     network.to(target.device if torch.cuda.is_available() else "cpu")
     try:
         if network.decoder.encoder:
-            ids_BL = ids_BL + int(network.decoder.pad == 0)  # no padding
             step = network.cached_step(torch.zeros(1, target.context, dtype=torch.int64), ids_BL)
             yield BenchCalls(
                 lambda: network.generate(ids_BL, 1, lambda logits_BV: logits_BV.argmax(-1)).cpu(),

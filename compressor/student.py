@@ -243,6 +243,11 @@ class Decoder:
         return self.classes or self.vocabulary
 
     @property
+    def filler(self) -> int:
+        """A token that is no padding, for texts that only take time."""
+        return int(self.pad == 0)
+
+    @property
     def floats(self) -> np.dtype:
         """Of exported students."""
         return np.dtype(self.precision)

@@ -315,6 +315,7 @@ class TorchDecoder:
         """Calls to be timed, as of `export.OnnxDecoder`."""
         network = self._network
         ids_L = torch.randint(network.decoder.vocabulary, (1, max(prefill_tokens, context)), generator=_seeded())
+        ids_L = ids_L.where(ids_L != network.decoder.pad, network.decoder.filler)
 
         @torch.no_grad()
         def prefill() -> Tensor:
@@ -328,7 +329,8 @@ class TorchDecoder:
 
     def rehearse(self, prefill_tokens: int) -> None:
         """One prefill and eight decoded tokens, for what they take of memory."""
-        self.generate(np.zeros(prefill_tokens, np.int64), 9) if self.writes else self.logits(np.zeros(prefill_tokens))
+        ids = np.full(prefill_tokens, self._network.decoder.filler)
+        self.generate(ids, 9) if self.writes else self.logits(ids)
 
     def close(self) -> None:
         """Give torch its threads back."""

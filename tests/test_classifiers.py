@@ -19,11 +19,13 @@ from compressor.errors import DataError, ModelError, RecipeError, RegressionErro
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes, open_session
 from compressor.folder import save_folder
+from compressor.measure import Target, opened_torch
 from compressor.model import load_teacher
 from compressor.plan import Action, Plan
 from compressor.recipe import TextSource
 from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.reconstruct import reconstruct
+from compressor.runtimes import runtime
 from compressor.student import full_plan
 from compressor.text import Labelling, load_tokens, predictions
 from eval.perplexity import answered, compare
@@ -182,6 +184,23 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         assert again(ids_L[None]).shape == (1, 3) and error(again(ids_L[None]).numpy(), deployed_1C) < 0.05
     limit = fixed_bytes(network.decoder) + sum(s.size_bytes(plan[s.name]) for s in network.decoder.sites())
     assert exported_bytes(tmp_path / "onnx") <= limit
+
+
+def test_in_torch_where_padding_is_token_0(tmp_path):
+    """As BERT's is: texts that only take time are not made of it."""
+    config = transformers.BertConfig(**BERT | {"pad_token_id": 0}, num_labels=3)
+    write_model(transformers.AutoModelForSequenceClassification, config, tmp_path / "model")
+    encoder_tokenizer(pad_token_id=0).save_pretrained(tmp_path / "model")
+    teacher, ids_NL = load_teacher(tmp_path / "model"), torch.randint(1, 250, (4, 24))
+    plan = full_plan(teacher.network.decoder, "int8row", "fp16")
+    student = Bank(tmp_path / "bank", teacher.network, ids_NL, ids_NL[:2]).realize(plan)
+    save_folder(student, teacher, tmp_path / "torch", "torch")
+    target = Target("torch", "cpu", "float32", 1, 16, 16)
+    with runtime("torch").open_model(tmp_path / "torch") as model, opened_torch(teacher.network, target) as whole:
+        assert model.logits(ids_NL[0].numpy()).shape == (1, 3)
+        model.rehearse(16)
+        for calls in (model.bench_callables(16, 16), whole):
+            assert torch.isfinite(calls.prefill()).all() and torch.isfinite(calls.decode()).all()
 
 
 def test_accuracy_and_f1():
