@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from compressor.plan import Action, Format, Site
 from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8, fake_row_int8
-from compressor.transformer import Cache, Sides, Source, Transformer
+from compressor.transformer import Cache, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
 
@@ -348,9 +348,8 @@ class Stream:
             self._block_NLD = behind_NLD
         (_, (passed, *_)), model = self._sub_layers.pop(0), self._network.model
         if passed.part == "encoder" and self.sites[0].part == "decoder":
-            assert model.encoder is not None and self._sides is not None
-            source = Source(model.encoder.norm(behind_NLD), self._context.blank_BM)
-            self.hidden_NLD, self._context = model.answer(self._sides, source)
+            assert self._sides is not None
+            self.hidden_NLD, self._context = model.answer(self._sides, model.source(behind_NLD, self._context))
         return behind_NLD
 
     @property

@@ -74,7 +74,7 @@ class Labelling:
         """A text of a class -> its window."""
         most = length - len(self.before) - len(self.behind)
         window = [~label, *self.before[1:], *ids[:most], *self.behind]
-        return window + [self.padding] * (length - len(window))
+        return padded(window, self.padding, length)
 
     def number(self, label: Any, where: str) -> int:
         """Of a class as a text's source gives it, by number or name.
@@ -152,7 +152,7 @@ class Spans:
             target += [*shown, *hidden] if self.whole else [mark, *hidden]
         source, target = ([*self.before, *side, *self.behind] for side in (source, target))
         window = [*source, *(~token for token in target)]
-        return window + [self.pad] * (self.length - len(window))
+        return padded(window, self.pad, self.length)
 
     def _cut(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """(tokens that are shown, those behind them that are masked), from the beginning to the end."""
@@ -179,6 +179,10 @@ def _parts(random: Random, total: int, count: int) -> list[int]:
     """`total` as a sum of `count` numbers, at least 1 each as far as that goes."""
     cuts = [0, *sorted(random.sample(range(1, total), count - 1)), total] if count > 1 else [0, total]
     return [end - start for start, end in pairwise(cuts)]
+
+
+def padded(ids: list[int], pad: int, length: int) -> list[int]:
+    return ids + [pad] * (length - len(ids))
 
 
 def plain(ids: Tensor) -> Tensor:
@@ -344,24 +348,20 @@ def _windows(
 
 def _pairs(source: TextSource, tokenizer: Any, source_length: int, target_length: int) -> Iterator[list[int]]:
     """Windows of texts and their targets, as of `Spans`."""
-
-    def padded(ids: list[int], length: int) -> list[int]:
-        return ids + [tokenizer.pad_token_id] * (length - len(ids))
-
+    pad = tokenizer.pad_token_id
     for _, row in _rows(source):
         text, target = (row[column] for column in source.columns)
         read = tokenizer(text, truncation=True, max_length=source_length)["input_ids"]
         said = tokenizer(text_target=target, truncation=True, max_length=target_length)["input_ids"]
-        yield padded(read, source_length) + padded([~token for token in said], target_length)
+        yield padded(read, pad, source_length) + padded([~token for token in said], pad, target_length)
 
 
 def _pieces(source: TextSource) -> Iterator[str]:
     """A text's lines, or the texts of rows, a blank line between two."""
-    if source.file and not source.rows:
-        yield from _file_lines(source)
+    if source.rows:
+        yield from (f"{row[source.column]}\n\n" for _, row in _rows(source))
     else:
-        for _, row in _rows(source):
-            yield f"{row[source.column]}\n\n"
+        yield from _file_lines(source)
 
 
 def _chunks(pieces: Iterator[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from compressor.student import Decoder, Experts
+from compressor.text import plain
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -80,9 +81,7 @@ class Context:
     source: Source | None = None
 
     @classmethod
-    def of(
-        cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor, visible: Tensor | None = None
-    ) -> Context:
+    def of(cls, decoder: Decoder, length: int, cache: Cache | None, like: Tensor) -> Context:
         """For `length` tokens behind those in the cache; on the device and of the type of a tensor."""
         start = cache.length if cache else 0
         positions_L = torch.arange(start, start + length, device=like.device)
@@ -374,7 +373,7 @@ class Sides:
             raise ValueError("expected windows of a source and a target, whose tokens are written ~id; found no target")
         first, end = int(marked[0]), int(marked[-1]) + 1
         longest = int((ids_BL[:, :first] != decoder.pad).sum(1).max())
-        before_BT = torch.maximum(ids_BL, ~ids_BL)[:, first : end - 1]
+        before_BT = plain(ids_BL)[:, first : end - 1]
         target_BT = torch.cat([torch.full_like(ids_BL[:, :1], decoder.start), before_BT], 1)
         return cls(ids_BL[:, :longest], target_BT, said_BL[:, first:end], first)
 
@@ -412,14 +411,16 @@ class Transformer(Stack):
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
         """What the head reads, [B, L, D], behind the last norm. cache: of the tokens before, to which these are added; with
         an encoder, of its source, see `begin`. Without, windows are read, and what is not their target has zeros."""
-        (last_BLD,) = deque(self._states(ids_BL, cache), maxlen=1)  # the others need not lie in memory
-        return self._end(last_BLD, ids_BL, cache)
+        sides = self._sides(ids_BL) if cache is None else None
+        (last_BLD,) = deque(self._states(ids_BL, sides, cache), maxlen=1)  # the others need not lie in memory
+        return self._end(last_BLD, sides, ids_BL.shape[1])
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
         """Hidden states [B, L, D] of the embedding and behind every block, an encoder's first; the last one is what the
         head reads."""
-        *states, last_BLD = self._states(ids_BL)
-        return [*states, self._end(last_BLD, ids_BL)]
+        sides = self._sides(ids_BL)
+        *states, last_BLD = self._states(ids_BL, sides)
+        return [*states, self._end(last_BLD, sides, ids_BL.shape[1])]
 
     def begin(self, ids_BL: Tensor) -> tuple[Tensor, Cache]:
         """What the text that follows these is begun with: (tokens to be read first, the cache behind which they are)."""
@@ -428,27 +429,30 @@ class Transformer(Stack):
         front_BSD, context = self.read(ids_BL)
         (last_BSD,) = deque(self.encoder.states(front_BSD, context), maxlen=1)
         start_B1 = torch.full_like(ids_BL[:, :1], self.decoder.start)
-        return start_B1, Cache(Source(self.encoder.norm(last_BSD), context.blank_BM))
+        return start_B1, Cache(self.source(last_BSD, context))
 
-    def _end(self, x_BLD: Tensor, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
-        """The stream behind the last block -> what the head reads."""
+    def _sides(self, ids_BL: Tensor) -> Sides | None:
+        return None if self.encoder is None else Sides.of(self.decoder, ids_BL)
+
+    def _end(self, x_BLD: Tensor, sides: Sides | None, length: int) -> Tensor:
+        """The stream behind the last block -> what the head reads; of windows of two sides, for all of their `length`."""
         x_BLD = self.norm(x_BLD)
-        if self.encoder is not None and cache is None:
-            x_BLD = Sides.of(self.decoder, ids_BL).widened(x_BLD, ids_BL.shape[1])
+        if sides is not None:
+            x_BLD = sides.widened(x_BLD, length)
         if self.transform is None:
             return x_BLD
         x_BLD = ACTIVATIONS[self.decoder.transform_activation or self.decoder.activation](self.transform(x_BLD))
         return x_BLD if self.transform_norm is None else self.transform_norm(x_BLD)
 
-    def _states(self, ids_BL: Tensor, cache: Cache | None = None) -> Iterator[Tensor]:
+    def _states(self, ids_BL: Tensor, sides: Sides | None, cache: Cache | None = None) -> Iterator[Tensor]:
         """The stream in front of the first block and behind every block, an encoder's first."""
         again = self.checkpointing and torch.is_grad_enabled()
-        if self.encoder is not None and cache is None:
-            sides = Sides.of(self.decoder, ids_BL)
+        if sides is not None:
+            assert self.encoder is not None
             x_BLD, context = self.read(sides.source_BS)
             for behind_BSD in self.encoder.states(x_BLD, context, again):
                 yield behind_BSD
-            x_BLD, context = self.answer(sides, Source(self.encoder.norm(behind_BSD), context.blank_BM))
+            x_BLD, context = self.answer(sides, self.source(behind_BSD, context))
         else:
             x_BLD, context = self.placed(ids_BL, cache)
         yield from self.states(x_BLD, context, again)
@@ -461,6 +465,11 @@ class Transformer(Stack):
         blank_BS = _some(source_BS == self.decoder.pad)
         context = replace(self.encoder.context(source_BS.shape[1]), blank_BM=blank_BS)
         return self.encoder.front(self.embedding(source_BS)), context
+
+    def source(self, behind_BSD: Tensor, context: Context) -> Source:
+        """The stream behind the encoder's last block -> what the decoder reads of it."""
+        assert self.encoder is not None
+        return Source(self.encoder.norm(behind_BSD), context.blank_BM)
 
     def answer(self, sides: Sides, source: Source) -> tuple[Tensor, Context]:
         """A target in front of the first block."""

@@ -82,9 +82,9 @@ def compare(
             log_q_PV = log_p_PV
             if name != "teacher":
                 log_q_PV = torch.log_softmax(torch.as_tensor(models[name](ids_L), device=given_LV.device)[where_P], -1)
+                # by position first: their sums are exact enough in float32
+                kl[name] += float((p_PV * (log_p_PV - log_q_PV)).sum(-1).sum(dtype=torch.float64))
             nll[name] -= _picked(log_q_PV, targets_P)
-            # by position first: their sums are exact enough in float32
-            kl[name] += float((p_PV * (log_p_PV - log_q_PV)).sum(-1).sum(dtype=torch.float64))
             if classes:
                 answers_CC[name][targets_P, log_q_PV.argmax(-1)] += 1
         count += len(where_P)
