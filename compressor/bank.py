@@ -3,6 +3,9 @@
     statistics   second moments of every input (Hessians), its dynamic range, and the Fisher weight of every output
     order        which heads and channels go first, per site
     variant      the pruned, compensated, quantized weights of one (site, action), in the layout that is deployed
+    fit          those of a plan's site after reconstruction
+
+Files are mapped, not read: what is not used takes no memory, and the system can take back what was.
 
 A folder holds one bank; its name says which teacher, text and settings it belongs to. Every file is written beside
 and renamed, then listed with its hash in `manifest.jsonl`; what is not listed is made again.
@@ -18,19 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compressor.calibrate import Statistics, collect
+from compressor.calibrate import OUTPUTS, Statistics, collect
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
 from compressor.network import Network
 from compressor.plan import Action, Format, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Weight, as_floats, damped, quantize, quantize_together
-from compressor.student import Student, matrices_from, matrix_tensors
+from compressor.student import Lazy, Student, matrices_from, matrix_tensors
 
-VERSION = 2
+VERSION = 3
 """Raise when the same request would give other numbers."""
 
 DAMPING = 0.01
@@ -38,7 +41,7 @@ ORDER_CHUNK = 32
 """Channels removed between two scorings of the feed-forward."""
 
 MEMORY_BYTES = 2 * 2**30
-"""Variants kept in memory, as codes."""
+"""Of variants, as codes, that are kept in memory."""
 
 
 class Bank:
@@ -51,6 +54,7 @@ class Bank:
         fisher_NL: token ids of the one backward pass.
         quantizer: `gptq`, or `nearest` as the reference.
         seed: of the labels that the Fisher pass samples.
+        memory_bytes: of variants that are kept in memory.
 
     Raises:
         BankError: a stored file does not match its hash.
@@ -64,6 +68,7 @@ class Bank:
         fisher_NL: Tensor,
         quantizer: str = "gptq",
         seed: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
     ):
         assert quantizer in ("gptq", "nearest"), quantizer
         self.teacher, self.quantizer, self.seed = teacher, quantizer, seed
@@ -76,8 +81,9 @@ class Bank:
         self.folder = root / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
         self._listed = self._read_manifest()
-        self._recent: OrderedDict[tuple[str, Action], dict[str, Weight]] = OrderedDict()
-        self._recent_bytes = 0
+        self._checked: set[str] = set()
+        self._recent: OrderedDict[str, dict[str, Weight]] = OrderedDict()
+        self._recent_bytes, self._most_bytes = 0, memory_bytes
         self._statistics: Statistics | None = None
 
     # -- what the bank holds --
@@ -85,11 +91,14 @@ class Bank:
     def statistics(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
         """Second moments, ranges and Fisher weights; the first call runs the teacher, later ones read the disk."""
         if self._statistics is None:
-            stored = self._load("statistics")
-            if stored is None:
-                stored = collect(self.teacher, self.calibration_NL, self.fisher_NL, self.seed, progress)
-                self._store("statistics", stored)
-            self._statistics = Statistics(stored, self.teacher.device)
+
+            def read(name: str) -> dict[str, Tensor] | None:
+                return self._load(f"statistics/{name}")
+
+            if read(OUTPUTS) is None:
+                for name, found in collect(self.teacher, self.calibration_NL, self.fisher_NL, self.seed, progress):
+                    self._store(f"statistics/{name}", found)
+            self._statistics = Statistics(lambda name: read(name) or {}, self.teacher.device)
         return self._statistics
 
     def order(self, site: Site) -> Tensor:
@@ -148,34 +157,37 @@ class Bank:
         dropped."""
         if action.keep == 0:
             return {}
-        key = (site.name, action)
-        if key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
         name, fmt = f"{site.name}/{action.keep}-{action.format}", Format.parse(action.format)
-        stored = self._load(name)
-        if stored is None:
+        weights = self._stored(name, site, action)
+        if weights is None:
             weights = self.with_biases(site, action.keep, self._make(site, action.keep, fmt))
             if fmt.kind != "float" or action.keep < site.units:
                 self._store(name, matrix_tensors(weights))
-        else:
-            stored = {key: tensor.to(self.teacher.device) for key, tensor in stored.items()}
-            weights = matrices_from(site, action, stored)
-        self._remember(key, weights)
+            self._remember(name, weights)
         return weights
 
     def realize(self, plan: Plan) -> Student:
         """The weights of a plan, as they are deployed."""
-        matrices: dict[str, Weight] = {}
-        for name, action in plan.items():
-            matrices |= self.variant(self.teacher.sites[name], action)
-        return self.student(plan, matrices)
+        return self.student(plan, self.matrix)
 
-    def student(self, plan: Plan, matrices: dict[str, Weight]) -> Student:
-        """A plan's student with these matrices and the teacher's norm gains, on the CPU."""
+    def matrix(self, site: Site, action: Action, name: str) -> Weight:
+        """One of a site's matrices under an action."""
+        return self.variant(site, action)[name]
+
+    def student(self, plan: Plan, matrix: Callable[[Site, Action, str], Weight]) -> Student:
+        """A plan's student with matrices that are made when they are asked for, and the teacher's norm gains, on the CPU."""
         gains = self.teacher.vectors()
         vectors = {name: gains[name].detach().cpu().clone() for name in self.teacher.decoder.vectors_of(plan)}
-        return Student(self.teacher.decoder, plan, {name: w.to("cpu") for name, w in matrices.items()}, vectors)
+        matrices = Lazy(self.teacher.sites.values(), plan, lambda *asked: matrix(*asked).to("cpu"))
+        return Student(self.teacher.decoder, plan, matrices, vectors)
+
+    def fit(self, name: str, site: Site, action: Action) -> dict[str, Weight] | None:
+        """The weights of a site that were stored under the name of a fit, of which there is one action for every site."""
+        return self._stored(f"fits/{name}/{site.name}", site, action)
+
+    def store_fit(self, name: str, site: Site, weights: Mapping[str, Weight]) -> None:
+        """Keep the weights of a site under the name of a fit."""
+        self._store(f"fits/{name}/{site.name}", matrix_tensors(weights))
 
     # -- making --
 
@@ -212,10 +224,22 @@ class Bank:
 
     # -- memory and disk --
 
-    def _remember(self, key: tuple[str, Action], weights: dict[str, Weight]) -> None:
-        self._recent[key] = weights
+    def _stored(self, name: str, site: Site, action: Action) -> dict[str, Weight] | None:
+        """Weights of a site that are in memory or on disk."""
+        if name in self._recent:
+            self._recent.move_to_end(name)
+            return self._recent[name]
+        stored = self._load(name)
+        if stored is None:
+            return None
+        here = {part: tensor.to(self.teacher.device) for part, tensor in stored.items()}
+        self._remember(name, weights := matrices_from(site, action, here))
+        return weights
+
+    def _remember(self, name: str, weights: dict[str, Weight]) -> None:
+        self._recent[name] = weights
         self._recent_bytes += _memory(weights)
-        while self._recent_bytes > MEMORY_BYTES and len(self._recent) > 1:
+        while self._recent_bytes > self._most_bytes and len(self._recent) > 1:
             _, oldest = self._recent.popitem(last=False)
             self._recent_bytes -= _memory(oldest)
 
@@ -243,11 +267,13 @@ class Bank:
         path = self.folder / f"{name}.safetensors"
         if name not in self._listed or not path.exists():
             return None
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self._listed[name]:
-            raise BankError(f"{path} does not match its hash in manifest.jsonl: delete the file and run again")
+        if name not in self._checked:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self._listed[name]:
+                    raise BankError(f"{path} does not match its hash in manifest.jsonl: delete the file and run again")
+            self._checked.add(name)
         try:
-            return load(data)
+            return load_file(path)
         except SafetensorError as error:
             raise BankError(f"{path} cannot be read ({error}): delete the file and run again") from error
 

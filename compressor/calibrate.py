@@ -10,40 +10,43 @@ reaches it, all is 0: it is predicted to be of no use, and its matrices are roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
-from compressor.network import Network
+from compressor.network import POSITIONS, Network
 from compressor.text import compared, plain
+
+OUTPUTS = "outputs"
+"""Name of the Fisher weights among what `collect` gives, the last of it."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Named tensors, as `collect` made them; what is asked for comes on `device`."""
+    """What `collect` made, read by name when it is asked for; it comes on `device`."""
 
-    tensors: dict[str, Tensor]
+    read: Callable[[str], Mapping[str, Tensor]]
     device: torch.device
 
     def second_moment(self, name: str) -> Tensor:
         """E[x x^T] of an input, float32 [I, I]; `head.in` is what the output head reads."""
-        return self.tensors[f"{name}:moment"].to(self.device)
+        return self.read(name)["moment"].to(self.device)
 
     def rounding_variance(self, name: str, rowwise: bool) -> float:
         """Mean squared error of an input under dynamic uint8, one scale a sequence, or int8, one scale a row; over the
         sequences that reach it."""
-        return float(self.tensors[f"{name}:rounding"][int(rowwise)])
+        return float(self.read(name)["rounding"][int(rowwise)])
 
     def fisher(self, matrix: str) -> Tensor:
         """E[g_o^2] of a matrix's outputs, float32 [O]; of the embedding, at the vectors it looks up, [hidden]."""
-        return self.tensors[f"{matrix}:fisher"].to(self.device)
+        return self.read(OUTPUTS)[matrix].to(self.device)
 
     def token_frequency(self) -> Tensor:
         """How often each token occurs in the text, per token, float32 [vocabulary]."""
-        return self.tensors["frequency"].to(self.device)
+        return self.read(OUTPUTS)["frequency"].to(self.device)
 
 
 def collect(
@@ -52,55 +55,79 @@ def collect(
     fisher_NL: Tensor,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Run the teacher over `calibration_NL` forward, and over `fisher_NL` forward and backward."""
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Run the teacher over `calibration_NL` forward, sub-layer by sub-layer, and over `fisher_NL` forward and backward.
+
+    Yields `moment` and `rounding` of every input, under its name, in the order of the sub-layers; then `OUTPUTS`.
+    """
     windows, fisher_windows = (
         [network.written(ids_L) for ids_L in given_NL] for given_NL in (calibration_NL, fisher_NL)
     )
     total = len(windows) + 2 * len(fisher_windows)
-    tensors = _second_moments(network, windows, lambda done: progress(done, total))
-    tensors |= _fisher(network, fisher_windows, seed, lambda done: progress(len(windows) + 2 * done, total))
+    yield from _inputs(network, windows, lambda share: progress(int(share * len(windows)), total))
+    found = _fisher(network, fisher_windows, seed, lambda done: progress(len(windows) + 2 * done, total))
     ids_T = plain(network.seen(torch.cat(windows))).cpu()
-    tensors["frequency"] = torch.bincount(ids_T, minlength=network.decoder.vocabulary) / len(ids_T)
-    return tensors
+    found["frequency"] = torch.bincount(ids_T, minlength=network.decoder.vocabulary) / len(ids_T)
+    yield OUTPUTS, found
 
 
-@torch.no_grad()
-def _second_moments(network: Network, windows: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Tensor]:
-    widths = {name: network.matrix(first).shape[1] for name, (first, *_) in network.inputs()}
-    widths["head.in"] = network.decoder.hidden
-    moments = {name: torch.zeros(width, width, device=network.device) for name, width in widths.items()}
-    rounding = {name: torch.zeros(2, device=network.device) for name in widths}
-    tokens, reached = dict.fromkeys(widths, 0), dict.fromkeys(widths, 0)
+def _inputs(
+    network: Network, windows: Sequence[Tensor], progress: Callable[[float], None]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    streams = [network.stream(ids_L[None]) for ids_L in windows]
+    sub_layers = network.decoder.every_sub_layer()
+    for done, sites in enumerate(sub_layers.values(), 1):
+        inputs = {
+            name: _Input(first.columns, network.device) for site in sites for name, (first, *_) in site.inputs.items()
+        }
+        with network.watch_inputs(lambda name, x_BLI, inputs=inputs: inputs[name].see(x_BLI), sites):  # type: ignore[misc]
+            for stream in streams:
+                stream.advance()
+        yield from ((name, found.tensors(name)) for name, found in inputs.items())
+        progress(done / len(sub_layers))
+    head = _Input(network.decoder.hidden, network.device)
+    for stream, ids_L in zip(streams, windows, strict=True):
+        head.see(stream.end()[:, compared(ids_L)])
+    yield "head.in", head.tensors("head.in")
 
-    def see(name: str, x_BLI: Tensor) -> None:
+
+class _Input:
+    """What is gathered of one input."""
+
+    def __init__(self, width: int, device: torch.device):
+        self._moment_II, self._rounding = torch.zeros(width, width, device=device), torch.zeros(2, device=device)
+        self._tokens, self._sequences = 0, 0
+
+    @torch.no_grad()
+    def see(self, x_BLI: Tensor) -> None:
+        """A sequence of it."""
         x_TI = x_BLI.flatten(0, 1)
-        moments[name].addmm_(x_TI.T, x_TI)
-        tokens[name] += len(x_TI)
-        reached[name] += 1
+        self._moment_II.addmm_(x_TI.T, x_TI)
+        self._tokens += len(x_TI)
+        self._sequences += 1
         low, high = torch.aminmax(x_TI)
         scale, scale_T = (high.clamp_min(0) - low.clamp_max(0)) / 255, x_TI.abs().amax(-1) / 127
-        rounding[name] += torch.stack([scale.square(), scale_T.square().mean()]) / 12
+        self._rounding += torch.stack([scale.square(), scale_T.square().mean()]) / 12
 
-    with network.watch_inputs(see):
-        for index, ids_L in enumerate(windows):
-            see("head.in", network.hidden(ids_L[None])[:, compared(ids_L)])
-            progress(index + 1)
-    tensors = {f"{name}:moment": (moment / max(1, tokens[name])).cpu() for name, moment in moments.items()}
-    tensors |= {f"{name}:rounding": (value / max(1, reached[name])).cpu() for name, value in rounding.items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """`moment` and `rounding`, means; zeros where no sequence came."""
+        found = {
+            "moment": (self._moment_II / max(1, self._tokens)).cpu(),
+            "rounding": (self._rounding / max(1, self._sequences)).cpu(),
+        }
+        if not all(torch.isfinite(tensor).all() for tensor in found.values()):
             raise ModelError(
-                f"expected finite activations, the teacher's at {name.split(':')[0]} are not; check its weights, and that "
-                "the calibration text is one it can read"
+                f"expected finite activations, the teacher's at {name} are not; check its weights, and that the calibration "
+                "text is one it can read"
             )
-    return tensors
+        return found
 
 
 @torch.enable_grad()
 def _fisher(
     network: Network, windows: Sequence[Tensor], seed: int, progress: Callable[[int], None]
 ) -> dict[str, Tensor]:
+    """E[g_o^2] of every matrix's outputs; inside of no more than one block at a time (Chen et al. 2016)."""
     generator = torch.Generator(network.device).manual_seed(seed)
     linears = [matrix.name for site in network.sites.values() if site.layer is not None for matrix in site.matrices]
     sums = {name: torch.zeros(len(network.matrix(name)), device=network.device) for name in [*linears, "head"]}
@@ -118,17 +145,22 @@ def _fisher(
         return hook
 
     handles = [network.module(name).register_forward_hook(watch(name)) for name in ["embedding", *linears]]
+    network.model.checkpointing = True
     try:
         for index, ids_L in enumerate(windows):
-            hidden_LD = network.hidden(ids_L[None])[0]
-            logits = network.logits(hidden_LD[compared(ids_L)])
-            logits.register_hook(lambda gradient: add("head", gradient))
-            log_probabilities = torch.log_softmax(logits, -1)
-            labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
-            log_probabilities.gather(1, labels).sum().backward()
+            hidden_PD = network.hidden(ids_L[None])[0, compared(ids_L)]
+            given_PD = hidden_PD.detach().requires_grad_()
+            for given_BD in given_PD.split(POSITIONS):
+                logits_BV = network.logits(given_BD)
+                logits_BV.register_hook(lambda gradient: add("head", gradient))
+                log_p_BV = torch.log_softmax(logits_BV, -1)
+                labels_B1 = torch.multinomial(log_p_BV.detach().exp(), 1, generator=generator)
+                log_p_BV.gather(1, labels_B1).sum().backward()
+            hidden_PD.backward(given_PD.grad)
             progress(index + 1)
     finally:
+        network.model.checkpointing = False
         for handle in handles:
             handle.remove()
     predicted = sum(len(ids_L[compared(ids_L)]) for ids_L in windows)
-    return {f"{name}:fisher": (total / predicted).cpu() for name, total in sums.items()}
+    return {name: (total / predicted).cpu() for name, total in sums.items()}

@@ -1,4 +1,5 @@
-"""What a run would do and take, before it is started: a dry run. Reads the model's configuration, none of its weights."""
+"""What a run would do and take, before it is started: a dry run, and whether the model fits into memory. Reads the model's
+configuration, none of its weights."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from compressor import actions
-from compressor.measure import Target
+from compressor.errors import RecipeError
+from compressor.measure import Target, available_bytes
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Format
 from compressor.recipe import Recipe
@@ -26,11 +28,16 @@ QUANTIZE_FLOPS_PER_WEIGHT = 2e4
 """Work of GPTQ on one weight, as products of the same speed."""
 
 
+LIBRARIES_BYTES = 400_000_000
+"""Memory of a run without any model: torch, transformers, ONNX Runtime, a tokenizer."""
+
+
 def dry_run(recipe: Recipe) -> DryRun:
     """Sites, actions, sizes, and roughly the time and memory of every stage on this machine."""
     model = recipe.model
     decoder = read_decoder(model.path, gguf=model.gguf, revision=model.revision)
     decoder = replace(decoder, precision=Target.of(recipe.target).precision)
+    layerwise = layer_by_layer(recipe, decoder)
     sites = decoder.sites()
     menu = actions.menu(recipe.search, sites)
     lines = []
@@ -38,20 +45,79 @@ def dry_run(recipe: Recipe) -> DryRun:
         sizes = [site.size_bytes(action) for action in menu[site.name]]
         lines.append(SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes)))
     fixed = runtime(recipe.target.runtime).fixed_bytes(decoder)
-    fp32 = full_plan(decoder, "fp32", "fp32")
-    fp32_bytes = fixed + sum(site.size_bytes(fp32[site.name]) for site in sites)
-    limit = recipe.budget.bytes
+    reference, limit = fp32_bytes(recipe, decoder), recipe.budget.bytes
     return DryRun(
         model=model.path,
         sites=tuple(lines),
         bytes_largest=fixed + sum(line.largest_bytes for line in lines),
         bytes_smallest=fixed + sum(line.smallest_bytes for line in lines),
-        bytes_budget=limit.resolve(fp32_bytes) if limit else None,
-        stages=tuple(_estimates(recipe, decoder, menu, fp32_bytes)),
+        bytes_budget=limit.resolve(reference) if limit else None,
+        stages=tuple(_estimates(recipe, decoder, menu, layerwise)),
     )
 
 
-def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[StageEstimate]:
+def fp32_bytes(recipe: Recipe, decoder: Decoder) -> int:
+    """An upper bound of the size in bytes of the teacher exported in fp32, close to it."""
+    plan = full_plan(decoder, "fp32", "fp32")
+    fixed = runtime(recipe.target.runtime).fixed_bytes(decoder)
+    return fixed + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
+
+
+def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
+    """Whether the recipe's model is compressed layer by layer: as it says, or where memory is too short for all of it.
+
+    Raises:
+        RecipeError: the recipe has what takes the whole model.
+    """
+    asked, needed, free = recipe.model.layerwise, LIBRARIES_BYTES, available_bytes()
+    needed += max(size for stage, size in memory(recipe, decoder, False).items() if stage != "distill")
+    if asked is False or (asked == "auto" and (needed <= free or recipe.model.gguf)):
+        return False
+    budget, gate = recipe.budget, recipe.gate
+    wholes: dict[str, object] = {
+        f"distill.steps = {recipe.distill.steps}": recipe.distill.steps,
+        "target.runtime = torch": recipe.target.runtime == "torch",
+        "an encoder-decoder": decoder.encoder,
+        "gate.baseline with gate.times": gate.baseline and gate.times,
+    }
+    for name in ("prefill", "decode"):
+        for section, limit in (("budget", getattr(budget, name)), ("gate", getattr(gate, name))):
+            wholes[f"{section}.{name} as a share of the fp32 export's"] = limit and limit.relative
+    for key, given in wholes.items():
+        if given:
+            raise RecipeError(
+                f"{key}: expected none with model.layerwise = {asked}, as it takes the whole model: some {needed / 1e9:.1f} "
+                f"GB of memory, {free / 1e9:.1f} GB are free; leave it out (distill.reconstruct may stay, and times in ms), "
+                "or set model.layerwise: false on a machine with more memory"
+            )
+    return True
+
+
+def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
+    """Roughly the bytes that every stage takes beside the libraries: of the whole model, or layer by layer."""
+    sub_layers = decoder.every_sub_layer().values()
+    tables = sum(4 * site.parameters for site in decoder.sites() if site.layer is None)
+    block = max(sum(4 * site.parameters for site in sites) for sites in sub_layers)
+    moments = max(4 * sum(m.columns**2 for s in sites for m in (s.matrices[0], s.matrices[-1])) for sites in sub_layers)
+    weights = 4 * sum(site.parameters for site in decoder.sites())
+    data, distill = recipe.data, recipe.distill
+    streams = 4 * decoder.hidden * (distill.tokens or data.calibration_tokens)
+    probabilities = 4 * recipe.search.tokens * decoder.vocabulary
+    logits = 4 * 4 * data.sequence_length * decoder.vocabulary
+    teacher, student = (0, tables + block) if layerwise else (weights, weights)
+    deployed = student if layerwise else 2 * fp32_bytes(recipe, decoder)
+    return {
+        "statistics": teacher + block + max(moments + streams, logits),
+        "sensitivity": teacher + 2 * block + 3 * moments,
+        "latency": teacher + (16 * block if layerwise else deployed),
+        "search": teacher + student + probabilities,
+        "reconstruct": teacher + tables + 2 * block + 3 * moments + 3 * streams if distill.reconstruct else 0,
+        "distill": 6 * weights if distill.steps else 0,
+        "export and measure": teacher + deployed,
+    }
+
+
+def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[StageEstimate]:
     sites, search, data = decoder.sites(), recipe.search, recipe.data
     parameters = sum(site.parameters for site in sites)
     read = sum(site.parameters * site.share for site in sites)
@@ -61,14 +127,11 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
     def forward(tokens: int) -> float:
         return 2 * tokens * (read - (0 if decoder.tied else table)) / speed
 
-    weights = 4 * parameters
-    moments = 4 * sum(m.columns**2 for s in sites if s.layer is not None for m in (s.matrices[0], s.matrices[-1]))
     shapes = {
         (*(matrix.shape(a.keep, s.units) for matrix in s.matrices), a.format) for s in sites for a in menu[s.name]
     }
     quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
-    probabilities = 4 * search.tokens * decoder.vocabulary
     noise = len(sites) * forward(search.tokens) / PARTS if search.sensitivity == "noise" else 0.0
     distill = recipe.distill
     tried = distill.compared if distill.compared > 1 else 0
@@ -79,19 +142,16 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, fp32_bytes: int) -> list[
         + 2 * forward(search.tokens)
         + QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     )
-    return [
-        StageEstimate("statistics", forward(data.calibration_tokens) + 3 * forward(search.tokens), weights + moments),
-        StageEstimate("sensitivity", making + noise, weights + moments),
-        StageEstimate("latency", SECONDS_PER_ENTRY * len(shapes) + 20, weights + 2 * fp32_bytes),
-        StageEstimate(
-            "search",
-            1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
-            2 * weights + moments + probabilities,
-        ),
-        StageEstimate("reconstruct", fits * fitting, 3 * weights + moments if fits else 0),
-        StageEstimate("distill", 7 * steps * forward(recipe.distill.batch_tokens), 6 * weights if steps else 0),
-        StageEstimate("export and measure", 4 * forward(data.evaluation_tokens) + 60, weights + 2 * fp32_bytes),
-    ]
+    seconds = {
+        "statistics": forward(data.calibration_tokens) + 4 * forward(search.tokens),
+        "sensitivity": making + noise,
+        "latency": SECONDS_PER_ENTRY * len(shapes) + 20,
+        "search": 1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
+        "reconstruct": fits * fitting,
+        "distill": 7 * steps * forward(recipe.distill.batch_tokens),
+        "export and measure": 4 * forward(data.evaluation_tokens) + 60,
+    }
+    return [StageEstimate(stage, seconds[stage], size) for stage, size in memory(recipe, decoder, layerwise).items()]
 
 
 def measured_flops() -> float:

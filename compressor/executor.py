@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from compressor.bank import Bank
-from compressor.network import Network
+from compressor.network import POSITIONS, Network
 from compressor.plan import PARTS, Action, Plan, Score
+from compressor.student import Lazy
 from compressor.text import compared, predictions
 
 
@@ -37,7 +38,7 @@ class Executor:
     def __init__(self, bank: Bank, tokens_NL: Tensor):
         self.bank = bank
         self.teacher = bank.teacher
-        self.student = bank.teacher.copy()
+        self.student = bank.teacher.student()
         self.tokens_NL = tokens_NL
         self.plan: dict[str, Action] = {site.name: Action(site.units, "fp32") for site in self.teacher.sites.values()}
         self._reference = Reference(self.teacher, tokens_NL)
@@ -48,7 +49,7 @@ class Executor:
         for name, action in plan.items():
             if self.plan[name] != action:
                 site = self.teacher.sites[name]
-                self.student.install(site, action, self.bank.variant(site, action))
+                self.student.install(site, action, Lazy([site], plan, self.bank.matrix))
                 self.plan[name] = action
 
     def score(self, plan: Plan, part: int | None = None, known: Mapping[int, Score] = MappingProxyType({})) -> Score:
@@ -76,18 +77,25 @@ class Executor:
 
 class Reference:
     """The teacher's distributions over some tokens, kept in memory: float32 [N, P, V] at P positions of a window, all of them
-    where none are masked."""
+    where none are masked. Layer by layer, what its head reads, [N, P, D]: they are made of it when they are needed."""
 
     @torch.no_grad()
     def __init__(self, teacher: Network, tokens_NL: Tensor):
-        self.tokens_NL = tokens_NL.to(teacher.device)
-        self.probabilities, self.negative_entropies_P = [], []
+        self._teacher, self.tokens_NL = teacher, tokens_NL.to(teacher.device)
+        self._kept, self._negative_entropies_P = [], []
         for ids_L in map(teacher.written, self.tokens_NL):
-            hidden_PD = teacher.hidden(ids_L[None])[0, compared(ids_L)]
-            log_p_PV = torch.log_softmax(teacher.logits(hidden_PD), -1)
-            p_PV = log_p_PV.exp()
-            self.probabilities.append(p_PV)
-            self.negative_entropies_P.append((p_PV * log_p_PV).sum(-1, dtype=torch.float64))
+            hidden_PD, kept, entropies = teacher.hidden(ids_L[None])[0, compared(ids_L)], [], []
+            for hidden_BD in hidden_PD.split(POSITIONS):
+                log_p_BV = torch.log_softmax(teacher.logits(hidden_BD), -1)
+                p_BV = log_p_BV.exp()
+                kept.append(hidden_BD if teacher.layerwise else p_BV)
+                entropies.append((p_BV * log_p_BV).sum(-1, dtype=torch.float64))
+            self._kept.append(torch.cat(kept))
+            self._negative_entropies_P.append(torch.cat(entropies))
+
+    def _probabilities(self, window: int, here: slice) -> Tensor:
+        kept = self._kept[window][here]
+        return torch.softmax(self._teacher.logits(kept), -1) if self._teacher.layerwise else kept
 
     def kl(self, student: Network) -> float:
         """KL from the teacher in nats per token, over all windows."""
@@ -98,15 +106,22 @@ class Reference:
         """(KL from the teacher in nats per token [W], negative log-likelihood of the text in nats per prediction [W]) of
         every one of these W windows, or of all of them."""
         windows = range(len(self.tokens_NL)) if windows is None else windows
-        kl, nll = [], []
         hidden_NLD = student.hidden(self.tokens_NL[list(windows)])
-        for window, hidden_LD in zip(windows, hidden_NLD, strict=True):
-            ids_L = self.tokens_NL[window]
-            z_PV = student.logits(hidden_LD[compared(ids_L)])
-            normalizer_P = torch.logsumexp(z_PV, -1)
-            cross_P = normalizer_P - torch.linalg.vecdot(self.probabilities[window], z_PV)
-            kl.append(float((self.negative_entropies_P[window] + cross_P).mean(dtype=torch.float64)))
-            targets_T = predictions(ids_L)[1]  # the last of all positions predicts nothing
-            picked_T = z_PV[: len(targets_T)].gather(1, targets_T[:, None])[:, 0]
-            nll.append(float((normalizer_P[: len(targets_T)] - picked_T).mean(dtype=torch.float64)))
-        return np.array(kl), np.array(nll)
+        found = [self._window(student, *pair) for pair in zip(windows, hidden_NLD, strict=True)]
+        kl_W, nll_W = zip(*found, strict=True)
+        return np.array(kl_W), np.array(nll_W)
+
+    def _window(self, student: Network, window: int, hidden_LD: Tensor) -> tuple[float, float]:
+        """(KL, negative log-likelihood) of one of the windows."""
+        ids_L, kl_P, nll_T = self.tokens_NL[window], [], []
+        targets_T = predictions(ids_L)[1]  # the last of all positions predicts nothing
+        hidden_PD = hidden_LD[compared(ids_L)]
+        for start in range(0, len(hidden_PD), POSITIONS):
+            here = slice(start, start + POSITIONS)
+            z_BV, targets_B = student.logits(hidden_PD[here]), targets_T[here]
+            normalizer_B = torch.logsumexp(z_BV, -1)
+            cross_B = normalizer_B - torch.linalg.vecdot(self._probabilities(window, here), z_BV)
+            kl_P.append(self._negative_entropies_P[window][here] + cross_B)
+            said_B = z_BV[: len(targets_B)].gather(1, targets_B[:, None])[:, 0]
+            nll_T.append(normalizer_B[: len(targets_B)] - said_B)
+        return tuple(float(torch.cat(found).mean(dtype=torch.float64)) for found in (kl_P, nll_T))  # type: ignore[return-value]

@@ -8,7 +8,7 @@ rotate in part become such that rotate as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -666,34 +666,31 @@ def _frequencies(config: Any, kind: str, rotation: dict) -> tuple[tuple[float, .
 # -- from a checkpoint to modules --
 
 
-def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> dict[str, Tensor]:
-    """Weights of a transformers model -> those of a `network.Transformer`, float32."""
+def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a transformers model -> those of a `network.Transformer` and their names, float32, one after the other; a
+    tied head is left out."""
     family = FAMILIES[config.model_type]
-    weights: dict[str, Tensor] = {}
+    turned = 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim
+    order = _whole_rotation(turned, decoder.head_dim) if turned else None
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    scaled = ".attention.q_norm" if decoder.qk_norm else ".attention.q"
     for ours, theirs, part in _modules(family, decoder):
         for kind in _KINDS:
-            tensor = state.get(f"{theirs}.{kind}", state.get(theirs) if kind == "weight" else None)
-            if tensor is not None:
-                weights[f"{ours}.{kind}"] = (tensor if part is None else part(tensor, decoder)).float().contiguous()
-        if ours.endswith("norm"):
-            weights[f"{ours}.weight"] = weights[f"{ours}.weight"] + family.gain_offset
+            given = state.get(f"{theirs}.{kind}", state.get(theirs) if kind == "weight" else None)
+            if given is None or (decoder.tied and (ours, kind) == ("head", "weight")):
+                continue
+            weight = (given if part is None else part(given, decoder)).float().contiguous()
+            if family.gain_offset and ours.endswith("norm") and kind == "weight":
+                weight = weight + family.gain_offset
+            if family.positions_too and ours == "positions":
+                weight = weight + state[f"{family.positions_too}.weight"][0].float()
+            if order is not None and ours.endswith((".attention.q", ".attention.k")):
+                weight = weight.unflatten(0, (-1, decoder.head_dim))[:, order].flatten(0, 1)
+            if scalar and ours.endswith(scaled):
+                weight = weight * (decoder.head_dim / scalar) ** 0.5
+            yield f"{ours}.{kind}", weight
     if family.head_bias:
-        weights["head.bias"] = state[family.head_bias].flatten().float()
-    if family.positions_too:
-        weights["positions.weight"] = weights["positions.weight"] + state[f"{family.positions_too}.weight"][0].float()
-    if turned := 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim:
-        order = _whole_rotation(turned, decoder.head_dim)
-        heads = [
-            f"layers.{i}.attention.{part}.{kind}" for i in range(decoder.layers) for part in "qk" for kind in _KINDS
-        ]
-        for name in set(heads) & weights.keys():
-            weights[name] = weights[name].unflatten(0, (-1, decoder.head_dim))[:, order].flatten(0, 1)
-    if scalar := getattr(config, "query_pre_attn_scalar", None):
-        scaled = "q_norm" if decoder.qk_norm else "q"
-        names = [f"layers.{i}.attention.{scaled}.{kind}" for i in range(decoder.layers) for kind in _KINDS]
-        for name in set(names) & weights.keys():
-            weights[name] = weights[name] * (decoder.head_dim / scalar) ** 0.5
-    return weights
+        yield "head.bias", state[family.head_bias].flatten().float()
 
 
 def _whole_rotation(turned: int, width: int) -> Tensor:

@@ -76,8 +76,8 @@ def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ..
         lines.append(GateLine("bytes", most, size, size <= most))
     for name, limit in (("prefill", gate.prefill), ("decode", gate.decode)):
         if limit is not None:
-            base, time = (_timed(getattr(row, f"{name}_ms")) for row in (reference, student))
-            most = limit.resolve(base.median)
+            time = _timed(getattr(student, f"{name}_ms"))
+            most = limit.resolve(_timed(getattr(reference, f"{name}_ms")).median if limit.relative else 0.0)
             lines.append(GateLine(name, most, time.median, time.low <= most))  # type: ignore[arg-type]
     return tuple(lines)
 

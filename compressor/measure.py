@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -178,6 +178,32 @@ def peak_memory_bytes(folder: Path, target: Target) -> int:
 def _use(folder: Path, target: Target) -> None:
     with runtime(target.runtime).open_model(folder, target.device, target.threads) as model:
         model.rehearse(target.prefill_tokens)
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: what the system has left, or all that its control groups allow, if that is
+    less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """Those of the control groups of this process, version 1 or 2, and of all above them."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    kinds = {"": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+    for _, controllers, path in groups:
+        root, name = kinds.get(controllers, ("", ""))
+        place = Path(root + path)
+        for folder in (place, *place.parents) if root else ():
+            with suppress(OSError, ValueError):  # `max` is none
+                yield int((folder / name).read_text())
 
 
 def cores() -> int:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.families import blocks_beyond, check_supported, checkpoint_of, decoder_of, weights_of
 from compressor.network import Network
 from compressor.student import Decoder, Precision
 from compressor.transformer import Transformer
+
+BATCH_BYTES = 2**28
+"""Of weights that lie in one of the files of `_on_disk`, about."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ def load_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
     precision: Precision = "float32",
+    layerwise: Path | None = None,
 ) -> Teacher:
     """Load a causal or masked language model, a classifier of texts or an encoder-decoder in float32, and its tokenizer.
 
@@ -41,6 +49,8 @@ def load_teacher(
         path: hub id or local folder.
         gguf: name of a GGUF file in that folder; its weights are dequantized.
         precision: of the students that are exported.
+        layerwise: a folder on a disk with room for the weights in float32, which then take no memory of their own
+            (`Network.layerwise`). Not with `gguf`.
 
     Raises:
         ModelError: nothing can be loaded from there, its weights are pickled, or the architecture is not supported.
@@ -58,7 +68,8 @@ def load_teacher(
         # pickled weights are not read: they may run code
         safe = {} if gguf else {"use_safetensors": True}
         kind = _transformers_class(decoder_of(config))
-        options |= {"dtype": torch.float32, "output_loading_info": True}
+        # in their own type they are mapped from the checkpoint's files
+        options |= {"dtype": "auto" if layerwise else torch.float32, "output_loading_info": True}
         model, found = kind.from_pretrained(path, **safe, **options)
     except (MemoryError, torch.OutOfMemoryError, ModelError):
         raise
@@ -90,7 +101,8 @@ def load_teacher(
             f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
             f"{tokenizer.pad_token_id}; correct one of the two"
         )
-    weights = weights_of(model.state_dict(), config, decoder)
+    given = weights_of(model.state_dict(), config, decoder)
+    weights = _on_disk(given, layerwise) if layerwise else dict(given)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
     elif weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():  # tied all the same
@@ -99,7 +111,29 @@ def load_teacher(
     if decoder.tied:
         network.model.head.weight = network.model.embedding.weight
     network.model.requires_grad_(False)
+    network.layerwise = layerwise is not None
     return Teacher(network, tokenizer, str(path))
+
+
+def _on_disk(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
+    """The same weights, mapped from files in `folder` that have no name any more: the system reads what is used, and takes
+    back its memory where that is short. They are gone from the disk when the tensors are."""
+    found: dict[str, Tensor] = {}
+    with TemporaryDirectory(prefix=".teacher-", dir=folder) as drafts:
+
+        def write(batch: dict[str, Tensor]) -> None:
+            path = Path(drafts, f"{len(found)}.safetensors")
+            save_file(batch, path)
+            found.update(load_file(path))
+
+        batch: dict[str, Tensor] = {}
+        for name, weight in weights:
+            batch[name] = weight
+            if sum(tensor.nbytes for tensor in batch.values()) > BATCH_BYTES:
+                write(batch)
+                batch = {}
+        write(batch)
+    return found
 
 
 def _transformers_class(decoder: Decoder) -> Any:
@@ -156,7 +190,9 @@ def _empty(decoder: Decoder, configuration: tuple[Any, Any]) -> Network:
         return Network(Transformer(decoder), configuration)
 
 
-def read_decoder(path: str | Path, *, gguf: str | None = None, revision: str | None = None) -> Decoder:
+def read_decoder(
+    path: str | Path, *, gguf: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Decoder:
     """The shape of a model from its configuration alone; no weights are read.
 
     Raises:
@@ -164,7 +200,8 @@ def read_decoder(path: str | Path, *, gguf: str | None = None, revision: str | N
     """
     import transformers
 
-    options = ({"gguf_file": gguf} if gguf else {}) | ({"revision": revision} if revision else {})
+    options: dict = {"trust_remote_code": trust_remote_code}
+    options |= ({"gguf_file": gguf} if gguf else {}) | ({"revision": revision} if revision else {})
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # see load_teacher

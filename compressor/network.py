@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressor.plan import Action, Format, Site
-from compressor.quantize import Weight, fake_block_int8, fake_dynamic_int8, fake_row_int8
+from compressor.quantize import Weight, as_floats, fake_block_int8, fake_dynamic_int8, fake_row_int8
 from compressor.transformer import Cache, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
+
+POSITIONS = 128
+"""Whose logits are worked on at once: those of a long window over many tokens would take more memory than all else."""
 
 
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
@@ -43,7 +46,11 @@ class Network:
         model: its modules; taken over, not copied.
         configuration: transformers' configuration of the whole and of its generation, which are deployed with it.
         mask_token: what a model that is not causal reads where a token, or the text's class, is to be predicted.
+
+    layerwise: its weights are mapped from a disk, since memory is short of them; see `student`.
     """
+
+    layerwise = False
 
     def __init__(self, model: Transformer, configuration: tuple[Any, Any], mask_token: int | None = None):
         self.model, self.configuration = model.eval().requires_grad_(False), configuration
@@ -52,8 +59,18 @@ class Network:
         self.sites = {site.name: site for site in self.decoder.sites()}
 
     def copy(self) -> Network:
-        """An independent network with the same weights."""
-        return Network(copy.deepcopy(self.model), self.configuration, self.mask_token)
+        """A network whose sites and vectors can be replaced without touching this one's. Until they are, both have the same
+        weights in memory, and no one may change these in place."""
+        return Network(self._sharing(), self.configuration, self.mask_token)
+
+    def student(self) -> Network:
+        """A copy for a student's weights: a `Layerwise`, if this network is too large for memory."""
+        if not self.layerwise:
+            return self.copy()
+        return Layerwise(self._sharing(), self.configuration, self.mask_token)
+
+    def _sharing(self) -> Transformer:
+        return copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
 
     @property
     def device(self) -> torch.device:
@@ -158,31 +175,33 @@ class Network:
         """What is stored beside the matrices, by the names of `Decoder.vectors`."""
         return self.model.get_parameter(name if name.endswith(".bias") else f"{name}.weight")
 
+    def replace_vector(self, name: str, vector: Tensor) -> None:
+        """Put a copy in its place."""
+        module, kind = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
+        setattr(self.module(module), kind, self._parameter(vector.detach().clone()))
+
     def vectors(self) -> dict[str, Tensor]:
         """All that is stored beside the matrices: norm gains and their biases, a table of positions."""
         return {name: self.vector(name) for name in self.decoder.vectors()}
 
-    def inputs(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(name of an input, matrices that read it), over the pruned and quantized linear layers.
-
-        `layers.{i}.attention.in` -> q, k, v; `.attention.out` -> o; `layers.{i}.ffn.in` -> gate, up; `.ffn.out` -> down;
-        `layers.{i}.cross.in` -> q; `.cross.source` -> k, v; `.cross.out` -> o; of an expert, `layers.{i}.ffn.experts.{e}.in`
-        and so on.
-        """
-        for site in self.sites.values():
-            for name, matrices in site.inputs.items() if site.layer is not None else ():
-                yield name, tuple(matrix.name for matrix in matrices)
-
     @contextmanager
-    def watch_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """While open, `see(input name, x_BLI)` is called for every input of `inputs()` during a forward pass; of an expert,
-        those of the tokens that reach it, [1, T, I]."""
+    def watch_inputs(self, see: Callable[[str, Tensor], None], sites: Iterable[Site] | None = None) -> Iterator[None]:
+        """While open, `see(input name, x_BLI)` is called for every input (`Site.inputs`) of some sites, or of all, during a
+        forward pass; of an expert, those of the tokens that reach it, [1, T, I]."""
 
         def hook(name: str):
             return lambda _module, arguments: see(name, arguments[0].detach())
 
-        with _watching({self.module(matrices[0]): hook(name) for name, matrices in self.inputs()}):
+        watched = self.sites.values() if sites is None else sites
+        inputs = [pair for site in watched if site.layer is not None for pair in site.inputs.items()]
+        with _watching({self.module(first.name): hook(name) for name, (first, *_) in inputs}):
             yield
+
+    def weights(self, site: Site) -> dict[str, Weight]:
+        """The matrices of a site that has not been replaced, as they are."""
+        modules = {matrix.name: self.module(matrix.name) for matrix in (*site.matrices, *site.tables)}
+        biases = {name: module.bias for name, module in modules.items() if getattr(module, "bias", None) is not None}
+        return as_floats({name: module.weight for name, module in modules.items()}, biases)
 
     def install(
         self, site: Site, action: Action, weights: Mapping[str, Weight], rounding: Rounding = "dynamic"
@@ -261,6 +280,44 @@ class Network:
         return digest.hexdigest()[:16]
 
 
+class Layerwise(Network):
+    """A student's network of which no more than one sub-layer has weights of its own in memory, embedding and head apart: a
+    pass makes those of one after the other, from what they were to be replaced with, and forgets them. It does not write."""
+
+    def __init__(self, model: Transformer, configuration: tuple[Any, Any], mask_token: int | None = None):
+        super().__init__(model, configuration, mask_token)
+        self._whole = {name: self.weights(site) for name, site in self.sites.items()}
+        self._replaced: dict[str, tuple[Action, Mapping[str, Weight], Rounding]] = {}
+
+    def install(
+        self, site: Site, action: Action, weights: Mapping[str, Weight], rounding: Rounding = "dynamic"
+    ) -> None:
+        """As `Network.install`; `weights` are asked for by every pass."""
+        if site.layer is None:
+            super().install(site, action, weights, rounding)
+        else:
+            self._replaced[site.name] = action, weights, rounding
+
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        stream = self.stream(ids_BL)
+        while stream.sites:
+            passed = [site for site in stream.sites if site.name in self._replaced]
+            for site in passed:
+                super().install(site, *self._replaced[site.name])
+            stream.advance()
+            for site in passed:
+                super().install(site, Action(site.units, "fp32"), self._whole[site.name])
+        return stream.end()
+
+    def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
+        raise NotImplementedError("hidden states of a network that is never whole")
+
+    def generate(
+        self, ids_BL: Tensor, new_tokens: int, pick: Callable[[Tensor], Tensor], ends: Collection[int] = ()
+    ) -> Tensor:
+        raise NotImplementedError("text of a network that is never whole")
+
+
 class _Seen(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
@@ -279,6 +336,7 @@ class Stream:
         self._network, model = network, network.model
         self._sub_layers = list(network.decoder.every_sub_layer().items())
         self._sides: Sides | None = None
+        self._length = ids_NL.shape[1]
         ids_NL = network.seen(ids_NL)
         if model.encoder is None:
             self.hidden_NLD, self._context = model.placed(ids_NL)
@@ -289,8 +347,8 @@ class Stream:
 
     @property
     def sites(self) -> list[Site]:
-        """Those of the sub-layer that comes next."""
-        return self._sub_layers[0][1]
+        """Those of the sub-layer that comes next; none behind the last."""
+        return self._sub_layers[0][1] if self._sub_layers else []
 
     def read(self) -> dict[str, Tensor]:
         """What the next sub-layer reads, by the ends of its inputs' names: `in` [N, L, D], and across `source` [N, S, D]."""
@@ -303,7 +361,7 @@ class Stream:
         """What is read at an input of the next sub-layer, batch by batch: (windows, weight_BL, x_TI), x being of those tokens
         that reach its site, whose weights are not 0 (see `SubLayer.weights`); padding's are.
 
-        name: of the input, see `Network.inputs`.
+        name: of the input, see `Site.inputs`.
         """
         for windows in self._batches():
             weight_BL, blank_BL = self._weights(site, name, windows)
@@ -347,10 +405,15 @@ class Stream:
         if self.sites[0].kind == "ffn":
             self._block_NLD = behind_NLD
         (_, (passed, *_)), model = self._sub_layers.pop(0), self._network.model
-        if passed.part == "encoder" and self.sites[0].part == "decoder":
+        if passed.part == "encoder" and all(site.part == "decoder" for site in self.sites):
             assert self._sides is not None
             self.hidden_NLD, self._context = model.answer(self._sides, model.source(behind_NLD, self._context))
         return behind_NLD
+
+    @torch.no_grad()
+    def end(self) -> Tensor:
+        """Behind the last sub-layer: what the head reads, as `Network.hidden` gives it."""
+        return self._network.model.end(self.hidden_NLD, self._sides, self._length)
 
     @property
     def _module(self) -> Any:

@@ -135,7 +135,7 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
 
 def _sample_table(samples: Sequence[Sample]) -> str:
     """Teacher and student side by side, as HTML."""
-    rows = [("prompt", "teacher", "student"), *((sample.prompt, sample.teacher, sample.student) for sample in samples)]
+    rows = [("prompt", "teacher", "student"), *((s.prompt, s.teacher or "–", s.student) for s in samples)]
     cells = ["".join(f"<td class=text>{escape(text)}</td>" for text in row) for row in rows]
     return f"<h2>Samples</h2><p>Greedy continuations.</p><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
@@ -282,7 +282,7 @@ def _rows_table(report: Report) -> str:
     text = table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on text that nothing saw before."
     names = list(report.rows[0].texts) if report.rows else []
     if names:
-        found = [(row.name, [row.texts[name] for name in names]) for row in report.rows]
+        found = [(row.name, [row.texts[name] for name in names]) for row in report.rows if row.texts]
         figures = ("perplexity", "kl", *(("accuracy", "f1") if graded else ("bits_per_byte",)))
         by_text = [
             (name, *(", ".join(number(getattr(t, figure)) for figure in figures) for t in texts))
@@ -472,7 +472,8 @@ def _samples_part(report: Report) -> str:
     parts = ["## Samples", MADE[report.task]]
     for sample in report.samples:
         parts.append(f"### {' '.join(sample.prompt.split())} …")
-        parts.append(f"*teacher*\n{quoted(sample.teacher)}")
+        if sample.teacher is not None:
+            parts.append(f"*teacher*\n{quoted(sample.teacher)}")
         parts.append(f"*student*\n{quoted(sample.student)}")
     return "\n\n".join(parts)
 

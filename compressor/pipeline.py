@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import nan
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from compressor import actions, gate, page, report, results
-from compressor.bank import Bank
+from compressor.bank import MEMORY_BYTES, Bank
 from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
+from compressor.estimate import fp32_bytes, layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import PLAN_FILE, save_folder
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import Target, Times, cache_flusher, opened, time_models
-from compressor.model import Teacher, load_teacher
+from compressor.measure import Target, Times, available_bytes, cache_flusher, opened, time_models
+from compressor.model import Teacher, load_teacher, read_decoder
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
@@ -213,13 +216,10 @@ def start(
     target = Target.of(recipe.target)
     recipe, model = runnable(recipe, target), recipe.model
     with stages.timed("teacher"):
-        teacher = load_teacher(
-            model.path,
-            gguf=model.gguf,
-            revision=model.revision,
-            trust_remote_code=trust_remote_code,
-            precision=target.precision,
-        )
+        given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
+        layerwise = layer_by_layer(recipe, read_decoder(model.path, **given))
+        out.mkdir(parents=True, exist_ok=True)
+        teacher = load_teacher(model.path, **given, precision=target.precision, layerwise=out if layerwise else None)
         _check_asked(recipe, teacher.network.decoder)
         texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher))
         highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
@@ -228,9 +228,18 @@ def start(
                 f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
                 f"gives {highest}; give the tokenizer that belongs to the model"
             )
-        teacher.network.to("cuda" if torch.cuda.is_available() else "cpu")  # wherever the student will run
+        if torch.cuda.is_available() and not layerwise:  # wherever the student will run
+            teacher.network.to("cuda")
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
-    bank = Bank(out / "bank", teacher.network, texts.calibration_NL, fisher_NL, recipe.search.quantizer)
+    kept = min(MEMORY_BYTES, available_bytes() // 16)
+    bank = Bank(
+        out / "bank",
+        teacher.network,
+        texts.calibration_NL,
+        fisher_NL,
+        recipe.search.quantizer,
+        memory_bytes=kept,
+    )
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
@@ -297,14 +306,15 @@ def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Latency:
-    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made.
+    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made; None
+    layer by layer, where there is none.
 
     anchors: folders of the whole models that scale the table, by name.
     """
 
     model: LatencyModel
     fp32_bytes: int
-    fp32_ms: Milliseconds
+    fp32_ms: Milliseconds | None
     anchors: dict[str, Path]
 
     def scaled_by(self, times: Mapping[str, Times]) -> LatencyModel:
@@ -314,10 +324,12 @@ class Latency:
 
 
 def measure_latency(run: Run) -> Latency:
-    """Measure the table's missing entries, and two whole models that scale it: the teacher in fp32, and a small plan."""
+    """Measure the table's missing entries, and the whole models that scale it: the teacher in fp32, unless it is too large
+    for memory, and a small plan."""
     decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
     sites = decoder.sites()
-    anchors = {"fp32": full_plan(decoder, "fp32", "fp32"), "small": smallest_whole_plan(run.menu, sites)}
+    anchors = {} if run.teacher.network.layerwise else {"fp32": full_plan(decoder, "fp32", "fp32")}
+    anchors |= {"small": smallest_whole_plan(run.menu, sites)}
     folders = {name: run.out / "stages" / f"anchor-{name}" for name in anchors}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
@@ -338,14 +350,15 @@ def measure_latency(run: Run) -> Latency:
         table.measure(wanted, stack, flush=cache_flusher(target.device), progress=report_progress)
         times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
         return {
-            "bytes": runtime(target.runtime).exported_bytes(folders["fp32"]),
+            "bytes": {name: runtime(target.runtime).exported_bytes(folder) for name, folder in folders.items()},
             "ms": {name: [t.medians.prefill, t.medians.decode] for name, t in times.items()},
         }
 
     found = stages.value("latency", key, make)
     measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
     model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
-    return Latency(model, found["bytes"], measured["fp32"], folders)
+    size = found["bytes"].get("fp32") or fp32_bytes(run.recipe, decoder)
+    return Latency(model, size, measured.get("fp32"), folders)
 
 
 def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
@@ -368,10 +381,11 @@ def pose(
         BudgetError: no plan fits.
     """
     decoder, budget = run.teacher.network.decoder, run.recipe.budget
+    fp32_ms = latency.fp32_ms or Milliseconds(nan, nan)  # of which no recipe takes a share then
     references = {
         "bytes": (budget.bytes, latency.fp32_bytes),
-        "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
-        "decode_ms": (budget.decode, latency.fp32_ms.decode),
+        "prefill_ms": (budget.prefill, fp32_ms.prefill),
+        "decode_ms": (budget.decode, fp32_ms.decode),
     }
     limits = limits or {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
     return build_problem(
@@ -486,18 +500,17 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     fitted_NL, trained_NL, held_out_NL = run.texts.fitted_NL, run.texts.trained_NL, run.texts.held_out_NL
     made_of = [run.bank.key, plan.digest, tokens_digest(fitted_NL), tokens_digest(held_out_NL)]
 
-    def rebuild(report_progress) -> tuple[Student, list[float]]:
-        held_out = Reference(run.teacher.network, held_out_NL)
+    def rebuild(report_progress) -> list[float]:
         students = [run.bank.realize(plan), reconstruct(run.bank, plan, fitted_NL, report_progress)]
-        kls = [held_out.kl(distill.loaded(run.teacher.network, student)) for student in students]
-        return students[int(np.argmin(kls))], kls
+        held_out = Reference(run.teacher.network, held_out_NL)
+        return [held_out.kl(distill.loaded(run.teacher.network, student)) for student in students]
 
-    before, rebuilt = None, None
+    student, before, rebuilt = run.bank.realize(plan), None, None
     if wanted.reconstruct:
         stage = f"reconstruct-{plan.digest[:6]}"  # a finalist that becomes the student has it already
-        student, (before, rebuilt) = run.stages.student(stage, key_of(*made_of), decoder, rebuild)
-    else:
-        student = run.bank.realize(plan)
+        before, rebuilt = run.stages.value(stage, key_of(*made_of), rebuild)
+        if rebuilt < before:
+            student = reconstruct(run.bank, plan, fitted_NL)
     if not steps:
         return Recovery(student, before, rebuilt, None)
     settings = distill.Settings(
@@ -583,11 +596,8 @@ def export(run: Run, problem: Problem, trials: Searches, student: Student) -> di
     """Write the student where it is deployed from, and what it is compared with beside; folders by row of the report."""
     uniform = next((best(told)[0] for (name, _), told in trials.items() if name == "uniform"), None)
     uniform = uniform or POLICIES["uniform"](problem, 0).ask().plan
-    folders = {
-        "fp32": run.out / "stages" / "anchor-fp32",
-        "uniform": run.out / "stages" / "uniform",
-        "student": run.out / run.recipe.deployed,
-    }
+    folders = {} if run.teacher.network.layerwise else {"fp32": run.out / "stages" / "anchor-fp32"}
+    folders |= {"uniform": run.out / "stages" / "uniform", "student": run.out / run.recipe.deployed}
     students = {"uniform": run.bank.realize(uniform), "student": student}
     with run.stages.timed("export") as report_progress:
         for done, (name, weights) in enumerate(students.items()):

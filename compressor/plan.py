@@ -157,8 +157,8 @@ class Site:
 
     @property
     def inputs(self) -> dict[str, tuple[Matrix, ...]]:
-        """The matrices of an attention or feed-forward by what they read: `{name}.in`, the stream; of attention across
-        also `{name}.source`, what the encoder gave; `{name}.out`, what the last matrix reads."""
+        """The matrices of an attention or feed-forward by what they read: `{name}.in`, the stream, q, k, v or gate, up; of
+        attention across q alone, and `{name}.source`, what the encoder gave, k, v; `{name}.out`, o or down."""
         found: dict[str, tuple[Matrix, ...]] = {}
         for matrix in self.matrices:
             read = "out" if matrix.pruned == "columns" else "in"

@@ -12,7 +12,7 @@ zero points [O, ceil(G * bits / 8)], low bits first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -53,6 +53,9 @@ CODEBOOKS = {
 }
 """Values by code, as bitsandbytes numbers them: quantiles of a normal distribution (Dettmers et al. 2023, "QLoRA", appendix
 E), and floats of a sign, two bits of exponent and one of mantissa over their largest."""
+
+ROWS = 4096
+"""Of a matrix that are worked on at once: a table of all tokens would else lie in memory several times."""
 
 CLIP_STEPS = 16
 """Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
@@ -177,6 +180,13 @@ class Weight:
 
     def dequantize(self) -> Tensor:
         """The matrix that the deployed kernel multiplies with, float32 [O, I]."""
+        rows = self.shape[0]
+        if self.values is None and rows > ROWS:
+            assert self.codes is not None
+            whole_OI = torch.empty(self.shape, device=self.codes.device)
+            for place, part in self.row_batches():
+                whole_OI[place] = part.dequantize()
+            return whole_OI
         grid = self.grid
         if grid is None:
             assert self.values is not None
@@ -235,6 +245,11 @@ class Weight:
             return None if tensor is None else tensor[start:stop]
 
         return Weight(self.format, *(cut(getattr(self, name)) for name in PARTS))
+
+    def row_batches(self) -> Iterator[tuple[slice, Weight]]:
+        """The matrix in parts of at most `ROWS` output rows."""
+        for start in range(0, self.shape[0], ROWS):
+            yield slice(start, start + ROWS), self.rows(start, start + ROWS)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -323,7 +338,7 @@ def as_floats(dense: Mapping[str, Tensor], biases: Mapping[str, Tensor] = Mappin
 
 def round_to_nearest(w_OI: Tensor, format: Format) -> Weight:
     """The reference that GPTQ must beat: every weight to the nearest value of its grid."""
-    return Weight.on_grid(find_grid(w_OI, format), w_OI)
+    return Weight.concatenate([Weight.on_grid(find_grid(w_RI, format), w_RI) for w_RI in w_OI.split(ROWS)])
 
 
 def quantize(w_OI: Tensor, format: Format, hessian_II: Tensor | None = None) -> Weight:
@@ -365,8 +380,13 @@ def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01
     Raises:
         torch.linalg.LinAlgError: the damped Hessian is not positive definite (non-finite activations).
     """
-    grid = find_grid(w_OI, format, hessian_II.diagonal())
     upper_II = inverse_cholesky(damped(hessian_II, damping))
+    importance_I = hessian_II.diagonal()
+    return Weight.concatenate([_gptq(w_RI, importance_I, upper_II, format) for w_RI in w_OI.split(ROWS)])
+
+
+def _gptq(w_OI: Tensor, importance_I: Tensor, upper_II: Tensor, format: Format) -> Weight:
+    grid = find_grid(w_OI, format, importance_I)
     w_OI = w_OI.clone()
     codes_OI = torch.empty_like(w_OI)
     columns = w_OI.shape[1]

@@ -140,6 +140,17 @@ class ModelSection(Section):
     """Name of a GGUF file in that folder or repository, when the weights are to be read from one."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the default branch when absent."""
+    layerwise: Literal["auto"] | bool = "auto"
+    """Whether the model is compressed layer by layer, its weights staying on the disk of the run's folder: for models larger
+    than memory. `auto`: where it would not fit. No distillation but `reconstruct`, and no times of the fp32 export."""
+
+    @model_validator(mode="after")
+    def _mapped(self) -> ModelSection:
+        if self.gguf and self.layerwise is True:
+            raise ValueError(
+                "layerwise: expected safetensors, a GGUF file is read whole; convert it, or leave layerwise out"
+            )
+        return self
 
     @field_validator("path")
     @classmethod

@@ -184,8 +184,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Sample:
+    """What a prompt is gone on with; teacher: None where it is too large to write."""
+
     prompt: str
-    teacher: str
+    teacher: str | None
     student: str
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
-from math import ceil, isfinite, log2
+from math import ceil, isfinite, log2, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from compressor.stages import key_of
 from compressor.student import Decoder
 from compressor.text import compared, predictions, tokens_digest
 from compressor.transformer import Sides
+from eval.latency import Milliseconds
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
@@ -69,10 +71,10 @@ def collect(
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student.plan, folders["student"], weights)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
-    rows = _rows(run, folders, quality, overall, times, memory)
+    rows = _rows(run, latency, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
     return report.Report(
-        environment=_environment(run, folders["fp32"]),
+        environment=_environment(run, folders["student"]),
         recipe=run.recipe.to_dict(),
         protocol=_protocol(run),
         rows=rows,
@@ -102,23 +104,26 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
     classes = run.teacher.network.decoder.classes
 
     def make(progress: Callable[..., None]) -> dict[str, dict[str, dict[str, float]]]:
-        decoders = {key: _open(run, folder) for key, folder in folders.items()}
         found: dict[str, dict[str, dict[str, float]]] = {key: {} for key in ("teacher", *folders)}
-        windows = len(run.texts.evaluation_NL)
-        try:
-            models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
-            for place, (name, text_NL) in enumerate(texts.items()):
-                shown = partial(_shifted, progress, place * len(text_NL), windows)
-                for key, quality in compare(teacher, models, text_NL.numpy(), shown, predictions, classes).items():
-                    found[key][name] = asdict(quality)
-                    if not isfinite(quality.perplexity):
-                        raise ModelError(
-                            f"expected finite logits, those of {ROLES[key][0]} in {run.target.precision} are not; its "
-                            "activations are too large for it: set target.precision: float32"
-                        )
-        finally:
-            for decoder in decoders.values():
-                decoder.close()
+        # where memory is short one model is open at a time
+        together = [[key] for key in folders] if run.teacher.network.layerwise else [list(folders)]
+        windows, done = len(run.texts.evaluation_NL) * len(together), 0
+        for keys in together:
+            with ExitStack() as opened_now:
+                decoders = {key: opened_now.enter_context(_open(run, folders[key])) for key in keys}
+                models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
+                for name, text_NL in texts.items():
+                    shown = partial(_shifted, progress, done, windows)
+                    told = compare(teacher, models, text_NL.numpy(), shown, predictions, classes)
+                    for key, quality in told.items():
+                        found[key][name] = asdict(quality)
+                    done += len(text_NL)
+        for key, by_text in found.items():
+            if not all(isfinite(quality["perplexity"]) for quality in by_text.values()):
+                raise ModelError(
+                    f"expected finite logits, those of {ROLES[key][0]} in {run.target.precision} are not; its activations "
+                    "are too large for it: set target.precision: float32"
+                )
         return found
 
     key = key_of(weights, list(texts), tokens_digest(run.texts.evaluation_NL))
@@ -145,7 +150,8 @@ def _shifted(progress: Callable[..., None], before: int, total: int, done: int, 
 
 def _times(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Times]:
     def make(progress: Callable[..., None]) -> dict[str, dict]:
-        models = {"teacher": partial(opened_torch, run.teacher.network, run.target)}
+        whole = not run.teacher.network.layerwise
+        models = {"teacher": partial(opened_torch, run.teacher.network, run.target)} if whole else {}
         models |= {key: partial(opened, folder, run.target) for key, folder in folders.items()}
         return {key: asdict(times) for key, times in time_models(models, progress=progress).items()}
 
@@ -178,15 +184,16 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
             found_LV = exact.logits(window_L.numpy())
             texts = [_text(run, exact, prompt) for prompt in prompts]
         error = _relative_error(found_LV[where], expected_LV[where])
-        equal = texts == [_text(run, network, prompt) for prompt in prompts]
+        equal = all(_agrees(run, network, prompt, text) for prompt, text in zip(prompts, texts, strict=True))
         progress(1, 2)
         with _open(run, folder) as deployed:
             rounded_LV = deployed.logits(window_L.numpy())
             made = [_text(run, deployed, prompt) for prompt in prompts]
         rounding = _relative_error(rounded_LV[where], expected_LV[where])
-        teachers = [_text(run, teacher, prompt) for prompt in prompts]
         shown = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
-        samples = list(zip(shown, map(partial(_named, run), teachers), map(partial(_named, run), made)))
+        # a token of a teacher that is not in memory takes as long as all of a window
+        teachers = [None if teacher.layerwise else _named(run, _text(run, teacher, prompt)) for prompt in prompts]
+        samples = list(zip(shown, teachers, map(partial(_named, run), made), strict=True))
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
     found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
@@ -213,6 +220,15 @@ def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[i
     return model.generate(prompt_L.numpy(), SAMPLE_TOKENS, eos)
 
 
+def _agrees(run: Run, network: Network, prompt_L: torch.Tensor, text: list[int]) -> bool:
+    """Whether a network makes this text of a prompt; of a decoder, whether it would say every token of it behind those
+    before, which takes one pass."""
+    if not network.decoder.causal or network.decoder.encoder:
+        return text == _text(run, network, prompt_L)
+    whole_L = np.append(prompt_L.numpy(), text)
+    return network.window_logits(whole_L)[len(prompt_L) - 1 : -1].argmax(-1).tolist() == text
+
+
 def _named(run: Run, made: list[int]) -> str:
     """What a model made, in words."""
     network = run.teacher.network
@@ -228,35 +244,33 @@ def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _rows(
     run: Run,
+    latency: Latency,
     folders: dict[str, Path],
     quality: dict[str, dict[str, Quality]],
     overall: dict[str, Quality],
     times: dict[str, Times],
     memory: dict[str, int],
 ) -> tuple[report.Row, ...]:
-    sizes = {key: _size(run, folder) for key, folder in folders.items()}
+    sizes = {"fp32": latency.fp32_bytes} | {key: _size(run, folder) for key, folder in folders.items()}
     sizes["teacher"] = run.teacher.network.weight_bytes()
     decoder = run.teacher.network.decoder
     goes_on = decoder.causal and not decoder.encoder  # else what is predicted is not the text
     tokens_a_byte = {
         text: _tokens_a_byte(run, text_NL[:, 1:]) if goes_on else None for text, text_NL in run.texts.evaluation.items()
     }
-    return tuple(
-        report.Row(
-            name=name,
-            role=role,  # type: ignore[arg-type]
-            perplexity=overall[key].perplexity,
-            kl=None if key == "teacher" else overall[key].kl,
-            texts={text: _text_quality(found, tokens_a_byte[text]) for text, found in quality[key].items()},
-            accuracy=overall[key].accuracy,
-            f1=overall[key].f1,
-            size_bytes=sizes[key],
-            prefill_ms=_timing(times[key].prefill),
-            decode_ms=_timing(times[key].decode) if decoder.causal else None,
-            peak_memory_bytes=memory.get(key),
-        )
-        for key, (name, role) in ROLES.items()
-    )
+    rows = []
+    for key, (name, role) in ROLES.items():
+        row = report.Row(name=name, role=role, size_bytes=sizes[key], peak_memory_bytes=memory.get(key))  # type: ignore[arg-type]
+        if key in quality:
+            by_text = {text: _text_quality(found, tokens_a_byte[text]) for text, found in quality[key].items()}
+            perplexity, kl = overall[key].perplexity, None if key == "teacher" else overall[key].kl
+            row = replace(row, perplexity=perplexity, kl=kl, texts=by_text)
+            row = replace(row, accuracy=overall[key].accuracy, f1=overall[key].f1)
+        if key in times:
+            decode = _timing(times[key].decode) if decoder.causal else None
+            row = replace(row, prefill_ms=_timing(times[key].prefill), decode_ms=decode)
+        rows.append(row)
+    return tuple(rows)
 
 
 def _tokens_a_byte(run: Run, predicted_NL: torch.Tensor) -> float | None:
@@ -279,7 +293,8 @@ def _budget(
 ) -> tuple[report.BudgetLine, ...]:
     """Predicted beside measured. A machine may have got faster or slower since the table was made, so relative limits are of
     the fp32 export as it is now, and predictions are scaled by all anchors as they are now."""
-    budget, fp32, student = run.recipe.budget, times["fp32"].medians, times["student"].medians
+    budget, student = run.recipe.budget, times["student"].medians
+    fp32 = times["fp32"].medians if "fp32" in times else Milliseconds(nan, nan)  # of which no recipe takes a share then
     predicted = latency.scaled_by(times).predict(plan)
     entries = [
         ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size),

@@ -138,14 +138,16 @@ class _SubLayer:
 
 def _table_loss(bank: Bank, site: Site, action: Action, alpha: float | None) -> float:
     """Loss of a quantized embedding or head; a tied table counts as both."""
-    statistics = bank.statistics()
-    delta_VD = bank.variant(site, action)[site.name].dequantize() - bank.teacher.matrix(site.name)
-    if alpha is not None:
-        return alpha * float(delta_VD.square().sum() / bank.teacher.matrix(site.name).square().sum())
-    loss = delta_VD.new_zeros(())
-    if site.name == "embedding":
-        looked_up_D = statistics.token_frequency() @ delta_VD.square()
-        loss += (statistics.fisher("embedding") * looked_up_D).sum()
-    if site.name == "head" or bank.teacher.decoder.tied:
-        loss += (statistics.fisher("head") * output_error(delta_VD, statistics.second_moment("head.in"))).sum()
-    return float(loss) / 2
+    statistics, given_VD, loss = bank.statistics(), bank.teacher.matrix(site.name), 0.0
+    for rows, part in bank.variant(site, action)[site.name].row_batches():
+        delta_RD = part.dequantize() - given_VD[rows]
+        if alpha is not None:
+            loss += alpha * float(delta_RD.square().sum() / given_VD.square().sum())
+            continue
+        if site.name == "embedding":
+            looked_up_D = statistics.token_frequency()[rows] @ delta_RD.square()
+            loss += float((statistics.fisher("embedding") * looked_up_D).sum()) / 2
+        if site.name == "head" or bank.teacher.decoder.tied:
+            error_R = output_error(delta_RD, statistics.second_moment("head.in"))
+            loss += float((statistics.fisher("head")[rows] * error_R).sum()) / 2
+    return loss

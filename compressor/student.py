@@ -16,7 +16,7 @@ the feed-forward is a mixture, its matrices are those of `layers.{i}.ffn.experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Literal
@@ -289,12 +289,13 @@ class Decoder:
 class Student:
     """Everything that is needed to run or to export one student.
 
-    matrices: the weight matrices by name; vectors: what is beside them, float32, by the names of `Decoder.vectors`.
+    matrices: the weight matrices by name, in memory or `Lazy`; vectors: what is beside them, float32, by the names of
+    `Decoder.vectors`.
     """
 
     decoder: Decoder
     plan: Plan
-    matrices: dict[str, Weight]
+    matrices: Mapping[str, Weight]
     vectors: dict[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -303,11 +304,29 @@ class Student:
 
     @classmethod
     def from_tensors(cls, decoder: Decoder, plan: Plan, stored: Mapping[str, Tensor]) -> Student:
-        """The inverse of `tensors`."""
-        matrices: dict[str, Weight] = {}
-        for site in decoder.sites():
-            matrices |= matrices_from(site, plan[site.name], stored)
+        """The inverse of `tensors`; its matrices are unpacked when they are asked for."""
+        matrices = Lazy(
+            decoder.sites(), plan, lambda site, action, name: matrices_from(site, action, stored, name)[name]
+        )
         return cls(decoder, plan, matrices, {name: t for name, t in stored.items() if ":" not in name})
+
+
+class Lazy(Mapping[str, Weight]):
+    """The matrices of some sites under a plan, by name, made when they are asked for, of (site, its action, name)."""
+
+    def __init__(self, sites: Iterable[Site], plan: Mapping[str, Action], make: Callable[[Site, Action, str], Weight]):
+        self._owners = {matrix.name: site for site in sites for matrix, _ in site.stored(plan[site.name])}
+        self._plan, self._make = plan, make
+
+    def __getitem__(self, name: str) -> Weight:
+        site = self._owners[name]
+        return self._make(site, self._plan[site.name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
 
 
 def matrix_tensors(matrices: Mapping[str, Weight]) -> dict[str, Tensor]:
@@ -315,10 +334,14 @@ def matrix_tensors(matrices: Mapping[str, Weight]) -> dict[str, Tensor]:
     return {f"{name}:{part}": tensor for name, w in matrices.items() for part, tensor in w.tensors().items()}
 
 
-def matrices_from(site: Site, action: Action, stored: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """The weights of a site under an action, out of the tensors that `matrix_tensors` made."""
+def matrices_from(
+    site: Site, action: Action, stored: Mapping[str, Tensor], only: str | None = None
+) -> dict[str, Weight]:
+    """The weights of a site under an action, or one of them, out of the tensors that `matrix_tensors` made."""
     matrices = {}
     for matrix, format in site.stored(action):
+        if only not in (None, matrix.name):
+            continue
         parts = {part: stored[key] for part in PARTS if (key := f"{matrix.name}:{part}") in stored}
         columns = matrix.shape(action.keep, site.units)[1]
         matrices[matrix.name] = Weight.from_tensors(format, columns, parts)

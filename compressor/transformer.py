@@ -413,14 +413,14 @@ class Transformer(Stack):
         an encoder, of its source, see `begin`. Without, windows are read, and what is not their target has zeros."""
         sides = self._sides(ids_BL) if cache is None else None
         (last_BLD,) = deque(self._states(ids_BL, sides, cache), maxlen=1)  # the others need not lie in memory
-        return self._end(last_BLD, sides, ids_BL.shape[1])
+        return self.end(last_BLD, sides, ids_BL.shape[1])
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
         """Hidden states [B, L, D] of the embedding and behind every block, an encoder's first; the last one is what the
         head reads."""
         sides = self._sides(ids_BL)
         *states, last_BLD = self._states(ids_BL, sides)
-        return [*states, self._end(last_BLD, sides, ids_BL.shape[1])]
+        return [*states, self.end(last_BLD, sides, ids_BL.shape[1])]
 
     def begin(self, ids_BL: Tensor) -> tuple[Tensor, Cache]:
         """What the text that follows these is begun with: (tokens to be read first, the cache behind which they are)."""
@@ -434,7 +434,7 @@ class Transformer(Stack):
     def _sides(self, ids_BL: Tensor) -> Sides | None:
         return None if self.encoder is None else Sides.of(self.decoder, ids_BL)
 
-    def _end(self, x_BLD: Tensor, sides: Sides | None, length: int) -> Tensor:
+    def end(self, x_BLD: Tensor, sides: Sides | None, length: int) -> Tensor:
         """The stream behind the last block -> what the head reads; of windows of two sides, for all of their `length`."""
         x_BLD = self.norm(x_BLD)
         if sides is not None:

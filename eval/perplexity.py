@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+POSITIONS = 128
+"""That are compared at once: logits of a window over many tokens are large."""
+
 Logits = Callable[[np.ndarray], np.ndarray | Tensor]
 """Token ids [L] -> logits [L, V]."""
 
@@ -76,17 +79,17 @@ def compare(
     for done, ids_L in enumerate(windows_NL):
         given_LV = torch.as_tensor(teacher(ids_L))
         where_P, targets_P = predictions(torch.as_tensor(ids_L, device=given_LV.device))
-        log_p_PV = torch.log_softmax(given_LV[where_P], -1)
-        p_PV = log_p_PV.exp()
         for name in nll:
-            log_q_PV = log_p_PV
-            if name != "teacher":
-                log_q_PV = torch.log_softmax(torch.as_tensor(models[name](ids_L), device=given_LV.device)[where_P], -1)
-                # by position first: their sums are exact enough in float32
-                kl[name] += float((p_PV * (log_p_PV - log_q_PV)).sum(-1).sum(dtype=torch.float64))
-            nll[name] -= _picked(log_q_PV, targets_P)
-            if classes:
-                answers_CC[name][targets_P, log_q_PV.argmax(-1)] += 1
+            found_LV = given_LV if name == "teacher" else torch.as_tensor(models[name](ids_L), device=given_LV.device)
+            for where_B, targets_B in zip(where_P.split(POSITIONS), targets_P.split(POSITIONS), strict=True):
+                log_q_BV = torch.log_softmax(found_LV[where_B], -1)
+                if name != "teacher":
+                    log_p_BV = torch.log_softmax(given_LV[where_B], -1)
+                    # by position first: their sums are exact enough in float32
+                    kl[name] += float((log_p_BV.exp() * (log_p_BV - log_q_BV)).sum(-1).sum(dtype=torch.float64))
+                nll[name] -= _picked(log_q_BV, targets_B)
+                if classes:
+                    answers_CC[name][targets_B, log_q_BV.argmax(-1)] += 1
         count += len(where_P)
         progress(done + 1, len(windows_NL))
     told = {name: answered(answers_CC[name]) if classes else (None, None) for name in nll}

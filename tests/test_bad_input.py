@@ -144,7 +144,11 @@ def run(tmp_path: Path, model: Path, text: str) -> str:
     assert result.exit_code in (1, 2), result.output
     assert isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output and result.stderr.count("error: ") == 1
-    assert not list(out.glob("bank/*/*")) and not (out / "onnx").exists()
+    made = {path.name for path in out.glob("bank/**/*.safetensors")}
+    assert "outputs.safetensors" not in made and not any(
+        "-" in name for name in made
+    )  # no statistics to the end, no variant
+    assert not (out / "onnx").exists()
     return result.stderr
 
 

@@ -1,6 +1,7 @@
 """The network: sites replaced one by one, against plain forward passes of the same weights."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_shape_from_the_configuration_alone(tiny, tiny_folder):
 def test_pruned_channels_are_as_if_masked(tiny, windows):
     """A narrow feed-forward computes what the full one does with the other channels' outputs zeroed."""
     site, kept = tiny.sites["layers.1.ffn"], torch.arange(0, 128, 2)
-    masked = tiny.copy()
+    masked = deepcopy(tiny)
     with torch.no_grad():
         masked.matrix("layers.1.ffn.down")[:, 1::2] = 0
     full = full_matrices(tiny, site.name)
@@ -50,7 +51,7 @@ def test_pruned_channels_are_as_if_masked(tiny, windows):
 
 def test_pruned_groups_are_as_if_masked(tiny, windows):
     """A group takes its key, its value and both of its query heads."""
-    site, masked = tiny.sites["layers.1.attention"], tiny.copy()
+    site, masked = tiny.sites["layers.1.attention"], deepcopy(tiny)
     with torch.no_grad():
         masked.matrix("layers.1.attention.o")[:, :32] = 0
     full = full_matrices(tiny, site.name)
@@ -62,7 +63,7 @@ def test_pruned_groups_are_as_if_masked(tiny, windows):
 
 @pytest.mark.parametrize("kind, last", [("attention", "o"), ("ffn", "down")])
 def test_dropped_sub_layers_pass_the_residual_stream_by_and_come_back(tiny, windows, kind, last):
-    site, masked = tiny.sites[f"layers.2.{kind}"], tiny.copy()
+    site, masked = tiny.sites[f"layers.2.{kind}"], deepcopy(tiny)
     before, full = logits(tiny, windows[:1]), full_matrices(tiny, site.name)
     with torch.no_grad():
         masked.matrix(f"{site.name}.{last}").zero_()

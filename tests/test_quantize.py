@@ -12,6 +12,7 @@ from compressor.quantize import (
     find_grid,
     gptq,
     pack_rows,
+    quantize,
     round_to_nearest,
     store_float,
     unpack_rows,
@@ -143,3 +144,15 @@ def test_dynamic_int8_lets_gradients_through():
 def test_formats_without_a_kernel_are_refused(name, says):
     with pytest.raises(RecipeError, match=says):
         Format.parse(name)
+
+
+@pytest.mark.parametrize("format", ["int8", "w4", "w2", "nf4"])
+def test_a_matrix_of_many_rows_is_worked_on_in_parts(monkeypatch, format):
+    torch.manual_seed(0)
+    w_OI, fmt, x_TI = torch.randn(70, 64), Format.parse(format), torch.randn(200, 64)
+    whole = quantize(w_OI, fmt, damped(x_TI.T @ x_TI / 200, 0.01))
+    monkeypatch.setattr("compressor.quantize.ROWS", 16)
+    parts = quantize(w_OI, fmt, damped(x_TI.T @ x_TI / 200, 0.01))
+    for ours, theirs in zip(parts.tensors().values(), whole.tensors().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(parts.dequantize(), torch.cat([part.dequantize() for _, part in whole.row_batches()]))

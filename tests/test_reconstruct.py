@@ -7,7 +7,7 @@ from compressor.bank import Bank
 from compressor.executor import Reference
 from compressor.plan import DROP, Action, Plan
 from compressor.recovery.distill import loaded
-from compressor.recovery.reconstruct import RIDGE, _LeastSquares, reconstruct
+from compressor.recovery.reconstruct import RIDGE, _Fitting, _LeastSquares, reconstruct
 from compressor.student import full_plan
 
 
@@ -88,3 +88,16 @@ def test_the_stream_is_what_a_whole_forward_pass_computes(tiny, windows):
                     torch.testing.assert_close(x, seen[read][batch].flatten(0, 1))
             stream.advance()
     torch.testing.assert_close(tiny.module("norm")(stream.hidden_NLD), hidden[-1])
+
+
+def test_a_fit_that_was_cut_off_goes_on_where_it_stopped(tiny, windows, bank, tmp_path, monkeypatch):
+    plan = changed(tiny, "w8", "w4", {"layers.0.ffn": Action(64, "w2"), "layers.1.attention": DROP})
+    whole = {name: tensor.clone() for name, tensor in reconstruct(bank, plan, windows[:16]).tensors().items()}
+    for path in (tmp_path / "bank").glob("*/fits/*/layers.2.*"):
+        path.unlink()
+    again = Bank(tmp_path / "bank", tiny, windows[:16], windows[:4])
+    fitted, fit = [], _Fitting.fit
+    monkeypatch.setattr(_Fitting, "fit", lambda self, *given: (fitted.append(self.site.name), fit(self, *given))[1])
+    resumed = reconstruct(again, plan, windows[:16]).tensors()
+    assert fitted == ["layers.2.attention", "layers.2.ffn"]
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,6 +1,7 @@
 """Reinforcement learning towards a reward: the equations, the leash, the rewards, and a reward that is learned."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_reward_of_the_users_own_is_learned_and_a_leash_holds_it_back(teacher,
 def test_the_leash_is_tightened_above_its_target_and_loosened_below(teacher, windows):
     judge = Judge(teacher, {"fluency": 1.0}, {})
     for target, factor in ((1e-9, 1.1), (1e9, 0.9)):
-        objective = reinforce(teacher, windows, judge, leash=0.5, target_kl=target)(teacher.network.copy())
+        objective = reinforce(teacher, windows, judge, leash=0.5, target_kl=target)(deepcopy(teacher.network))
         objective.writer.network.model.requires_grad_(True)
         with torch.no_grad():
             objective.writer.network.matrix("layers.0.ffn.down").mul_(0.5)
@@ -87,7 +88,7 @@ def test_the_leash_is_tightened_above_its_target_and_loosened_below(teacher, win
 def test_a_first_update_follows_the_advantages_of_the_group(teacher, windows):
     """At weight 1 the gradient is that of - mean log pi(a | s) A; a group of equal rewards teaches nothing."""
     judge = Judge(teacher, {"vowels": 1.0}, {"vowels": vowels})
-    objective = reinforce(teacher, windows, judge, leash=0.0, prompts=1, epochs=1)(teacher.network.copy())
+    objective = reinforce(teacher, windows, judge, leash=0.0, prompts=1, epochs=1)(deepcopy(teacher.network))
     weight = objective.writer.network.matrix("layers.1.ffn.down").requires_grad_(True)
     next(objective.updates(0))
     found, weight.grad = weight.grad, None

@@ -356,9 +356,13 @@ def test_padding_changes_no_statistics(folders, windows, tmp_path):
     wider_NL = torch.cat([wider_NL[:, :48], torch.full((4, 9), PAD), wider_NL[:, 48:]], 1)
     narrow, wide = (Bank(tmp_path, network, x_NL, x_NL[:2]) for x_NL in (windows_NL, wider_NL))
     plan = full_plan(network.decoder, "w2", "w8")
-    for name, tensor in narrow.statistics().tensors.items():
-        if name != "frequency":
-            assert torch.allclose(tensor, wide.statistics().tensors[name], rtol=1e-3, atol=1e-6), name
+    for site in network.sites.values():
+        for name in site.inputs if site.layer is not None else ():
+            moments = [bank.statistics().second_moment(name) for bank in (narrow, wide)]
+            assert torch.allclose(*moments, rtol=1e-3, atol=1e-6), name
+        for matrix in site.matrices:
+            fishers = [bank.statistics().fisher(matrix.name) for bank in (narrow, wide)]
+            assert torch.allclose(*fishers, rtol=1e-3, atol=1e-6), matrix.name
     students = [reconstruct(bank, plan, x_NL) for bank, x_NL in ((narrow, windows_NL), (wide, wider_NL))]
     (ours, theirs) = (loaded(network, student).window_logits(windows_NL[0].numpy()) for student in students)
     assert error(ours.numpy(), theirs.numpy()) < 1e-3

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -78,14 +79,7 @@ def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[st
     drafts = {name: folder / f".{name}.draft" for name in (DATA_FILE, *graph_files(decoder))}
     try:
         with open(drafts[DATA_FILE], "wb") as data:
-
-            def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
-                data.seek(aligned(data.tell()))
-                tensor = _external(name, array.dtype, array.shape, data.tell())
-                data.write(np.ascontiguousarray(array).data)
-                return tensor
-
-            models = student_models(decoder, plan, matrices, vectors, store)
+            models = student_models(decoder, plan, matrices, vectors, partial(store, data))
             data.flush()
             os.fsync(data.fileno())
         for name, model in models.items():
@@ -96,6 +90,14 @@ def _write(decoder: Decoder, plan: Plan, matrices: Matrices, vectors: Mapping[st
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
+
+
+def store(data: BinaryIO, name: str, array: np.ndarray) -> ir.ExternalTensor:
+    """Write an array of a graph into the data file beside it."""
+    data.seek(aligned(data.tell()))
+    tensor = _external(name, array.dtype, array.shape, data.tell())
+    data.write(np.ascontiguousarray(array).data)
+    return tensor
 
 
 def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> ir.ExternalTensor:
@@ -147,11 +149,11 @@ def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", t
     plan = {site.name: Action(site.units, names[site.kind]) for site in sites}
     largest = sum(site.parameters for site in sites) * 4
 
-    def store(name: str, array: np.ndarray) -> ir.ExternalTensor:
+    def nowhere(name: str, array: np.ndarray) -> ir.ExternalTensor:
         return _external(name, array.dtype, array.shape, largest)
 
     gains = {name: np.broadcast_to(decoder.floats.type(0), shape) for name, shape in decoder.vectors().items()}
-    models = student_models(decoder, plan, _made(decoder, plan, Stored.blank), gains, store)
+    models = student_models(decoder, plan, _made(decoder, plan, Stored.blank), gains, nowhere)
     return sum(len(_serialize(model)) for model in models.values())
 
 

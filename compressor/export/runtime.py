@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -17,8 +19,9 @@ import onnxruntime as ort
 
 from compressor.errors import RuntimeTargetError
 from compressor.export.exact import exact_graph
-from compressor.export.files import has_encoder
+from compressor.export.files import DATA_FILE, has_encoder, store
 from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, KEEP, PAD, START, source_model, stack_model
+from compressor.export.layers import Store
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
 from compressor.student import Decoder, Precision
@@ -32,8 +35,11 @@ PLACED = ("MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "GatherBlockQuan
 REMEDY = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
 
 
-def open_session(model: Path | bytes, device: Device = "cpu", threads: int | None = None) -> ort.InferenceSession:
-    """A session on `device`; `threads` within an operator, None for one a core.
+def open_session(
+    model: Path | bytes, device: Device = "cpu", threads: int | None = None, data: Path | None = None
+) -> ort.InferenceSession:
+    """A session on `device`; `threads` within an operator, None for one a core; data: the folder of a graph's weights that
+    is itself in memory.
 
     Raises:
         RuntimeTargetError: ONNX Runtime has no such provider, or fell back to another one, for the whole or for operators
@@ -47,6 +53,8 @@ def open_session(model: Path | bytes, device: Device = "cpu", threads: int | Non
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # a session that waits must not spin on the cores that another one is timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if data:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -115,8 +123,8 @@ def refused_formats(
 class _Runner:
     """A session and its cache inputs; what comes out as `present.*` goes in as `past_key_values.*`."""
 
-    def __init__(self, model: Path | bytes, device: Device, threads: int | None):
-        self._session = open_session(model, device, threads)
+    def __init__(self, model: Path | bytes, device: Device, threads: int | None, data: Path | None = None):
+        self._session = open_session(model, device, threads, data)
         self._device = device
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
@@ -347,7 +355,8 @@ def site_stack(
     device: Device = "cpu",
     threads: int | None = None,
 ) -> BenchCalls:
-    """`copies` repetitions of `site` under `action` with random weights, in memory, as calls to be timed.
+    """`copies` repetitions of `site` under `action` with random weights, mapped from a file as an exported folder's are,
+    as calls to be timed.
 
     The graph is `graph.stack_model`: the very functions that build the export. An expert's prefill is of as many tokens as
     reach it on average. Of an encoder-decoder, the encoder reads the prompt; what is behind it then runs for one token, and
@@ -364,13 +373,13 @@ def site_stack(
         rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1]
         return Stored.random(rng, formats[parts[0]], rows, columns, parts[0] in biased, decoder.floats)
 
-    def store(name: str, array: np.ndarray) -> ir.TensorProtocol:
-        return ir.tensor(array, name=name)
+    def opened(make: Callable[[Store], ir.Model]) -> _Runner:
+        with TemporaryDirectory() as folder:
+            with open(Path(folder, DATA_FILE), "wb") as data:
+                model = make(partial(store, data))
+            return _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads, Path(folder))
 
-    def opened(model: ir.Model) -> _Runner:
-        return _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads)
-
-    runner = opened(stack_model(decoder, site, action, copies, matrices, store))
+    runner = opened(partial(stack_model, decoder, site, action, copies, matrices))
     many: np.ndarray
     prefill_tokens = site.reached(prefill_tokens)
     if site.kind == "embedding":
@@ -381,7 +390,7 @@ def site_stack(
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
     one = many[:, :1]
     if site.part == "cross":
-        reader = opened(source_model(decoder, action, copies, matrices, store))
+        reader = opened(partial(source_model, decoder, action, copies, matrices))
         read = runner.past(prefill_tokens, rng)
 
         def close() -> None:

@@ -110,17 +110,14 @@ class Curve:
 def load_student(student: Student, network: Network, rounding: Rounding = "dynamic") -> None:
     """Put a student's weights into a network; `rounding` as for `Network.install`."""
     for name, action in student.plan.items():
-        site = network.sites[name]
-        weights = {matrix.name: student.matrices[matrix.name] for matrix, _ in site.stored(action)}
-        network.install(site, action, weights, rounding)
-    with torch.no_grad():
-        for name, gain in student.vectors.items():
-            network.vector(name).copy_(gain)
+        network.install(network.sites[name], action, student.matrices, rounding)
+    for name, vector in student.vectors.items():
+        network.replace_vector(name, vector)
 
 
 def loaded(teacher: Network, student: Student, rounding: Rounding = "dynamic") -> Network:
     """A network of its own with a student's weights; `rounding` as for `Network.install`."""
-    network = teacher.copy()
+    network = teacher.student()
     load_student(student, network, rounding)
     return network
 

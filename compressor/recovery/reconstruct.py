@@ -36,6 +36,7 @@ from compressor.network import Network, Stream
 from compressor.plan import Action, Format, Plan, Site
 from compressor.quantize import Weight, as_floats, damped, quantize_together
 from compressor.student import Student
+from compressor.text import tokens_digest
 
 RIDGE = 1.0
 """Of the least squares, in mean second moments of an input: only what the text shows strongly moves a matrix far."""
@@ -45,41 +46,66 @@ RIDGE = 1.0
 def reconstruct(
     bank: Bank, plan: Plan, tokens_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Student:
-    """The student of a plan, fitted on `tokens_NL`; embedding, head and norms are those of `bank.realize`."""
+    """The student of a plan, fitted on `tokens_NL`; embedding, head and norms are those of `bank.realize`. What was fitted is
+    kept in the bank, and not fitted again."""
+    teacher = bank.teacher
+    fit = f"{plan.digest}-{tokens_digest(tokens_NL)}"
+    fitted = [site for site in teacher.sites.values() if site.layer is not None and plan[site.name].keep]
+    if any(bank.fit(fit, site, plan[site.name]) is None for site in fitted):
+        _fit(bank, plan, fit, tokens_NL, progress)
+
+    def matrix(site: Site, action: Action, name: str) -> Weight:
+        weights = bank.variant(site, action) if site.layer is None else bank.fit(fit, site, action)
+        assert weights is not None, name
+        return weights[name]
+
+    return bank.student(plan, matrix)
+
+
+def _fit(bank: Bank, plan: Plan, fit: str, tokens_NL: Tensor, progress: Callable[[int, int], None]) -> None:
+    """Fit every site and store it in the bank; those that are there are taken as they are."""
     teacher, student = bank.teacher, bank.teacher.copy()
-    matrices: dict[str, Weight] = {}
     for name, site in teacher.sites.items():
         if site.layer is None:
-            matrices |= (table := bank.variant(site, plan[name]))
-            student.install(site, plan[name], table)
+            student.install(site, plan[name], bank.variant(site, plan[name]))
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
     sub_layers = teacher.decoder.every_sub_layer()
     for done, sites in enumerate(sub_layers.values(), 1):
         read = wanted.read()
         behind_NLD = wanted.advance()
         for fitting in [_Fitting(bank, student, site, plan[site.name]) for site in sites]:
-            if fitting.action.keep:
-                fitting.fit(given, read, behind_NLD)
-            matrices |= fitting.weights
+            if not fitting.action.keep or fitting.take(bank.fit(fit, fitting.site, fitting.action)):
+                continue
+            fitting.fit(given, read, behind_NLD)
+            bank.store_fit(fit, fitting.site, fitting.weights)
         given.advance()
+        for site in sites:  # what was passed need not lie in memory
+            student.install(site, Action(site.units, "fp32"), teacher.weights(site))
         progress(done, len(sub_layers))
-    return bank.student(plan, matrices)
 
 
 class _Fitting:
     """One site of the student while it is fitted. weights: what is finished; the rest is installed unquantized."""
 
     def __init__(self, bank: Bank, student: Network, site: Site, action: Action):
-        self._bank, self._student, self._site, self.action = bank, student, site, action
+        self._bank, self._student, self.site, self.action = bank, student, site, action
         self._dense = bank.pruned(site, action.keep) if action.keep else {}
         self._unquantized = bank.with_biases(site, action.keep, as_floats(self._dense)) if action.keep else {}
         self.weights = {name: weight for name, weight in self._unquantized.items() if name not in self._dense}
         self._install()
 
+    def take(self, weights: dict[str, Weight] | None) -> bool:
+        """Install weights that were fitted before, if there are any."""
+        if weights is None:
+            return False
+        self.weights = weights
+        self._install()
+        return True
+
     def fit(self, given: Stream, read: Mapping[str, Tensor], behind_NLD: Tensor) -> None:
         """Fit all matrices. read: what the sub-layer reads in the teacher, by the ends of its inputs' names, [N, L, D];
         behind_NLD: the teacher's stream behind it."""
-        *readers, (_, (last,)) = self._site.inputs.items()
+        *readers, (_, (last,)) = self.site.inputs.items()
         for name, together in readers:
             self._readers(given, name, [matrix.name for matrix in together], read[name.rpartition(".")[2]])
         self._writer(given, last.name, behind_NLD)
@@ -87,19 +113,19 @@ class _Fitting:
     def _readers(self, given: Stream, read: str, names: list[str], x_NLD: Tensor) -> None:
         """Fit the matrices that share an input; x_NLD: what they read in the teacher."""
         fit = _LeastSquares(torch.cat([self._dense[name] for name in names]))
-        for windows, weight_BL, x_TI in given.inputs(self._site, read):
+        for windows, weight_BL, x_TI in given.inputs(self.site, read):
             fit.add(x_TI, (x_NLD[windows][weight_BL != 0] - x_TI) @ fit.w_OI.T)
         self._finish(fit, names)
 
     def _writer(self, given: Stream, name: str, behind_NLD: Tensor) -> None:
         """Fit the matrix that writes to the stream; behind_NLD: the teacher's stream behind the sub-layer."""
         fit, bias_D = _LeastSquares(self._dense[name]), self._unquantized[name].bias
-        norm = self._student.module(self._site.sub_layer).post_norm
-        for windows, weight_BL, x_TI in given.inputs(self._site, f"{self._site.name}.out"):
+        norm = self._student.module(self.site.sub_layer).post_norm
+        for windows, weight_BL, x_TI in given.inputs(self.site, f"{self.site.name}.out"):
             reached_BL = weight_BL != 0
             p_T1 = weight_BL[reached_BL][:, None].clamp_min(1e-12)
             h_TD, without_TD = (
-                stream[reached_BL] for stream in (behind_NLD[windows], given.without(self._site, windows))
+                stream[reached_BL] for stream in (behind_NLD[windows], given.without(self.site, windows))
             )
             own_TD = x_TI @ fit.w_OI.T + (0.0 if bias_D is None else bias_D)
             behind_TD = without_TD + p_T1 * (own_TD if norm is None else norm(own_TD))
@@ -121,7 +147,7 @@ class _Fitting:
         self._install()
 
     def _install(self) -> None:
-        self._student.install(self._site, self.action, self._unquantized | self.weights)
+        self._student.install(self.site, self.action, self._unquantized | self.weights)
 
 
 class _LeastSquares:
