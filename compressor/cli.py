@@ -277,7 +277,7 @@ def show_dry_run(plan: DryRun) -> None:
     console.print(
         f"exported files: {size(plan.bytes_smallest)} to {size(plan.bytes_largest)}; budget: {budget}", highlight=False
     )
-    stages = Table(title="estimates", title_justify="left")
+    stages = Table(title=f"estimates{', layer by layer' if plan.layerwise else ''}", title_justify="left")
     for name in ("stage", "time", "memory"):
         stages.add_column(name, justify="left" if name == "stage" else "right")
     for stage in plan.stages:

@@ -53,6 +53,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         bytes_smallest=fixed + sum(line.smallest_bytes for line in lines),
         bytes_budget=limit.resolve(reference) if limit else None,
         stages=tuple(_estimates(recipe, decoder, menu, layerwise)),
+        layerwise=layerwise,
     )
 
 

@@ -305,7 +305,7 @@ class StageEstimate:
 @dataclass(frozen=True)
 class DryRun:
     """What a run would do. `bytes_*`: predicted size of the exported files of the largest and of the smallest plan,
-    and the budget's limit on it, if there is one."""
+    and the budget's limit on it, if there is one. layerwise: whether the model stays on the disk."""
 
     model: str
     sites: tuple[SiteLine, ...]
@@ -313,6 +313,7 @@ class DryRun:
     bytes_smallest: int
     bytes_budget: float | None
     stages: tuple[StageEstimate, ...]
+    layerwise: bool = False
 
     @property
     def actions(self) -> int:

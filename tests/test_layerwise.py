@@ -144,6 +144,7 @@ def test_it_is_chosen_where_memory_is_short(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.estimate.available_bytes", lambda: 10**6)
     assert start(tiny_folder, tmp_path / "b").teacher.network.layerwise
     whole, parts = (dry_run(recipe(tiny_folder, model={"layerwise": kept}, **WHOLE)) for kept in (False, True))
+    assert parts.layerwise and not whole.layerwise
     assert sum(s.memory_bytes for s in parts.stages) < sum(s.memory_bytes for s in whole.stages)
     with pytest.raises(RecipeError, match=r"distill.steps = 4: .* 0.0 GB are free"):
         start(tiny_folder, tmp_path / "c", distill={})
