@@ -103,7 +103,7 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
     weights = 4 * sum(site.parameters for site in decoder.sites())
     data, distill = recipe.data, recipe.distill
     streams = 4 * decoder.hidden * (distill.tokens or data.calibration_tokens)
-    probabilities = 4 * recipe.search.tokens * decoder.vocabulary
+    reference = 4 * recipe.search.tokens * (decoder.hidden if layerwise else decoder.vocabulary)
     logits = 4 * 4 * data.sequence_length * decoder.vocabulary
     teacher, student = (0, tables + block) if layerwise else (weights, weights)
     deployed = student if layerwise else 2 * fp32_bytes(recipe, decoder)
@@ -111,7 +111,7 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
         "statistics": teacher + block + max(moments + streams, logits),
         "sensitivity": teacher + 2 * block + 3 * moments,
         "latency": teacher + (16 * block if layerwise else deployed),
-        "search": teacher + student + probabilities,
+        "search": teacher + student + reference,
         "reconstruct": teacher + tables + 2 * block + 3 * moments + 3 * streams if distill.reconstruct else 0,
         "distill": 6 * weights if distill.steps else 0,
         "export and measure": teacher + deployed,
