@@ -18,7 +18,7 @@ import compressor
 from compressor import pipeline
 from compressor.bank import Bank
 from compressor.cli import app
-from compressor.errors import DataError, ModelError, RecipeError
+from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxEncoderDecoder, export_onnx, exported_bytes, fixed_bytes, open_session
 from compressor.export.graph import graph_files
@@ -358,6 +358,26 @@ def test_graphs_have_the_names_that_optimum_expects(folders, name, windows, tmp_
         assert all(
             isinstance(shapes[key][0], str) and isinstance(shapes[key][2], str) for key in (*fresh, *kept, *past)
         )
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_a_configuration_forces_is_said(folders, name, windows, tmp_path):
+    """The first token of an answer, and the last one where there is no more room; of several ends one."""
+    teacher, theirs = load_teacher(folders[name]), Theirs(folders[name])
+    for generation in (teacher.network.configuration[1], theirs.model.generation_config):
+        generation.forced_bos_token_id, generation.forced_eos_token_id = 65, [END, 67]
+    plan = full_plan(teacher.network.decoder, "fp32", "fp32")
+    bank = Bank(tmp_path / "bank", teacher.network, windows[name][:4], windows[name][:2])
+    save_folder(bank.realize(plan), teacher, tmp_path / "onnx")
+    source_S = source_of(windows[name][0])
+    with OnnxEncoderDecoder(tmp_path / "onnx", threads=1) as model:
+        for length in (1, 2, 6):
+            said = theirs.greedy(source_S, length)
+            assert said[-1] == 67 and (said[0] == 65) == (length > 1)
+            assert teacher.network.greedy(source_S, length) == model.generate(source_S.numpy(), length) == said
+    (tmp_path / "onnx" / "generation_config.json").write_text("[]")
+    with pytest.raises(RuntimeTargetError, match="generation_config.json cannot be read"):
+        OnnxEncoderDecoder(tmp_path / "onnx", threads=1)
 
 
 @pytest.mark.parametrize("plan", ["whole", "mixed"])

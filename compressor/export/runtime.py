@@ -5,6 +5,7 @@ Knows nothing of plans beyond what a stack of sites needs; times nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from compressor.export.graph import ENCODER_FILE, FIRST_FILE, GRAPH_FILE, KEEP, 
 from compressor.export.layers import Store
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
-from compressor.student import Decoder, Precision
+from compressor.student import Decoder, Forced, Precision
 
 Device = Literal["cpu", "cuda"]
 
@@ -279,11 +280,15 @@ class OnnxDecoder(_Runner):
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
         """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
         logits, cache = self.prefill(ids, keep=1)
-        made = [int(logits[-1].argmax())]
+        made = [self.pick(logits[-1], 0, new_tokens)]
         while len(made) < new_tokens and made[-1] != eos:
             logits_V, cache = self.step(made[-1], cache)
-            made.append(int(logits_V.argmax()))
+            made.append(self.pick(logits_V, len(made), new_tokens))
         return made[:new_tokens]
+
+    def pick(self, logits_V: np.ndarray, place: int, length: int) -> int:
+        """The likeliest token, for a place of a text of at most `length`."""
+        return int(logits_V.argmax())
 
     def rehearse(self, prefill_tokens: int) -> None:
         """One prefill and, where it writes, eight decoded tokens, for what they take of memory."""
@@ -317,6 +322,7 @@ class OnnxEncoderDecoder(OnnxDecoder):
         )
         facts = self._session.get_modelmeta().custom_metadata_map
         self._start, self._pad = int(facts[START]), int(facts[PAD])
+        self._forced = _forced(Path(folder) / "generation_config.json")
 
     @property
     def answers(self) -> bool:
@@ -325,6 +331,11 @@ class OnnxEncoderDecoder(OnnxDecoder):
     def prefill(self, ids: np.ndarray, keep: int = 0) -> tuple[np.ndarray, Cache]:
         """Token ids [S] of a source -> (logits [1, V] of the first token of an answer, cache)."""
         return self.extend(np.array([self._start]), self._read(ids), keep)
+
+    def pick(self, logits_V: np.ndarray, place: int, length: int) -> int:
+        """Or the one that is forced there."""
+        forced = self._forced.at(place, length)
+        return super().pick(logits_V, place, length) if forced is None else forced
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """A window [L] of source and target (see `text.Spans`) -> logits [L, V], zeros where it is not the target's."""
@@ -362,6 +373,14 @@ class OnnxEncoderDecoder(OnnxDecoder):
         super().close()
         self._encoder.close()
         self._first.close()
+
+
+def _forced(path: Path) -> Forced:
+    """What a configuration that lies beside the graphs, if there is one, forces to be said."""
+    try:
+        return Forced.of(json.loads(path.read_text())) if path.is_file() else Forced()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RuntimeTargetError(f"{path} cannot be read ({error}); export the model again") from None
 
 
 def open_model(folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False) -> OnnxDecoder:
