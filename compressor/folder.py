@@ -1,6 +1,6 @@
 """The folder that is deployed: graph and weights, tokenizer, configuration, plan. Written whole, and read back into torch.
 
-model.onnx, model.onnx_data    see `compressor.export`, two graphs of an encoder-decoder; or model.safetensors, see
+model.onnx, model.onnx_data    see `compressor.export`, three graphs of an encoder-decoder; or model.safetensors, see
                                `compressor.torch_runtime`
 plan.json                      an action for every site
 config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from compressor.plan import Action, Format, Site
 from compressor.quantize import Weight, as_floats, fake_block_int8, fake_dynamic_int8, fake_row_int8
+from compressor.student import Forced
 from compressor.transformer import Cache, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
@@ -125,9 +126,11 @@ class Network:
         ended_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=self.device)
         with parametrize.cached():  # weights in training are computed once, not for every token
             fresh_BL, cache = self.model.begin(ids_BL)
-            for _ in range(new_tokens):
+            for place in range(new_tokens):
                 last_BD = self.model.hidden(fresh_BL, cache)[:, -1]
                 fresh_BL = pick(self.logits(last_BD))[:, None]
+                if (token := self.forced.at(place, new_tokens)) is not None:
+                    fresh_BL = torch.full_like(fresh_BL, token)
                 ids_BL = torch.cat([ids_BL, fresh_BL], 1)
                 ended_B |= torch.isin(fresh_BL[:, 0], torch.tensor(list(ends), device=self.device))
                 if ended_B.all():
@@ -266,6 +269,11 @@ class Network:
         """Ids of the tokens that end a text."""
         ends = self.special_tokens().get("eos_token_id", ())
         return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def forced(self) -> Forced:
+        """What its answers are forced to say."""
+        return Forced.of(self.configuration[1].to_dict()) if self.decoder.encoder else Forced()
 
     def digest(self) -> str:
         """A hash of shape and weights, for cache keys, in which the precision of students does not count, nor what a

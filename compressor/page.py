@@ -46,10 +46,11 @@ import compressor
 model = compressor.load("FOLDER")  # torch: {read} [B, L] -> logits [B, L, V]
 ```
 """
-BOTH = (
-    "`encoder_model.onnx` reads a text, once, and gives, beside `last_hidden_state`, the keys and values that "
-    "`decoder_model_merged.onnx` attends to: outputs `present.{i}.encoder.key` and `.value` are inputs "
-    "`past_key_values.{i}.encoder.key` and `.value` there. The weights of both lie in one file."
+THREE = (
+    "`encoder_model.onnx` reads a text, `decoder_model.onnx` what that gives, `encoder_hidden_states`, and the token that "
+    "answers begin behind, `decoder_with_past_model.onnx` every other one, behind `past_key_values`. The weights of all "
+    "three lie in one file. They run in ONNX Runtime, and with optimum (`ORTModelForSeq2SeqLM`) where in the decoder no "
+    "fewer attentions to itself are left than across."
 )
 MADE = {
     "text-generation": "Greedy continuations.",
@@ -179,7 +180,7 @@ def _run_part(report: Report) -> str:
     load = load.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else load
     parts = ["## How to run", *([WRITE] if _writes(report) else []), load]
     if encoder:
-        parts.append(BOTH)
+        parts.append(THREE)
     elif not _in_torch(report):
         others = "ONNX Runtime GenAI, transformers.js and optimum" if _writes(report) else "optimum"
         parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")

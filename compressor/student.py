@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -283,6 +283,26 @@ class Decoder:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Tokens that every answer of an encoder-decoder begins with, and ends with where it would be longer than it may."""
+
+    first: int | None = None
+    last: int | None = None
+
+    @classmethod
+    def of(cls, generation: Mapping[str, Any]) -> Forced:
+        """Those of transformers' configuration of a generation; of several ends the smallest, as an argmax takes it."""
+        tokens = (generation.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id"))
+        return cls(*(None if token is None else int(np.min(token)) for token in tokens))
+
+    def at(self, place: int, length: int) -> int | None:
+        """The one at a place of an answer of at most `length` tokens."""
+        if place == length - 1 and self.last is not None:
+            return self.last
+        return self.first if place == 0 else None
 
 
 @dataclass(frozen=True)

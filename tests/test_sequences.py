@@ -18,7 +18,7 @@ import compressor
 from compressor import pipeline
 from compressor.bank import Bank
 from compressor.cli import app
-from compressor.errors import DataError, ModelError, RecipeError
+from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxEncoderDecoder, export_onnx, exported_bytes, fixed_bytes, open_session
 from compressor.export.graph import graph_files
@@ -156,13 +156,15 @@ class Theirs:
         seen_BS = (source_BS != self.pad).long()
         return self.model(input_ids=source_BS, attention_mask=seen_BS, decoder_input_ids=read_BT).logits
 
-    @torch.no_grad()
     def greedy(self, source_S: torch.Tensor, new_tokens: int) -> list[int]:
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
-        seen = torch.ones_like(source_S[None])
-        return self.model.generate(source_S[None], attention_mask=seen, do_sample=False, num_beams=1, **options)[
-            0, 1:
-        ].tolist()
+        return greedy(self.model, source_S, new_tokens)
+
+
+def greedy(model, source_S: torch.Tensor, new_tokens: int) -> list[int]:
+    """By `generate` of transformers' mixin."""
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}
+    seen = torch.ones_like(source_S[None])
+    return model.generate(source_S[None], attention_mask=seen, do_sample=False, num_beams=1, **options)[0, 1:].tolist()
 
 
 def source_of(window_L: torch.Tensor) -> torch.Tensor:
@@ -307,21 +309,91 @@ def test_padded_texts_give_what_they_give_alone(folders, name, windows, tmp_path
     save_folder(
         Bank(tmp_path / "bank", teacher.network, windows_NL[:4], windows_NL[:2]).realize(plan), teacher, tmp_path
     )
-    encoder, decoder = (open_session(tmp_path / file, threads=1) for file in graph_files(teacher.network.decoder))
+    encoder, first, later = (open_session(tmp_path / file, threads=1) for file in graph_files(teacher.network.decoder))
     seen = (windows_NL[:3, :48] != PAD).long().numpy()
-    _, *across = encoder.run(None, {"input_ids": windows_NL[:3, :48].numpy(), "attention_mask": seen})
-    names = [value.name.replace("present", "past_key_values") for value in encoder.get_outputs()[1:]]
-    empty = {
-        value.name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32)
-        for value in decoder.get_inputs()
-        if ".decoder." in value.name
-    }
+    (hidden,) = encoder.run(None, {"input_ids": windows_NL[:3, :48].numpy(), "attention_mask": seen})
     start = np.full((3, 1), teacher.network.decoder.start)
-    feeds = {"input_ids": start, "attention_mask": np.ones_like(start), "encoder_attention_mask": seen}
-    together = decoder.run(["logits"], feeds | empty | dict(zip(names, across, strict=True)))[0]
+    feeds = {"input_ids": start, "encoder_attention_mask": seen, "encoder_hidden_states": hidden}
+    found = dict(zip(names(first.get_outputs()), first.run(None, feeds), strict=True))
+    together, said = found.pop("logits"), np.full((3, 1), 7)
+    past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
+    (behind,) = later.run(["logits"], {"input_ids": said, "encoder_attention_mask": seen, **past})
     with OnnxEncoderDecoder(tmp_path, threads=1) as model:
-        for window_L, logits_1V in zip(windows_NL[:3], together, strict=True):
-            assert error(logits_1V, model.prefill(source_of(window_L).numpy())[0]) < 1e-5
+        for window_L, logits_1V, behind_1V in zip(windows_NL[:3], together, behind, strict=True):
+            alone_1V, cache = model.prefill(source_of(window_L).numpy())
+            assert error(logits_1V, alone_1V) < 1e-5
+            assert error(behind_1V[0], model.step(7, cache)[0]) < 1e-5
+
+
+def names(values) -> list[str]:
+    """Of inputs or outputs of a session."""
+    return [value.name for value in values]
+
+
+def keys(side: str, part: str, count: int = 2) -> list[str]:
+    return [f"{side}.{i}.{part}.{kind}" for i in range(count) for kind in ("key", "value")]
+
+
+@sequences
+def test_graphs_have_the_names_that_optimum_expects(folders, name, windows, tmp_path):
+    """And caches stand in its order, those of a number together, where sub-layers are gone, too."""
+    network = load_teacher(folders[name]).network
+    bank = Bank(tmp_path / "bank", network, windows[name][:4], windows[name][:2])
+    inputs = ["input_ids", "encoder_attention_mask"]
+    for plan, across in ((full_plan(network.decoder, "fp32", "fp32"), 2), (mixed_plan(network.decoder), 1)):
+        export_onnx(bank.realize(plan), tmp_path)
+        files = graph_files(network.decoder)
+        assert files == ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*files, "model.onnx_data"}
+        encoder, first, later = (open_session(tmp_path / file, threads=1) for file in files)
+        assert names(encoder.get_inputs()) == ["input_ids", "attention_mask"]
+        assert names(encoder.get_outputs()) == ["last_hidden_state"]
+        assert names(first.get_inputs()) == [*inputs, "encoder_hidden_states"]
+        fresh, kept = keys("present", "decoder"), keys("present", "encoder", across)
+        assert sorted(names(first.get_outputs())) == sorted(["logits", *fresh, *kept])
+        past = keys("past_key_values", "decoder") + keys("past_key_values", "encoder", across)
+        assert names(later.get_inputs()) == [*inputs, *sorted(past)]
+        assert sorted(names(later.get_outputs())) == sorted(["logits", *fresh])
+        shapes = {value.name: value.shape for value in (*first.get_outputs(), *later.get_inputs())}
+        assert all(
+            isinstance(shapes[key][0], str) and isinstance(shapes[key][2], str) for key in (*fresh, *kept, *past)
+        )
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_a_configuration_forces_is_said(folders, name, windows, tmp_path):
+    """The first token of an answer, and the last one where there is no more room; of several ends one."""
+    teacher, theirs = load_teacher(folders[name]), Theirs(folders[name])
+    for generation in (teacher.network.configuration[1], theirs.model.generation_config):
+        generation.forced_bos_token_id, generation.forced_eos_token_id = 65, [END, 67]
+    plan = full_plan(teacher.network.decoder, "fp32", "fp32")
+    bank = Bank(tmp_path / "bank", teacher.network, windows[name][:4], windows[name][:2])
+    save_folder(bank.realize(plan), teacher, tmp_path / "onnx")
+    source_S = source_of(windows[name][0])
+    with OnnxEncoderDecoder(tmp_path / "onnx", threads=1) as model:
+        for length in (1, 2, 6):
+            said = theirs.greedy(source_S, length)
+            assert said[-1] == 67 and (said[0] == 65) == (length > 1)
+            assert teacher.network.greedy(source_S, length) == model.generate(source_S.numpy(), length) == said
+    (tmp_path / "onnx" / "generation_config.json").write_text("[]")
+    with pytest.raises(RuntimeTargetError, match="generation_config.json cannot be read"):
+        OnnxEncoderDecoder(tmp_path / "onnx", threads=1)
+
+
+@pytest.mark.parametrize("plan", ["whole", "mixed"])
+@sequences
+def test_optimum_says_the_same(folders, name, plan, windows, tmp_path):
+    runtime = pytest.importorskip("optimum.onnxruntime")
+    teacher, sources = load_teacher(folders[name]), [source_of(window_L) for window_L in windows[name][:3]]
+    decoder = teacher.network.decoder
+    plan = mixed_plan(decoder) if plan == "mixed" else full_plan(decoder, "fp32", "fp32")
+    bank = Bank(tmp_path / "bank", teacher.network, windows[name][:4], windows[name][:2])
+    save_folder(bank.realize(plan), teacher, tmp_path / "onnx")
+    theirs = runtime.ORTModelForSeq2SeqLM.from_pretrained(tmp_path / "onnx")
+    with OnnxEncoderDecoder(tmp_path / "onnx", threads=1) as model:
+        assert [greedy(theirs, source_S, 16) for source_S in sources] == [
+            model.generate(s.numpy(), 16) for s in sources
+        ]
 
 
 def test_reconstruction_helps(folders, windows, tmp_path):
@@ -447,7 +519,7 @@ def check(report, out: Path) -> None:
     assert {text.bits_per_byte for row in report.rows for text in row.texts.values()} == {None}
     assert "predicted from the source" in report.protocol
     card = (out / "onnx" / "README.md").read_text()
-    assert "text2text-generation" in card and "encoder_model.onnx" in card and "GenAI" not in card
+    assert "text2text-generation" in card and "decoder_with_past_model.onnx" in card and "GenAI" not in card
     table = json.loads((out / "latency.json").read_text()).popitem()[1]["entries"]
     kinds = {tuple(key.split()[:2]) for key in table}
     assert kinds >= {(part, kind) for part in ("encoder", "decoder") for kind in ("attention", "ffn")}

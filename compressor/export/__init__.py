@@ -4,7 +4,7 @@ layout.py    a weight matrix as the arrays its kernel reads; whether int8 produc
 layers.py    what graphs are made of: nodes, matrices in every format, every sub-layer a function
 graph.py     the whole model, and stacks of one site for timing
 files.py     model.onnx and model.onnx_data: written, promised in bytes, read back; of an encoder-decoder encoder_model.onnx,
-             decoder_model_merged.onnx and the same data file for both
+             decoder_model.onnx, decoder_with_past_model.onnx and the same data file for all three
 genai.py     the configuration with which ONNX Runtime GenAI runs that graph
 exact.py     the same graph without the rounding of activations, to compare with torch
 runtime.py   sessions on the device asked for, generation, calls to be timed

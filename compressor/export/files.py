@@ -1,4 +1,4 @@
-"""The exported folder: model.onnx (graph; two of an encoder-decoder) and model.onnx_data (weights), written, read back, and
+"""The exported folder: model.onnx (graph; three of an encoder-decoder) and model.onnx_data (weights), written, read back, and
 their size promised.
 
 Every tensor starts at a multiple of `plan.ALIGNMENT` in the data file and is written as soon as it is made, so
@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import BankError
-from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, graph_files, student_models
+from compressor.export.graph import ENCODER_FILE, GRAPH_FILE, SEQUENCE_FILES, graph_files, student_models
 from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
@@ -112,7 +112,7 @@ def _serialize(model: ir.Model) -> bytes:
 
 def exported_bytes(folder: Path) -> int:
     """Size in bytes of the exported graphs and weights, the quantity that a byte budget limits."""
-    graphs = (ENCODER_FILE, DECODER_FILE) if has_encoder(folder) else (GRAPH_FILE,)
+    graphs = SEQUENCE_FILES if has_encoder(folder) else (GRAPH_FILE,)
     return sum((Path(folder) / name).stat().st_size for name in (*graphs, DATA_FILE))
 
 

@@ -12,6 +12,7 @@ function, which the whole model and the latency table's stacks share, so that wh
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -30,6 +31,9 @@ Store = Callable[[str, np.ndarray], ir.TensorProtocol]
 
 Matrices = Callable[[tuple[str, ...]], Stored]
 """Names of matrices that share format and input -> the one matrix of all their rows."""
+
+Past = tuple[ir.Value, ir.Value]
+"""Keys and values that an earlier run gave, [B, H, past, head_dim] each."""
 
 
 class GraphBuilder:
@@ -266,10 +270,9 @@ class Positions:
         self._far: ir.Value | None = None
         self._apart: ir.Value | None = None
         self._start: ir.Value | None = None
-        one = b.small("one", np.array([1], np.int64))
-        to_int32 = ir.DataType.INT32.value
         self._total = b.op("Squeeze", [b.op("Shape", [mask], "mask.total", start=1, end=2)], "total")
         if decoder.causal:
+            one, to_int32 = b.small("one", np.array([1], np.int64)), ir.DataType.INT32.value
             lengths = b.op("ReduceSum", [mask, one], "lengths", keepdims=0)
             self.last = b.op("Cast", [b.op("Sub", [lengths, one], "lengths.last")], "seqlens_k", to=to_int32)
             self.total = b.op("Cast", [self._total], "total_sequence_length", to=to_int32)
@@ -351,6 +354,23 @@ class Positions:
         return self._start
 
 
+def whole_mask(b: GraphBuilder, fed: ir.Value, before: ir.Value | None) -> ir.Value:
+    """A mask [B, past + S] of tokens that all are some. fed: what is read at once, [B, S, ...]; before: past, int64 [1]."""
+    size = b.op("Shape", [fed], "fed.size", start=0, end=2)
+    if before is not None:
+        behind = b.op("Concat", [b.integers(0), before], "past.size", axis=0)
+        size = b.op("Add", [size, behind], "whole.size")
+    return b.op("Expand", [b.small("one", np.array([1], np.int64)), size], "whole_mask")
+
+
+def past_inputs(b: GraphBuilder, cache: str, heads: int, head_dim: int) -> Past:
+    """Inputs for the keys and values of an attention, `cache` being their name."""
+    length = "source" if cache.endswith("encoder") else "past"
+    shape: list[int | str] = ["batch_size", heads, length, head_dim]
+    key, value = (b.input(f"past_key_values.{cache}.{part}", b.float_type, shape) for part in ("key", "value"))
+    return key, value
+
+
 def key_mask(b: GraphBuilder, mask: ir.Value, name: str = "key_padding_mask") -> ir.Value:
     """The mask [B, M] of tokens that are some, as `MultiHeadAttention` takes it."""
     return b.op("Cast", [mask], name, to=ir.DataType.INT32.value)
@@ -364,14 +384,15 @@ def attention(
     b: GraphBuilder,
     stream: Stream,
     layer: int,
-    cache: int,
+    cache: str,
     heads: tuple[int, int],
     decoder: Decoder,
     matrices: Matrices,
     vectors: Mapping[str, np.ndarray],
     positions: Positions,
+    past: Past | None,
 ) -> None:
-    """Grouped-query attention of block `layer`. heads: (query, key/value); cache: its number among the caches."""
+    """Grouped-query attention of block `layer`. heads: (query, key/value); cache: name of its keys and values."""
     name, head_dim = f"{decoder.prefix}layers.{layer}.attention", decoder.head_dim
     x = stream.enter(name)
     qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
@@ -397,60 +418,60 @@ def attention(
         mixed = b.ms("MultiHeadAttention", _given([*inputs, *seen]), f"{name}.mixed", num_heads=heads[0])
         stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
         return
-    number = f"{cache}.decoder" if decoder.encoder else str(cache)
-    past = [
-        b.input(f"past_key_values.{number}.{part}", b.float_type, ["batch_size", heads[1], "past", head_dim])
-        for part in ("key", "value")
-    ]
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
-        _given([*inputs, *past, positions.last, positions.total, *rotation, None, near]),
-        [f"{name}.mixed", f"present.{number}.key", f"present.{number}.value"],
+        _given([*inputs, *(past or (None, None)), positions.last, positions.total, *rotation, None, near]),
+        [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
         {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": int(rotation[0] is not None)}
         | ({"local_window_size": window} if window else {})
         | ({"softcap": decoder.attention_cap} if decoder.attention_cap else {}),
     )
-    b.output(key, f"present.{number}.key", ["batch_size", heads[1], "total", head_dim])
-    b.output(value, f"present.{number}.value", ["batch_size", heads[1], "total", head_dim])
+    b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
+    b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What attentions across read. mask: see `key_mask`; hidden: what the encoder gave, [B, source, D], in the first step."""
+
+    mask: ir.Value
+    hidden: ir.Value | None
 
 
 def cross(
     b: GraphBuilder,
     stream: Stream,
     layer: int,
-    cache: int,
+    cache: str,
     heads: int,
     decoder: Decoder,
     matrices: Matrices,
-    mask: Callable[[], ir.Value],
+    source: Source,
+    past: Past | None,
 ) -> None:
-    """Attention across of block `layer`, to keys and values of the source, which `cross_source` made; cache: their number.
-    mask: of the source's tokens, see `key_mask`."""
+    """Attention across of block `layer`, to keys and values of the source, which the first step makes; cache: their name."""
     name = f"layers.{layer}.cross"
     q = linear(b, stream.enter(name), f"{name}.q", matrices((f"{name}.q",)), f"{name}.q.out")
-    source = [
-        b.input(
-            f"past_key_values.{cache}.encoder.{part}", b.float_type, ["batch_size", heads, "source", decoder.head_dim]
-        )
-        for part in ("key", "value")
-    ]
-    mixed = b.ms("MultiHeadAttention", [q, *source, None, mask()], f"{name}.mixed", num_heads=heads)
+    key, value = past or of_source(b, source, layer, cache, heads, decoder, matrices)
+    mixed = b.ms("MultiHeadAttention", [q, key, value, None, source.mask], f"{name}.mixed", num_heads=heads)
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
 
 
-def cross_source(
-    b: GraphBuilder, hidden: ir.Value, layer: int, cache: int, heads: int, decoder: Decoder, matrices: Matrices
-) -> None:
-    """Keys and values of what the encoder gave, for the attention across of block `layer`; cache: their number."""
+def of_source(
+    b: GraphBuilder, source: Source, layer: int, cache: str, heads: int, decoder: Decoder, matrices: Matrices
+) -> Past:
+    """Keys and values of what the encoder gave, for the attention across of block `layer`, and as outputs."""
     name = f"layers.{layer}.cross"
-    kv = linear(b, hidden, f"{name}.kv", matrices((f"{name}.k", f"{name}.v")), f"{name}.kv.out")
+    assert source.hidden
+    kv = linear(b, source.hidden, f"{name}.kv", matrices((f"{name}.k", f"{name}.v")), f"{name}.kv.out")
     apart = b.small("heads_apart", np.array([0, 0, -1, decoder.head_dim], np.int64))
     by_head = b.op("Transpose", [b.op("Reshape", [kv, apart], f"{name}.heads")], f"{name}.by_head", perm=[0, 2, 1, 3])
-    halves = b.node("", "Split", [by_head], [f"{name}.{part}" for part in "kv"], {"axis": 1, "num_outputs": 2})
-    for half, part in zip(halves, ("key", "value"), strict=True):
-        b.output(half, f"present.{cache}.encoder.{part}", ["batch_size", heads, "source", decoder.head_dim])
+    key, value = b.node("", "Split", [by_head], [f"{name}.{part}" for part in "kv"], {"axis": 1, "num_outputs": 2})
+    for half, part in ((key, "key"), (value, "value")):
+        b.output(half, f"present.{cache}.{part}", ["batch_size", heads, "source", decoder.head_dim])
+    return key, value
 
 
 def head_norm(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray], decoder: Decoder) -> ir.Value:

@@ -5,6 +5,7 @@ Knows nothing of plans beyond what a stack of sites needs; times nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ import onnxruntime as ort
 from compressor.errors import RuntimeTargetError
 from compressor.export.exact import exact_graph
 from compressor.export.files import DATA_FILE, has_encoder, store
-from compressor.export.graph import DECODER_FILE, ENCODER_FILE, GRAPH_FILE, KEEP, PAD, START, source_model, stack_model
+from compressor.export.graph import ENCODER_FILE, FIRST_FILE, GRAPH_FILE, KEEP, NEXT_FILE, PAD, START, stack_model
 from compressor.export.layers import Store
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Site
-from compressor.student import Decoder, Precision
+from compressor.student import Decoder, Forced, Precision
 
 Device = Literal["cpu", "cuda"]
 
@@ -121,15 +122,22 @@ def refused_formats(
 
 
 class _Runner:
-    """A session and its cache inputs; what comes out as `present.*` goes in as `past_key_values.*`."""
+    """A session and what its runs hand on: what comes out as `present.*` goes in as `past_key_values.*`, and the
+    `last_hidden_state` of an encoder as `encoder_hidden_states`."""
 
-    def __init__(self, model: Path | bytes, device: Device, threads: int | None, data: Path | None = None):
-        self._session = open_session(model, device, threads, data)
-        self._device = device
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        self._caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
-        self._has_mask = "attention_mask" in inputs
-        self._sources = [name for name in self._caches if name.endswith(".encoder.key")]
+    def __init__(
+        self,
+        model: Path | bytes,
+        device: Device,
+        threads: int | None,
+        data: Path | None = None,
+        exact: bool = False,
+    ):
+        self._device: Device = "cpu" if exact else device
+        with exact_graph(model) if exact and isinstance(model, Path) else nullcontext(model) as graph:
+            self._session = open_session(graph, self._device, threads, data)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._caches = {name: value for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
         self._outputs = [value.name for value in self._session.get_outputs()]
 
@@ -141,36 +149,41 @@ class _Runner:
             floats = np.float16 if value.type == "tensor(float16)" else np.float32
             filled = np.zeros(shape, floats) if rng is None else rng.standard_normal(shape, np.float32)
             arrays[name] = filled.astype(floats, copy=False)
+        return self.values(arrays)
+
+    def values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
+        """Arrays in the device's memory."""
         return {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()}
 
     def run(
         self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int, keep: int = 0
     ) -> tuple[ort.OrtValue, dict[str, ort.OrtValue]]:
-        """Feed `array` [1, S, ...] as input `name`; (first output that is no cache, in host memory; cache inputs of the next
-        run).
+        """Feed `array` [1, S, ...] as input `name`; (first output that is not handed on, in host memory; the others, as
+        inputs of the next run).
 
+        past: what earlier runs gave, of which this one takes what it has inputs for.
         keep: logits of so many last positions, all if it is 0 or if the graph is an older one that cannot choose.
         """
         if self._session is None:
             raise RuntimeTargetError("this session is closed; open the folder again")
         binding = self._session.io_binding()
         binding.bind_cpu_input(name, array)
-        if self._has_mask:
-            binding.bind_cpu_input("attention_mask", np.ones((1, past_length + array.shape[1]), np.int64))
-        if self._sources:
-            length = past[self._sources[0]].shape()[2]
-            binding.bind_cpu_input("encoder_attention_mask", np.ones((1, length), np.int64))
+        length = past_length + array.shape[1]
+        if "attention_mask" in self._inputs:
+            binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
+        if "cache_position" in self._inputs:
+            binding.bind_cpu_input("cache_position", np.arange(past_length, length))
         if keep and self._can_keep:
             binding.bind_ortvalue_input(KEEP, ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64)))
         for key, value in past.items():
-            binding.bind_ortvalue_input(key, value)
+            if key in self._inputs:
+                binding.bind_ortvalue_input(key, value)
         for output in self._outputs:
-            binding.bind_output(output, self._device if output.startswith("present.") else "cpu")
+            binding.bind_output(output, self._device if _handed_on(output) else "cpu")
         self._session.run_with_iobinding(binding)
         results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        present = {k: v for k, v in results.items() if k.startswith("present.")}
-        first = next((v for k, v in results.items() if k not in present), None)
-        return first, {k.replace("present", "past_key_values", 1): v for k, v in present.items()}
+        first = next((value for output, value in results.items() if not _handed_on(output)), None)
+        return first, {into: value for output, value in results.items() if (into := _handed_on(output))}
 
     def close(self) -> None:
         """Free the weights and end the session's threads."""
@@ -181,6 +194,13 @@ class _Runner:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _handed_on(output: str) -> str | None:
+    """The input of the next run that an output is, if it is one."""
+    if output == "last_hidden_state":
+        return "encoder_hidden_states"
+    return output.replace("present", "past_key_values", 1) if output.startswith("present.") else None
 
 
 @dataclass(frozen=True)
@@ -220,8 +240,7 @@ class OnnxDecoder(_Runner):
         graph = Path(folder) / self.GRAPH
         if not graph.is_file():
             raise RuntimeTargetError(f"expected an exported model at {graph}; there is none")
-        with exact_graph(graph) if exact else nullcontext(graph) as path:
-            super().__init__(path, "cpu" if exact else device, threads)
+        super().__init__(graph, device, threads, exact=exact)
 
     @property
     def answers(self) -> bool:
@@ -261,11 +280,15 @@ class OnnxDecoder(_Runner):
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
         """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
         logits, cache = self.prefill(ids, keep=1)
-        made = [int(logits[-1].argmax())]
+        made = [self.pick(logits[-1], 0, new_tokens)]
         while len(made) < new_tokens and made[-1] != eos:
             logits_V, cache = self.step(made[-1], cache)
-            made.append(int(logits_V.argmax()))
+            made.append(self.pick(logits_V, len(made), new_tokens))
         return made[:new_tokens]
+
+    def pick(self, logits_V: np.ndarray, place: int, length: int) -> int:
+        """The likeliest token, for a place of a text of at most `length`."""
+        return int(logits_V.argmax())
 
     def rehearse(self, prefill_tokens: int) -> None:
         """One prefill and, where it writes, eight decoded tokens, for what they take of memory."""
@@ -290,14 +313,16 @@ class OnnxDecoder(_Runner):
 class OnnxEncoderDecoder(OnnxDecoder):
     """An exported encoder-decoder, ready to run: what `prefill` and `generate` get is read by the encoder, and answered."""
 
-    GRAPH = DECODER_FILE
+    GRAPH = NEXT_FILE
 
     def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False):
         super().__init__(folder, device, threads, exact=exact)
-        graph, facts = Path(folder) / ENCODER_FILE, self._session.get_modelmeta().custom_metadata_map
-        with exact_graph(graph) if exact else nullcontext(graph) as path:
-            self._encoder = _Runner(path, self._device, threads)
+        self._encoder, self._first = (
+            _Runner(Path(folder) / name, device, threads, exact=exact) for name in (ENCODER_FILE, FIRST_FILE)
+        )
+        facts = self._session.get_modelmeta().custom_metadata_map
         self._start, self._pad = int(facts[START]), int(facts[PAD])
+        self._forced = _forced(Path(folder) / "generation_config.json")
 
     @property
     def answers(self) -> bool:
@@ -306,6 +331,11 @@ class OnnxEncoderDecoder(OnnxDecoder):
     def prefill(self, ids: np.ndarray, keep: int = 0) -> tuple[np.ndarray, Cache]:
         """Token ids [S] of a source -> (logits [1, V] of the first token of an answer, cache)."""
         return self.extend(np.array([self._start]), self._read(ids), keep)
+
+    def pick(self, logits_V: np.ndarray, place: int, length: int) -> int:
+        """Or the one that is forced there."""
+        forced = self._forced.at(place, length)
+        return super().pick(logits_V, place, length) if forced is None else forced
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """A window [L] of source and target (see `text.Spans`) -> logits [L, V], zeros where it is not the target's."""
@@ -316,26 +346,41 @@ class OnnxEncoderDecoder(OnnxDecoder):
         found, _ = self.extend(np.array([self._start, *before]), self._read(source[source != self._pad]))
         return np.pad(found, ((first, len(ids) - end), (0, 0)))
 
+    def run(
+        self, name: str, array: np.ndarray, past: Mapping[str, ort.OrtValue], past_length: int, keep: int = 0
+    ) -> tuple[ort.OrtValue, dict[str, ort.OrtValue]]:
+        """The first step has a graph of its own."""
+        if not past_length:
+            return self._first.run(name, array, past, 0, keep)
+        return super().run(name, array, past, past_length, keep)
+
     def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
         """Calls to be timed: a source of `prefill_tokens` tokens to the logits of the first of its answer, and one token more
         behind `context` of them."""
         ids = np.random.default_rng(0).integers(
             0, self._session.get_outputs()[0].shape[-1], max(prefill_tokens, context)
         )
-        cache = self._read(ids[:prefill_tokens])
-        if context:
-            _, cache = self.extend(ids[:context], cache, keep=1)
+        _, cache = self.extend(ids[:context], self._read(ids[:prefill_tokens]), keep=1)
         return BenchCalls(lambda: self.prefill(ids[:prefill_tokens]), lambda: self.step(int(ids[0]), cache), self.close)
 
     def _read(self, ids: np.ndarray) -> Cache:
         """A source [S] -> the cache in front of its answer."""
         source = np.ascontiguousarray(ids, np.int64).reshape(1, -1)
         _, values = self._encoder.run("input_ids", source, {}, 0)
-        return Cache(0, {**self.past(0), **values})
+        return Cache(0, {**self.values({"encoder_attention_mask": np.ones_like(source)}), **values})
 
     def close(self) -> None:
         super().close()
         self._encoder.close()
+        self._first.close()
+
+
+def _forced(path: Path) -> Forced:
+    """What a configuration that lies beside the graphs, if there is one, forces to be said."""
+    try:
+        return Forced.of(json.loads(path.read_text())) if path.is_file() else Forced()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RuntimeTargetError(f"{path} cannot be read ({error}); export the model again") from None
 
 
 def open_model(folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False) -> OnnxDecoder:
@@ -379,7 +424,10 @@ def site_stack(
                 model = make(partial(store, data))
             return _Runner(ir.serde.serialize_model(model).SerializeToString(), device, threads, Path(folder))
 
-    runner = opened(partial(stack_model, decoder, site, action, copies, matrices))
+    make = partial(stack_model, decoder, site, action, copies, matrices)
+    runner = first = opened(make)
+    if site.kind == "attention" and site.part in ("decoder", "cross"):
+        first = opened(partial(make, first=True))
     many: np.ndarray
     prefill_tokens = site.reached(prefill_tokens)
     if site.kind == "embedding":
@@ -388,26 +436,20 @@ def site_stack(
     else:
         name = "x"
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
-    one = many[:, :1]
-    if site.part == "cross":
-        reader = opened(partial(source_model, decoder, action, copies, matrices))
-        read = runner.past(prefill_tokens, rng)
-
-        def close() -> None:
-            runner.close()
-            reader.close()
-
-        return BenchCalls(
-            lambda: runner.run(name, one, reader.run(name, many, {}, 0)[1], 0),
-            lambda: runner.run(name, one, read, 0),
-            close,
-        )
-    empty, filled = runner.past(0), runner.past(context, rng)
-    if site.part == "encoder":
-        return BenchCalls(lambda: runner.run(name, many, empty, 0), lambda: None, runner.close)
-    if site.part == "decoder":
-        many = one
+    one, across = many[:, :1], site.part == "cross"
+    empty, filled = first.past(0), runner.past(prefill_tokens if across else context, rng)
+    if across:
+        mask = np.ones(many.shape[:2], np.int64)
+        source = runner.values({"encoder_attention_mask": mask, "encoder_hidden_states": many})
+        empty, filled = empty | source, filled | source
+    fed = one if site.part in ("decoder", "cross") else many
     behind = context if decoder.causal else 0
-    return BenchCalls(
-        lambda: runner.run(name, many, empty, 0), lambda: runner.run(name, one, filled, behind), runner.close
-    )
+
+    def decode() -> object:
+        return None if site.part == "encoder" else runner.run(name, one, filled, behind)
+
+    def close() -> None:
+        runner.close()
+        first.close()
+
+    return BenchCalls(lambda: first.run(name, fed, empty, 0), decode, close)
