@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -204,6 +205,13 @@ def _limits() -> Iterator[int]:
         for folder in (place, *place.parents) if root else ():
             with suppress(OSError, ValueError):  # `max` is none
                 yield int((folder / name).read_text())
+
+
+def return_memory_at_once() -> None:
+    """Have the C library give back to the system what is freed, where it can be told to: by itself it keeps matrices of less
+    than 32 MB for later (glibc's M_MMAP_THRESHOLD)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
 def cores() -> int:

@@ -29,7 +29,15 @@ from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import PLAN_FILE, save_folder
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import Target, Times, available_bytes, cache_flusher, opened, time_models
+from compressor.measure import (
+    Target,
+    Times,
+    available_bytes,
+    cache_flusher,
+    opened,
+    return_memory_at_once,
+    time_models,
+)
 from compressor.model import Teacher, load_teacher, read_decoder
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, Plan
@@ -219,6 +227,8 @@ def start(
         given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
         layerwise = layer_by_layer(recipe, read_decoder(model.path, **given))
         out.mkdir(parents=True, exist_ok=True)
+        if layerwise:
+            return_memory_at_once()
         teacher = load_teacher(model.path, **given, precision=target.precision, layerwise=out if layerwise else None)
         _check_asked(recipe, teacher.network.decoder)
         texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher))
