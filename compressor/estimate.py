@@ -137,6 +137,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
     distill = recipe.distill
     tried = distill.compared if distill.compared > 1 else 0
     steps = distill.steps + tried * min(distill.finalist_steps, distill.steps)
+    asked = distill.steps if distill.top_k else steps  # steps' text that the teacher runs over
     fits = max(1, tried) * distill.reconstruct
     fitting = (
         4 * forward(distill.tokens or data.calibration_tokens)
@@ -149,7 +150,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
         "latency": SECONDS_PER_ENTRY * len(shapes) + 20,
         "search": 1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
         "reconstruct": fits * fitting,
-        "distill": 7 * steps * forward(recipe.distill.batch_tokens),
+        "distill": (6 * steps + asked) * forward(distill.batch_tokens),
         "export and measure": 4 * forward(data.evaluation_tokens) + 60,
     }
     return [StageEstimate(stage, seconds[stage], size) for stage, size in memory(recipe, decoder, layerwise).items()]

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +199,19 @@ class Network:
         inputs = [pair for site in watched if site.layer is not None for pair in site.inputs.items()]
         with _watching({self.module(first.name): hook(name) for name, (first, *_) in inputs}):
             yield
+
+    @contextmanager
+    def watch_outputs(self, matrices: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """While open, what these matrices gave in the last forward pass, [B, L, O], by name."""
+        given: dict[str, Tensor] = {}
+
+        def hook(name: str):
+            return lambda _module, _arguments, output: given.update({name: output})
+
+        with ExitStack() as stack:
+            for name in matrices:
+                stack.callback(self.module(name).register_forward_hook(hook(name)).remove)
+            yield given
 
     def weights(self, site: Site) -> dict[str, Weight]:
         """The matrices of a site that has not been replaced, as they are."""

@@ -44,6 +44,8 @@ from compressor.plan import PARTS, ActionMenu, Plan
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.recovery import distill, on_policy, reinforce
+from compressor.recovery.cache import TeacherCache
+from compressor.recovery.distill import visited
 from compressor.recovery.reconstruct import reconstruct
 from compressor.recovery.reward import Judge, Reward, check_rewards
 from compressor.recovery.rollouts import Writer
@@ -263,7 +265,11 @@ def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
     kinds: dict[str, tuple[bool, dict[str, object]]] = {
         "a decoder alone, this one is an encoder-decoder": (
             bool(decoder.encoder),
-            {method: own_text, "target.runtime = torch": recipe.target.runtime == "torch"},
+            {
+                method: own_text,
+                f"distill.attention_weight = {recipe.distill.attention_weight}": recipe.distill.attention_weight,
+                "target.runtime = torch": recipe.target.runtime == "torch",
+            },
         ),
         "a model that writes, this one only reads": (
             not decoder.causal,
@@ -535,6 +541,7 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     aim = wanted.model_dump(exclude={"tokens", "finalists", "finalist_steps", "steps"})
     prompts = _prompts(run) if wanted.own_text else ([], [])
     asked = [prompt_P.tolist() for some in prompts for prompt_P in some]
+    cache = _teacher_cache(run, steps)
     key = key_of(*made_of, tokens_digest(trained_NL), settings.to_dict(), aim, run.recipe.batch_windows, asked)
 
     def train(report_progress) -> tuple[Student, dict]:
@@ -542,7 +549,7 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
         trained, curve = distill.distill(
             run.teacher.network,
             student,
-            lambda network: _objective(run, network, *prompts),
+            lambda network: _objective(run, network, cache, *prompts),
             held_out_NL,
             settings,
             checkpoint,
@@ -555,7 +562,24 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     return Recovery(student, curve.held_out[0][1]["kl"] if before is None else before, rebuilt, curve)
 
 
-def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list[Tensor]) -> distill.Objective:
+def _teacher_cache(run: Run, steps: int) -> TeacherCache | None:
+    """What `distill.top_k` asks for: of all windows that a training of so many steps visits, or the recipe's, which is longer
+    than a finalist's."""
+    wanted, trained_NL = run.recipe.distill, run.texts.trained_NL
+    if not wanted.top_k:
+        return None
+    visits = max(steps, wanted.steps) * run.recipe.batch_windows
+    windows = {visited(len(trained_NL), n, wanted.seed) for n in range(min(visits, len(trained_NL)))}
+    folder = run.out / "stages" / "teacher-cache"
+    cache = TeacherCache(folder, run.bank.key, trained_NL, sorted(windows), wanted.top_k, wanted.temperature)
+    with run.stages.timed("teacher-cache", cache.key) as report_progress:
+        cache.make(run.teacher.network, run.recipe.micro_batch_windows, report_progress)
+    return cache
+
+
+def _objective(
+    run: Run, network: Network, cache: TeacherCache | None, prompts: list[Tensor], held_out: list[Tensor]
+) -> distill.Objective:
     """What `distill.method` aims at."""
     wanted, teacher = run.recipe.distill, run.teacher.network
     writer = Writer(teacher, network, prompts, held_out, wanted.rollouts.new_tokens, teacher.ends(), wanted.seed)
@@ -571,8 +595,10 @@ def _objective(run: Run, network: Network, prompts: list[Tensor], held_out: list
         together=run.recipe.micro_batch_windows,
         kl_weight=wanted.kl_weight,
         hidden_weight=wanted.hidden_weight,
+        attention_weight=wanted.attention_weight,
         temperature=wanted.temperature,
         seed=wanted.seed,
+        cache=cache,
     )
     if wanted.method == "kd":
         return text

@@ -447,8 +447,13 @@ class DistillSection(Section):
     """Weight of KL(teacher || student) over the vocabulary, in nats per token."""
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the relative squared error of the hidden states."""
+    attention_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence of the last attention's relations: of queries among one another, of keys, of values."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of both distributions in the KL term."""
+    top_k: Count | None = None
+    """Tokens of the teacher's predictions that are kept on disk, the likeliest at every position, all others as one; it
+    then runs once over the text of the training. When absent it runs beside the student, in every step."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the windows, and of what the student writes."""
     rollouts: RolloutSection = RolloutSection()
@@ -475,8 +480,10 @@ class DistillSection(Section):
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillSection:
-        if self.steps and not (self.kl_weight or self.hidden_weight):
-            raise ValueError("expected kl_weight or hidden_weight above 0; without either there is nothing to learn")
+        if self.steps and not (self.kl_weight or self.hidden_weight or self.attention_weight):
+            raise ValueError(
+                "expected kl_weight, hidden_weight or attention_weight above 0; without any there is nothing to learn"
+            )
         return self
 
 
@@ -637,6 +644,18 @@ class Recipe(Section):
                 f"distill.batch_tokens = {self.distill.batch_tokens}: expected room for distill.rl.group = "
                 f"{self.distill.rl.group} texts of {written.prompt_tokens + written.new_tokens} tokens; raise it"
             )
+        if top_k := self.distill.top_k:
+            for key in ("hidden_weight", "attention_weight"):
+                if weight := getattr(self.distill, key):
+                    yield (
+                        f"distill.{key} = {weight}: expected 0 beside distill.top_k = {top_k}, it takes the teacher "
+                        "itself and not only its predictions; leave one of them out"
+                    )
+            if self.distill.own_text:
+                yield (
+                    f"distill.top_k = {top_k}: expected distill.method = kd, {self.distill.method} asks the teacher about "
+                    "what the student writes; leave it out"
+                )
         names = [source.name for source in data.evaluation]
         for i, source in enumerate(data.evaluation):
             if source.name in names[:i]:

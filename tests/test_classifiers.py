@@ -30,6 +30,7 @@ from compressor.student import full_plan
 from compressor.text import Labelling, load_tokens, predictions
 from eval.perplexity import answered, compare
 from tests.conftest import TEXT
+from tests.test_distill import check_whole_cache
 from tests.test_encoders import BERT, CLS, CONFIGS, MASK, PAD, SEP, encoder_tokenizer, mixed_plan
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
@@ -143,7 +144,8 @@ def test_padding_changes_nothing(folders, name, windows, tmp_path):
         bank = Bank(tmp_path / str(place), network, given_NL, given_NL[:2])
         student = reconstruct(bank, plan, given_NL)
         settings = Settings(steps=2, warmup=0, check_every=1)
-        imitation = partial(Imitation, network, tokens_NL=given_NL, windows=2, together=2, hidden_weight=1.0)
+        imitation = partial(Imitation, network, tokens_NL=given_NL, windows=2, together=2)
+        imitation = partial(imitation, hidden_weight=1.0, attention_weight=1.0)
         _, curve = distill(network, student, imitation, given_NL[4:], settings, tmp_path / "part")
         sites = [site for site in network.sites.values() if site.layer is not None]
         told = bank.statistics()
@@ -175,6 +177,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         tmp_path / "part",
     )
     assert len(curve.training) == 2
+    check_whole_cache(network, student, windows_NL[16:20], tmp_path / "cache")
     save_folder(student, teacher, tmp_path / "onnx")
     exact, ids_L = loaded(network, student, "none"), network.seen(network.written(windows_NL[20]))
     wanted_1C = exact.window_logits(ids_L.numpy()).numpy()

@@ -1,15 +1,19 @@
-"""Distillation on the tiny model: it helps, stays on the grid, resumes, and keeps nothing that got worse."""
+"""Distillation on the tiny model: it helps, stays on the grid, resumes, and keeps nothing that got worse; with the teacher's
+predictions from disk and with relations of attentions, too."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+import compressor.recovery.cache
 import compressor.recovery.distill
 from compressor.bank import Bank
 from compressor.executor import Reference
 from compressor.plan import DROP, Action, Plan
+from compressor.recovery.cache import TeacherCache, outcomes
 from compressor.recovery.distill import Imitation, Settings, distill, loaded, visited
+from compressor.recovery.relations import related, relation_kl
 from compressor.recovery.trained import RANK, Trained
 from compressor.student import Student, full_plan
 
@@ -163,3 +167,170 @@ def test_the_teacher_is_left_alone(tiny, windows, tmp_path, settings, format):
 def test_every_pass_visits_everything_once_in_an_order_of_its_own():
     passes = [[visited(7, n, seed=3) for n in range(start, start + 7)] for start in (0, 7)]
     assert all(sorted(order) == list(range(7)) for order in passes) and passes[0] != passes[1]
+
+
+# The teacher's predictions from disk ----------------------------------------------------------------------------------
+
+
+def cached(teacher, windows, folder, k, chosen=range(4), temperature=1.0) -> TeacherCache:
+    cache = TeacherCache(folder, teacher.digest(), windows, list(chosen), k, temperature)
+    cache.make(teacher, together=3)
+    return cache
+
+
+def losses(teacher, student, windows, **settings) -> tuple[float, torch.Tensor]:
+    """Loss of a step over four windows, two at once, and all gradients."""
+    trained = Trained(loaded(teacher, student), student, "scales")
+    objective = Imitation(teacher, trained.network, windows[:4], windows=4, together=2, **settings)
+    for parameter in trained.parameters.values():
+        parameter.grad = None
+    (told,) = objective.updates(0)
+    gradients = [parameter.grad for parameter in trained.parameters.values() if parameter.grad is not None]
+    return told["loss"], torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def check_whole_cache(teacher, student, text_NL, folder) -> None:
+    """A cache of all tokens gives the loss of the teacher, whatever of the text is compared."""
+    cache = TeacherCache(folder, "teacher", text_NL, range(4), teacher.decoder.outputs)
+    cache.make(teacher, together=3)
+    objectives = [
+        Imitation(teacher, loaded(teacher, student, "none"), text_NL[:4], windows=4, together=2, cache=c)
+        for c in (None, cache)
+    ]
+    with torch.no_grad():
+        plain, ours = (float(objective._loss([2, 0])) for objective in objectives)
+    assert plain > 0 and ours == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_cache_of_all_tokens_is_the_teacher_and_fewer_are_less(tiny, windows, student, tmp_path, temperature):
+    whole, wanted = losses(tiny, student, windows, temperature=temperature)
+    found = []
+    for k in (1, 8, 64, 255, 256, 1000):
+        cache = cached(tiny, windows, tmp_path / "cache", k, temperature=temperature)
+        loss, gradient = losses(tiny, student, windows, temperature=temperature, cache=cache)
+        found.append(loss)
+        if k >= 255:  # all others are none, or one
+            assert loss == pytest.approx(whole, rel=1e-3)
+            assert (gradient - wanted).norm() < 0.01 * wanted.norm()
+    assert found[:4] == sorted(found[:4]) and found[0] < 0.8 * whole and max(found) < 1.001 * whole
+
+
+def test_outcomes_and_the_divergence_are_those_of_a_plain_loop(tiny, windows, tmp_path):
+    cache = cached(tiny, windows, tmp_path, 5)
+    logits_TV = torch.randn(128, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(
+        True
+    )
+    cache.kl([1, 3], logits_TV).backward()
+    with torch.no_grad():
+        p_TV = torch.softmax(tiny.logits(tiny.hidden(windows[[1, 3]])).flatten(0, 1).double(), -1)
+    again_TV = logits_TV.detach().clone().requires_grad_(True)
+    total = torch.zeros((), dtype=torch.float64)
+    for p_V, q_V in zip(p_TV, torch.softmax(again_TV, -1)):
+        best = p_V.argsort(descending=True)[:5]
+        for p, q in [*zip(p_V[best], q_V[best]), (1 - p_V[best].sum(), 1 - q_V[best].sum())]:
+            total = total + p * (p / q).log() / len(p_TV)
+    total.backward()
+    assert float(cache.kl([1, 3], logits_TV.detach())) == pytest.approx(float(total.detach()), rel=1e-3)
+    assert (logits_TV.grad - again_TV.grad).norm() < 1e-3 * again_TV.grad.norm()
+    ids_TK = p_TV.topk(5).indices
+    assert torch.allclose(outcomes(p_TV.log(), ids_TK).exp().sum(-1), torch.ones(128, dtype=torch.float64))
+
+
+def test_the_teacher_does_not_run_beside_a_student_that_has_its_predictions(tiny, windows, student, tmp_path):
+    cache = cached(tiny, windows, tmp_path / "cache", 8)
+    network = Trained(loaded(tiny, student), student, "scales").network
+    tiny.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
+    for settings in ({"hidden_weight": 0.1}, {"attention_weight": 0.1}):
+        with pytest.raises(AssertionError, match="take the teacher itself"):
+            Imitation(tiny, network, windows[:4], cache=cache, **settings)
+    objective = Imitation(tiny, network, windows[:4], windows=2, cache=cache)
+    assert all(told["loss"] > 0 for step in range(3) for told in objective.updates(step))
+
+
+def test_a_cache_is_made_once_survives_a_kill_and_follows_the_text(tiny, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor.recovery.cache, "WINDOWS", 2)
+    asked = []
+    tiny.model.layers[0].register_forward_pre_hook(lambda _module, given: asked.append(len(given[0])))
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TeacherCache(tmp_path, "tiny", windows, range(5), 8).make(tiny, progress=stop)
+    assert len(list(tmp_path.iterdir())) == 1
+    asked.clear()
+    told = []
+    cache = TeacherCache(tmp_path, "tiny", windows, range(5), 8)
+    cache.make(tiny, progress=lambda *done: told.append(done))
+    assert sum(asked) == 3 and told[-1] == (5, 5) and len(list(tmp_path.iterdir())) == 3
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 5 * 64 * (6 * 8 + 2) + 3 * 1000
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = TeacherCache(tmp_path, "tiny", windows.clone(), range(5), 8)
+    again.make(tiny)
+    assert sum(asked) == 3 and times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    z_TV = torch.zeros(64, 256)
+    assert again.key == cache.key and torch.equal(again.kl([4], z_TV), cache.kl([4], z_TV))
+    other = windows.clone()
+    other[3, 0] += 1  # of the second of three files
+    for made_of in (("tiny", other, 8, 1.0), ("else", other, 8, 1.0), ("else", other, 9, 1.0), ("else", other, 9, 2.0)):
+        asked.clear()
+        teacher, text, k, temperature = made_of
+        TeacherCache(tmp_path, teacher, text, range(5), k, temperature).make(tiny)
+        assert sum(asked) == (2 if teacher == "tiny" else 5) and len(list(tmp_path.iterdir())) == 3
+
+
+# Relations of attentions ----------------------------------------------------------------------------------------------
+
+
+def test_relations_are_those_of_a_plain_loop():
+    torch.manual_seed(0)
+    given_BLI, wanted_BLI = torch.randn(2, 7, 16), torch.randn(2, 7, 48)
+    blank_BL = torch.zeros(2, 7, dtype=torch.bool)
+    blank_BL[1, 4:] = True
+    found = []
+    for b, length in ((0, 7), (1, 4)):
+        for head in range(8):
+            p, q = (
+                torch.softmax(a @ a.T / a.shape[1] ** 0.5, -1)
+                for a in (side[b, :length].chunk(8, -1)[head] for side in (wanted_BLI, given_BLI))
+            )
+            found += [float((p[i] * (p[i] / q[i]).log()).sum()) for i in range(length)]
+    assert float(relation_kl(given_BLI, wanted_BLI, blank_BL)) == pytest.approx(sum(found) / len(found), rel=1e-5)
+    assert float(relation_kl(given_BLI, given_BLI)) == 0
+    # 12 outputs are not divided by 8: one head for both
+    p, q = (torch.softmax(a @ a.T / a.shape[1] ** 0.5, -1) for a in (wanted_BLI[0], given_BLI[0, :, :12]))
+    plain = float((p * (p / q).log()).sum(-1).mean())
+    assert float(relation_kl(given_BLI[:1, :, :12], wanted_BLI[:1])) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("gone", "last"), [((), 2), ((2,), 1), ((1, 2), 0), ((0, 1, 2), None)])
+def test_relations_of_the_last_attention_that_the_student_has(tiny, windows, tmp_path, gone, last):
+    changes = {f"layers.{layer}.attention": DROP if layer in gone else Action(1, "w4") for layer in range(3)}
+    plan = Plan(tuple((n, changes.get(n, a)) for n, a in full_plan(tiny.decoder, "w4", "w8").items()))
+    pruned = Bank(tmp_path / "bank", tiny, windows[:8], windows[:4]).realize(plan)
+    network = loaded(tiny, pruned)
+    wanted = () if last is None else tuple(f"layers.{last}.attention.{matrix}" for matrix in "qkv")
+    assert related(network) == wanted
+    plain, _ = losses(tiny, pruned, windows)
+    with torch.no_grad(), tiny.watch_outputs(wanted) as theirs, network.watch_outputs(wanted) as ours:
+        tiny.hidden(windows[:4])
+        network.hidden(windows[:4])
+    kls = [float(relation_kl(ours[name], theirs[name])) for name in wanted]
+    assert all(ours[name].shape[-1] == theirs[name].shape[-1] // 2 for name in wanted) and all(kls)
+    loss, _ = losses(tiny, pruned, windows, attention_weight=3.0)
+    assert loss == pytest.approx(plain + 3 * sum(kls) / 3, rel=1e-3)
+
+
+def test_a_student_learns_relations_with_checkpointing_alike(tiny, windows, student, tmp_path):
+    def imitation(network):
+        return Imitation(tiny, network, windows[4:16], windows=2, kl_weight=0.0, attention_weight=1.0)
+
+    curves = []
+    for checkpointing in (False, True):
+        settings = replace(SCALES, checkpointing=checkpointing)
+        _, curve = distill(tiny, student, imitation, windows[20:], settings, tmp_path / "part")
+        curves.append(curve)
+    first, *_, last = (told["loss"] for told in curves[0].training)
+    assert last < 0.97 * first and curves[1].training == curves[0].training

@@ -29,6 +29,7 @@ from compressor.text import Masking, load_tokens, predictions
 from eval.perplexity import compare
 from tests import test_families, test_sequences
 from tests.conftest import TEXT
+from tests.test_distill import check_whole_cache
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
 
@@ -192,6 +193,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         network, rebuilt, lambda copy: Imitation(network, copy, masked[16:20]), masked[20:], settings, tmp_path / "part"
     )
     assert 0 < before < 20 and len(curve.training) == 2
+    check_whole_cache(network, student, masked[16:20], tmp_path / "cache")
     save_folder(student, teacher, tmp_path / "onnx")
     ids_L = network.seen(masked[20])
     exact = loaded(network, student, "none")

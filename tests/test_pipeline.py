@@ -33,6 +33,8 @@ from compressor.files import exclusive
 from compressor.model import load_teacher
 from compressor.plan import Action, Plan
 from compressor.progress import silent
+from compressor.recovery.cache import TeacherCache
+from compressor.recovery.distill import Imitation, visited
 from compressor.stages import Stages
 from policies.actor_critic import ActorCritic, Memory
 from tests.conftest import TEXT
@@ -272,6 +274,61 @@ def test_every_method_recovers_a_plan(finished, tiny_folder, tmp_path, method, d
     assert recovery.kl == dict(recovery.curve.held_out)[recovery.curve.kept_step]["kl"]
     again = pipeline.recover(run, plan, 2)
     assert again.curve == recovery.curve and again.student.plan == plan
+
+
+def test_the_teacher_is_asked_once_for_finalists_and_student(finished, tiny_folder, tmp_path, monkeypatch):
+    out, report, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    # more steps than there is text, so that all of it is visited, again and again
+    settings = {"steps": 5, "batch_tokens": 192, "top_k": 16}
+    plan = Plan(tuple((entry.site, Action(entry.keep, entry.format)) for entry in report.plan))
+    made, beside, shown = [], [], []
+    make, stages = TeacherCache.make, Stages(tmp_path / "run" / "stages", shown.append)
+
+    def spy(cache, teacher, *rest):
+        before = {path.name for path in cache._files if path.exists()}
+        make(cache, teacher, *rest)
+        made.append((len(cache._places), len(cache._files) - len(before)))
+
+    monkeypatch.setattr(TeacherCache, "make", spy)
+    run = pipeline.start(recipe(tiny_folder, distill=settings), tmp_path / "run", False, stages)
+    trained_NL = run.texts.trained_NL
+    ask = Imitation.updates
+
+    def updates(objective, step):
+        with objective.teacher.watch_outputs(["head"]) as said:
+            yield from ask(objective, step)
+        beside.append(len(said))
+
+    monkeypatch.setattr(Imitation, "updates", updates)
+    short = pipeline.recover(run, plan, 2, "finalist-1")
+    long = pipeline.recover(run, plan, 5)
+    assert made == [(len(trained_NL), 1), (len(trained_NL), 0)] and beside == [0] * 7
+    assert len(short.curve.training) == 2 and len(long.curve.training) == 5
+    assert "teacher-cache" in {progress.stage for progress in shown} and stages.seconds["teacher-cache"] > 0
+    texts = replace(run.texts, trained_NL=trained_NL.roll(1, 1))
+    pipeline.recover(replace(run, texts=texts), plan, 2)
+    assert (
+        made[-1] == (len(trained_NL), 1) and len(list((tmp_path / "run" / "stages" / "teacher-cache").iterdir())) == 1
+    )
+
+
+def test_only_windows_that_are_visited_are_asked_about(tmp_path):
+    text_NL = torch.arange(20).view(10, 2)
+    wanted = SimpleNamespace(top_k=1, steps=3, seed=2, temperature=1.0)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(distill=wanted, batch_windows=2, micro_batch_windows=1),
+        texts=SimpleNamespace(trained_NL=text_NL),
+        out=tmp_path,
+        stages=Stages(tmp_path, silent),
+        bank=SimpleNamespace(key="bank"),
+        teacher=SimpleNamespace(network=None),
+    )
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TeacherCache, "make", lambda cache, *_: seen.append(set(cache._places)))
+        pipeline._teacher_cache(run, 1)
+    assert seen == [{visited(10, n, 2) for n in range(6)}] and len(seen[0]) == 6
 
 
 def test_prompts_are_pieces_of_other_text_than_those_that_decide(tiny_folder):

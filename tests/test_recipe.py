@@ -163,7 +163,19 @@ def test_a_missing_key_says_what_it_means():
             "data.evaluation_tokens = 600: expected at least a window of 512 for each of 2 texts",
         ),
         ({"data": {"calibration": [{"dataset": "x"}], "evaluation": ["b"]}}, "expected a split beside the data set"),
-        ({"distill": {"steps": 1, "kl_weight": 0}}, "expected kl_weight or hidden_weight above 0"),
+        ({"distill": {"steps": 1, "kl_weight": 0}}, "expected kl_weight, hidden_weight or attention_weight above 0"),
+        (
+            {"distill": {"top_k": 8, "hidden_weight": 0.1}},
+            "distill.hidden_weight = 0.1: expected 0 beside distill.top_k = 8",
+        ),
+        (
+            {"distill": {"top_k": 8, "attention_weight": 2}},
+            "distill.attention_weight = 2.0: expected 0 beside distill.top_k = 8",
+        ),
+        (
+            {"distill": {"top_k": 8, "method": "rl", "steps": 1}},
+            "distill.top_k = 8: expected distill.method = kd, rl asks",
+        ),
         ({"distill": {"learning_rate": float("nan")}}, "distill.learning_rate = nan: expected a finite number"),
         ({"export": {"folder": "../x"}}, "export.folder = '../x'"),
     ],

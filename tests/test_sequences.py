@@ -31,6 +31,7 @@ from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from compressor.text import Spans, load_tokens, plain, predictions
 from tests.conftest import TEXT
+from tests.test_distill import check_whole_cache
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
 
@@ -247,6 +248,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         tmp_path / "part",
     )
     assert 0 < before < 20 and len(curve.training) == 2
+    check_whole_cache(network, student, windows_NL[16:20], tmp_path / "cache")
 
     save_folder(student, teacher, tmp_path / "onnx")
     window_L, said_L = windows_NL[20], windows_NL[20] < 0
@@ -531,6 +533,7 @@ def check(report, out: Path) -> None:
     ("name", "changes", "said"),
     [
         ("t5", {"distill": {"method": "on_policy"}}, "distill.method = on_policy: expected a decoder alone"),
+        ("t5", {"distill": {"attention_weight": 1}}, "distill.attention_weight = 1.0: expected a decoder alone"),
         (
             "t5",
             {"target": {"runtime": "torch"}, "search": {"formats": ["fp32"]}},

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from compressor.executor import Reference
 from compressor.files import write_bytes_atomic
 from compressor.network import Network, Rounding
+from compressor.recovery.cache import TeacherCache
+from compressor.recovery.relations import related, relation_kl
 from compressor.recovery.trained import Train, Trained
 from compressor.student import Student
 from compressor.text import compared
@@ -248,14 +250,17 @@ def _schedule(step: int, settings: Settings) -> float:
 class Imitation:
     """The student imitates the teacher on given text:
 
-        loss = a KL(p_T || p_S) t^2  +  b mean over blocks |h_S - h_T|^2 / |h_T|^2      p at temperature t
+        loss = a KL(p_T || p_S) t^2  +  b mean over blocks |h_S - h_T|^2 / |h_T|^2  +  c KL(R_T || R_S)
+
+    with p at temperature t, and R the relations of an attention (`compressor.recovery.relations`).
 
     Source: Hinton et al. 2015 (logits), Sun et al. 2019, "Patient Knowledge Distillation" (hidden states).
 
     Args:
         tokens_NL: training text; visited in an order drawn from the seed, again and again.
         windows: of it in a step. together: of these at once.
-        kl_weight, hidden_weight, temperature: the a, b and t of the loss.
+        kl_weight, hidden_weight, attention_weight, temperature: the a, b, c and t of the loss.
+        cache: of the windows that are visited, in place of the teacher, which then does not run; for the first term alone.
     """
 
     decides = "kl"
@@ -270,21 +275,28 @@ class Imitation:
         together: int = 1,
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
+        attention_weight: float = 0.0,
         temperature: float = 1.0,
         seed: int = 0,
+        cache: TeacherCache | None = None,
     ):
+        assert cache is None or not (hidden_weight or attention_weight), "these take the teacher itself"
+        assert not (attention_weight and network.decoder.encoder), "relations of a padded target"
         self.teacher, self.network, self.tokens_NL, self.seed = teacher, network, tokens_NL, seed
-        self.windows, self.together = windows, together
+        self.windows, self.together, self.cache = windows, together, cache
         self.kl_weight, self.hidden_weight, self.temperature = kl_weight, hidden_weight, temperature
+        self.attention_weight = attention_weight
+        self.related = related(network) if attention_weight else ()
         self.parameters: dict[str, nn.Parameter] = {}
         self.state: dict[str, float] = {}
 
     def updates(self, step: int) -> Iterator[Told]:
         seen = range(step * self.windows, (step + 1) * self.windows)
-        batch_BL = self.tokens_NL[[visited(len(self.tokens_NL), n, self.seed) for n in seen]]
+        windows = [visited(len(self.tokens_NL), n, self.seed) for n in seen]
         value = 0.0
-        for ids_BL in batch_BL.split(self.together):
-            loss = self._loss(ids_BL) * (len(ids_BL) / len(batch_BL))
+        for start in range(0, self.windows, self.together):
+            some = windows[start : start + self.together]
+            loss = self._loss(some) * (len(some) / self.windows)
             loss.backward()
             value += float(loss.detach())
         yield {"loss": value}
@@ -292,26 +304,34 @@ class Imitation:
     def held_out(self) -> Told:
         return {}
 
-    def _loss(self, ids_BL: Tensor) -> Tensor:
-        where_T = compared(ids_BL.flatten())
-        with torch.no_grad():
+    def _loss(self, windows: list[int]) -> Tensor:
+        ids_BL = self.tokens_NL[windows]
+        if self.cache is not None:
+            logits_TV = self._logits(self.network, ids_BL, self.network.hidden(ids_BL))
+            return self.kl_weight * self.temperature**2 * self.cache.kl(windows, logits_TV)
+        with torch.no_grad(), self.teacher.watch_outputs(self.related) as heads_t:
             hidden_t = self.teacher.every_hidden(ids_BL)
-            log_p_TV = self._said(self.teacher, hidden_t[-1].flatten(0, 1)[where_T])
-        hidden_s = self.network.every_hidden(ids_BL)
-        log_q_TV = self._said(self.network, hidden_s[-1].flatten(0, 1)[where_T])
+            log_p_TV = torch.log_softmax(self._logits(self.teacher, ids_BL, hidden_t[-1]), -1)
+        with self.network.watch_outputs(self.related) as heads_s:
+            hidden_s = self.network.every_hidden(ids_BL)
+            log_q_TV = torch.log_softmax(self._logits(self.network, ids_BL, hidden_s[-1]), -1)
         kl = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
         loss = self.kl_weight * self.temperature**2 * kl
+        blank_BL = self.teacher.model.blank(ids_BL.to(self.teacher.device))
         if self.hidden_weight:
             pairs = zip(hidden_s[1:], hidden_t[1:], strict=True)
-            blank_BL = self.teacher.model.blank(ids_BL.to(self.teacher.device))
             if blank_BL is not None:
                 pairs = ((a[~blank_BL], b[~blank_BL]) for a, b in pairs)  # type: ignore[assignment]
             gaps = [(a - b).square().mean() / b.square().mean() for a, b in pairs]
             loss = loss + self.hidden_weight * torch.stack(gaps).mean()
+        if self.related:
+            kls = [relation_kl(heads_s[name], heads_t[name], blank_BL) for name in self.related]
+            loss = loss + self.attention_weight * torch.stack(kls).mean()
         return loss
 
-    def _said(self, network: Network, hidden_TD: Tensor) -> Tensor:
-        return torch.log_softmax(network.logits(hidden_TD) / self.temperature, -1)
+    def _logits(self, network: Network, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """Logits [T, V] at all compared positions, divided by the temperature."""
+        return network.logits(hidden_BLD.flatten(0, 1)[compared(ids_BL.flatten())]) / self.temperature
 
 
 def visited(count: int, n: int, seed: int) -> int:
