@@ -227,6 +227,11 @@ class Bank:
 
     # -- memory and disk --
 
+    def forget(self) -> None:
+        """Keep no variants in memory; they are read again where they are needed."""
+        self._recent.clear()
+        self._recent_bytes = 0
+
     def _stored(self, name: str, site: Site, action: Action) -> dict[str, Weight] | None:
         """Weights of a site that are in memory or on disk."""
         if name in self._recent:

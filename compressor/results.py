@@ -64,6 +64,7 @@ def collect(
 ) -> report.Report:
     """Measure the exported folders and write down what the run found."""
     student, curve = recovery.student, recovery.curve
+    run.bank.forget()  # models are opened now
     plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
     weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)

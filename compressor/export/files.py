@@ -25,7 +25,7 @@ from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
 from compressor.quantize import PARTS, Weight
-from compressor.student import Decoder, Precision, Student
+from compressor.student import Decoder, Lazy, Precision, Student
 
 DATA_FILE = "model.onnx_data"
 
@@ -167,18 +167,21 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     folder = Path(folder)
     tensors = _open_tensors(folder, graph_files(decoder))
     decoder = replace(decoder, precision=_precision(folder, tensors))
-    matrices: dict[str, Weight] = {}
+    places: dict[str, tuple[Stored, int, int]] = {}
     vectors = {name: _vector(folder, tensors, name).float() for name in decoder.vectors_of(plan)}
     for site in decoder.sites():
         action = plan[site.name]
         for name, parts, format in _fused(site, action):
             heights, (columns, *_) = zip(*(part.shape(action.keep, site.units) for part in parts), strict=True)
-            whole = _stored(
-                folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats
-            ).weight()
+            whole = _stored(folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats)
             for part, height, end in zip(parts, heights, np.cumsum(heights).tolist(), strict=True):
-                matrices[part.name] = whole.rows(end - height, end)
-    return Student(decoder, plan, matrices, vectors)
+                places[part.name] = whole, end - height, end
+
+    def matrix(site: Site, action: Action, name: str) -> Weight:
+        whole, start, stop = places[name]
+        return whole.weight().rows(start, stop)
+
+    return Student(decoder, plan, Lazy(decoder.sites(), plan, matrix), vectors)
 
 
 def _fused(site: Site, action: Action) -> list[tuple[str, list[Matrix], Format]]:
