@@ -7,8 +7,8 @@ The plan: attentions in 4 bits, feed-forwards in 2, the table in 8; its variants
     kd              KL over the vocabulary, the teacher beside the student
     top_K           the cache of `distill.top_k`: K tokens and all others as one
     alone_K         K tokens alone, their probabilities scaled to 1: what top_K would be without the others
-    sampled_K       K draws from the teacher at every position, an unbiased target (Anshumann et al. 2025, section 4: "random
-                    sampling", proposals at temperature 1)
+    sampled_K       K draws from the teacher at every position, an unbiased target (Anshumann et al. 2025, "Sparse Logit
+                    Sampling")
     attention_W     kd, and `distill.attention_weight` W
 
 Told: KL on held-out text before and after; bytes on disk a token of text; what float16 loses, KL(float32 || float16) of the
