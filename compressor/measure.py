@@ -208,10 +208,10 @@ def _limits() -> Iterator[int]:
 
 
 def return_memory_at_once() -> None:
-    """Have the C library give back to the system what is freed, where it can be told to: by itself it keeps matrices of less
-    than 32 MB for later (glibc's M_MMAP_THRESHOLD)."""
+    """Have the C library give back to the system what is freed, where it can be told to: by itself it comes to keep matrices
+    of less than 32 MB for later (glibc's M_MMAP_THRESHOLD)."""
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-3, 2**20)
+        ctypes.CDLL(None).mallopt(-3, 2**17)
 
 
 def cores() -> int:

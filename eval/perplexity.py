@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POSITIONS = 128
+POSITIONS = 32
 """That are compared at once: logits of a window over many tokens are large."""
 
 Logits = Callable[[np.ndarray], np.ndarray | Tensor]
