@@ -95,7 +95,7 @@ class Bank:
             def read(name: str) -> dict[str, Tensor] | None:
                 return self._load(f"statistics/{name}")
 
-            if read(OUTPUTS) is None:
+            if not self._holds(f"statistics/{OUTPUTS}"):
                 for name, found in collect(self.teacher, self.calibration_NL, self.fisher_NL, self.seed, progress):
                     self._store(f"statistics/{name}", found)
             outputs = read(OUTPUTS)  # asked for often, and small
@@ -184,6 +184,10 @@ class Bank:
         matrices = Lazy(self.teacher.sites.values(), plan, lambda *asked: matrix(*asked).to("cpu"))
         return Student(self.teacher.decoder, plan, matrices, vectors)
 
+    def has_fit(self, name: str, site: Site) -> bool:
+        """Whether a site was stored under the name of a fit."""
+        return self._holds(f"fits/{name}/{site.name}")
+
     def fit(self, name: str, site: Site, action: Action) -> dict[str, Weight] | None:
         """The weights of a site that were stored under the name of a fit, of which there is one action for every site."""
         return self._stored(f"fits/{name}/{site.name}", site, action)
@@ -266,15 +270,21 @@ class Bank:
     def _store(self, name: str, tensors: dict[str, Tensor]) -> None:
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
-        write_bytes_atomic(self.folder / f"{name}.safetensors", data)
+        write_bytes_atomic(self._path(name), data)
         with open(self.folder / "manifest.jsonl", "a") as manifest:
             manifest.write("\n" + json.dumps({"name": name, "sha256": digest}))
         self._listed[name] = digest
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _holds(self, name: str) -> bool:
+        return name in self._listed and self._path(name).exists()
+
     def _load(self, name: str) -> dict[str, Tensor] | None:
-        path = self.folder / f"{name}.safetensors"
-        if name not in self._listed or not path.exists():
+        if not self._holds(name):
             return None
+        path = self._path(name)
         if name not in self._checked:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self._listed[name]:

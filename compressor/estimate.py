@@ -70,9 +70,12 @@ def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
     Raises:
         RecipeError: the recipe has what takes the whole model.
     """
-    asked, needed, free = recipe.model.layerwise, LIBRARIES_BYTES, available_bytes()
-    needed += max(size for stage, size in memory(recipe, decoder, False).items() if stage != "distill")
-    if asked is False or (asked == "auto" and (needed <= free or recipe.model.gguf)):
+    asked = recipe.model.layerwise
+    if asked is False or (asked == "auto" and recipe.model.gguf):
+        return False
+    stages, free = memory(recipe, decoder, False), available_bytes()
+    needed = LIBRARIES_BYTES + max(size for stage, size in stages.items() if stage != "distill")
+    if asked == "auto" and needed <= free:
         return False
     budget, gate = recipe.budget, recipe.gate
     wholes: dict[str, object] = {

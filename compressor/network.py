@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from compressor.plan import Action, Format, Site
 from compressor.quantize import Weight, as_floats, fake_block_int8, fake_dynamic_int8, fake_row_int8
@@ -62,16 +63,15 @@ class Network:
     def copy(self) -> Network:
         """A network whose sites and vectors can be replaced without touching this one's. Until they are, both have the same
         weights in memory, and no one may change these in place."""
-        return Network(self._sharing(), self.configuration, self.mask_token)
+        return self._sharing(Network)
 
     def student(self) -> Network:
         """A copy for a student's weights: a `Layerwise`, if this network is too large for memory."""
-        if not self.layerwise:
-            return self.copy()
-        return Layerwise(self._sharing(), self.configuration, self.mask_token)
+        return self._sharing(Layerwise if self.layerwise else Network)
 
-    def _sharing(self) -> Transformer:
-        return copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+    def _sharing(self, kind: type[Network]) -> Network:
+        shared = {id(parameter): parameter for parameter in self.model.parameters()}
+        return kind(copy.deepcopy(self.model, shared), self.configuration, self.mask_token)
 
     @property
     def device(self) -> torch.device:
@@ -176,11 +176,11 @@ class Network:
 
     def vector(self, name: str) -> nn.Parameter:
         """What is stored beside the matrices, by the names of `Decoder.vectors`."""
-        return self.model.get_parameter(name if name.endswith(".bias") else f"{name}.weight")
+        return self.model.get_parameter(_parameter_name(name))
 
     def replace_vector(self, name: str, vector: Tensor) -> None:
         """Put a copy in its place."""
-        module, kind = (name.removesuffix(".bias"), "bias") if name.endswith(".bias") else (name, "weight")
+        module, _, kind = _parameter_name(name).rpartition(".")
         setattr(self.module(module), kind, self._parameter(vector.detach().clone()))
 
     def vectors(self) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class Network:
 
         watched = self.sites.values() if sites is None else sites
         inputs = [pair for site in watched if site.layer is not None for pair in site.inputs.items()]
-        with _watching({self.module(first.name): hook(name) for name, (first, *_) in inputs}):
+        with _watching(self.module(first.name).register_forward_pre_hook(hook(name)) for name, (first, *_) in inputs):
             yield
 
     @contextmanager
@@ -208,9 +208,7 @@ class Network:
         def hook(name: str):
             return lambda _module, _arguments, output: given.update({name: output})
 
-        with ExitStack() as stack:
-            for name in matrices:
-                stack.callback(self.module(name).register_forward_hook(hook(name)).remove)
+        with _watching(self.module(name).register_forward_hook(hook(name)) for name in matrices):
             yield given
 
     def weights(self, site: Site) -> dict[str, Weight]:
@@ -250,6 +248,10 @@ class Network:
             linear.weight = self._parameter(given.dequantize())
             linear.bias = None if given.bias is None else self._parameter(given.bias)
             linear.out_features, linear.in_features = given.shape
+
+    def restore(self, site: Site, whole: Network) -> None:
+        """Give a site the weights of a network that has it as it was; both have them in memory once."""
+        self.install(site, Action(site.units, "fp32"), whole.weights(site))
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.to(self.device), requires_grad=False)
@@ -299,6 +301,10 @@ class Network:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+def _parameter_name(vector: str) -> str:
+    return vector if vector.endswith(".bias") else f"{vector}.weight"
 
 
 class Layerwise(Network):
@@ -395,7 +401,8 @@ class Stream:
                     raise _Seen
 
             if reached:
-                with _watching({self._network.module(site.inputs[name][0].name): see}), suppress(_Seen):
+                module = self._network.module(site.inputs[name][0].name)
+                with _watching([module.register_forward_pre_hook(see)]), suppress(_Seen):
                     self._added(windows)
                 x_TI = torch.cat(seen)
                 if blank_BL is not None:
@@ -460,8 +467,9 @@ class Stream:
 
 
 @contextmanager
-def _watching(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+def _watching(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed at the end."""
+    handles = list(hooks)
     try:
         yield
     finally:

@@ -322,15 +322,15 @@ def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Latency:
-    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made; None
-    layer by layer, where there is none.
+    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made; no
+    numbers layer by layer, where there is none, and no recipe takes a share of them.
 
     anchors: folders of the whole models that scale the table, by name.
     """
 
     model: LatencyModel
     fp32_bytes: int
-    fp32_ms: Milliseconds | None
+    fp32_ms: Milliseconds
     anchors: dict[str, Path]
 
     def scaled_by(self, times: Mapping[str, Times]) -> LatencyModel:
@@ -374,7 +374,7 @@ def measure_latency(run: Run) -> Latency:
     measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
     model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
     size = found["bytes"].get("fp32") or fp32_bytes(run.recipe, decoder)
-    return Latency(model, size, measured.get("fp32"), folders)
+    return Latency(model, size, measured.get("fp32", Milliseconds(nan, nan)), folders)
 
 
 def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
@@ -397,11 +397,10 @@ def pose(
         BudgetError: no plan fits.
     """
     decoder, budget = run.teacher.network.decoder, run.recipe.budget
-    fp32_ms = latency.fp32_ms or Milliseconds(nan, nan)  # of which no recipe takes a share then
     references = {
         "bytes": (budget.bytes, latency.fp32_bytes),
-        "prefill_ms": (budget.prefill, fp32_ms.prefill),
-        "decode_ms": (budget.decode, fp32_ms.decode),
+        "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
+        "decode_ms": (budget.decode, latency.fp32_ms.decode),
     }
     limits = limits or {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
     return build_problem(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from math import ceil, isfinite, log2, nan
+from math import ceil, isfinite, log2
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ from compressor.stages import key_of
 from compressor.student import Decoder
 from compressor.text import compared, predictions, tokens_digest
 from compressor.transformer import Sides
-from eval.latency import Milliseconds
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
@@ -295,7 +294,7 @@ def _budget(
     """Predicted beside measured. A machine may have got faster or slower since the table was made, so relative limits are of
     the fp32 export as it is now, and predictions are scaled by all anchors as they are now."""
     budget, student = run.recipe.budget, times["student"].medians
-    fp32 = times["fp32"].medians if "fp32" in times else Milliseconds(nan, nan)  # of which no recipe takes a share then
+    fp32 = times["fp32"].medians if "fp32" in times else latency.fp32_ms
     predicted = latency.scaled_by(times).predict(plan)
     entries = [
         ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size),

@@ -66,10 +66,9 @@ def noise_coefficients(
         dense = {matrix.name: teacher.matrix(matrix.name).cpu() for matrix in site.matrices}
         deviation = (NOISE * _squared_norm(dense) / sum(w.numel() for w in dense.values())) ** 0.5
         noisy = {key: w + deviation * torch.randn(w.shape, generator=random) for key, w in dense.items()}
-        given, wrong = (executor.bank.with_biases(site, site.units, as_floats(w)) for w in (dense, noisy))
-        student.install(site, whole[name], wrong)
+        student.install(site, whole[name], executor.bank.with_biases(site, site.units, as_floats(noisy)))
         alphas[name] = executor.compare(0).kl / NOISE
-        student.install(site, whole[name], given)
+        student.restore(site, teacher)
         progress(index + 1, len(teacher.sites))
     return alphas
 
@@ -139,10 +138,11 @@ class _SubLayer:
 def _table_loss(bank: Bank, site: Site, action: Action, alpha: float | None) -> float:
     """Loss of a quantized embedding or head; a tied table counts as both."""
     statistics, given_VD, loss = bank.statistics(), bank.teacher.matrix(site.name), 0.0
+    noise = None if alpha is None else alpha / _squared_norm({site.name: given_VD})
     for rows, part in bank.variant(site, action)[site.name].row_batches():
         delta_RD = part.dequantize() - given_VD[rows]
-        if alpha is not None:
-            loss += alpha * float(delta_RD.square().sum() / given_VD.square().sum())
+        if noise is not None:
+            loss += noise * float(delta_RD.square().sum())
             continue
         if site.name == "embedding":
             looked_up_D = statistics.token_frequency()[rows] @ delta_RD.square()

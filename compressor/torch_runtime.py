@@ -137,10 +137,11 @@ def _stored(weight: Weight, precision: Precision) -> dict[str, Tensor]:
 def _quantization_config(student: Student, network: Network, names: Mapping[str, str]) -> dict[str, Any] | None:
     """For transformers, where it can read the folder: nothing pruned, and quantized matrices of one kind."""
     whole = all(student.plan[site.name].keep == site.units for site in student.decoder.sites())
-    kinds = {w.format.name for w in student.matrices.values() if w.format.of_bitsandbytes}
+    stored = [pair for site in student.decoder.sites() for pair in site.stored(student.plan[site.name])]
+    kinds = {format.name for _, format in stored if format.of_bitsandbytes}
     if not names or not whole or len(kinds) != 1:
         return None
-    skipped = [names[name] for name, w in student.matrices.items() if w.format.kind == "float" and name in names]
+    skipped = [names[matrix.name] for matrix, format in stored if format.kind == "float" and matrix.name in names]
     told: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": [*skipped, names["head"]]}
     if kinds == {"int8row"}:
         told |= {"load_in_8bit": True, "llm_int8_threshold": 0.0}

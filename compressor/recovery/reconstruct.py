@@ -25,7 +25,7 @@ Shape letters: N windows, L tokens a window, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -51,7 +51,7 @@ def reconstruct(
     teacher = bank.teacher
     fit = f"{plan.digest}-{tokens_digest(tokens_NL)}"
     fitted = [site for site in teacher.sites.values() if site.layer is not None and plan[site.name].keep]
-    if any(bank.fit(fit, site, plan[site.name]) is None for site in fitted):
+    if not all(bank.has_fit(fit, site) for site in fitted):
         _fit(bank, plan, fit, tokens_NL, progress)
 
     def matrix(site: Site, action: Action, name: str) -> Weight:
@@ -70,7 +70,9 @@ def _fit(bank: Bank, plan: Plan, fit: str, tokens_NL: Tensor, progress: Callable
             student.install(site, plan[name], bank.variant(site, plan[name]))
     wanted, given = teacher.stream(tokens_NL), student.stream(tokens_NL)
     if not teacher.decoder.encoder:  # of which the answers are still to be looked up
-        _forget(student, teacher, [site for site in teacher.sites.values() if site.layer is None])
+        for site in teacher.sites.values():
+            if site.layer is None:
+                student.restore(site, teacher)
     sub_layers = teacher.decoder.every_sub_layer()
     for done, sites in enumerate(sub_layers.values(), 1):
         read = wanted.read()
@@ -81,14 +83,9 @@ def _fit(bank: Bank, plan: Plan, fit: str, tokens_NL: Tensor, progress: Callable
             fitting.fit(given, read, behind_NLD)
             bank.store_fit(fit, fitting.site, fitting.weights)
         given.advance()
-        _forget(student, teacher, sites)
+        for site in sites:  # what was passed need not lie in memory
+            student.restore(site, teacher)
         progress(done, len(sub_layers))
-
-
-def _forget(student: Network, teacher: Network, sites: Iterable[Site]) -> None:
-    """Give sites that were passed the teacher's weights again, which lie in memory anyway or on the disk."""
-    for site in sites:
-        student.install(site, Action(site.units, "fp32"), teacher.weights(site))
 
 
 class _Fitting:

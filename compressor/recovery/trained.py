@@ -90,7 +90,9 @@ class Trained:
     """
 
     def __init__(self, network: Network, student: Student, train: Train):
-        self.network, self.given, self._train = network, student, train
+        # asked for again and again along a training, which takes the whole model anyway
+        self.network, self.given = network, replace(student, matrices=dict(student.matrices))
+        self._train = train
         self.parameters: dict[str, nn.Parameter] = {}
         self._scaled: dict[str, Scaled] = {}
         gains = [name for name in student.vectors if name.endswith("norm")]
@@ -99,10 +101,10 @@ class Trained:
                 self.parameters[name] = network.vector(name)
             else:
                 self._add_scales(name, None)
-        for number, name in enumerate(student.matrices):
+        for number, name in enumerate(self.given.matrices):
             if name in ("embedding", "head"):
                 continue
-            grid = student.matrices[name].grid
+            grid = self.given.matrices[name].grid
             if train == "scales" and grid:
                 self._add_scales(name, grid)
             elif train != "scales":
