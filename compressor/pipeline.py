@@ -350,7 +350,7 @@ def measure_latency(run: Run) -> Latency:
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
     table = LatencyTable(run.out / "latency.json", target.environment)
-    key = key_of(run.bank.key, target.environment, menu_json(run.menu))
+    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(anchors))
 
     def make(report_progress) -> dict:
         for name, plan in anchors.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -430,6 +432,16 @@ def test_a_closed_decoder_says_so(tmp_path):
         assert calls.decode()[1].length == calls.decode()[1].length == 6
     with pytest.raises(RuntimeTargetError, match="closed"):
         model.logits(IDS)
+
+
+def test_a_closed_decoder_holds_no_weights(tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    model = OnnxDecoder(tmp_path, threads=1)
+    session = model._session._sess  # what has the weights; nothing says when it is freed but who refers to it
+    model.close()
+    gc.collect()
+    assert sys.getrefcount(session) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

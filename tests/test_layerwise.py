@@ -103,6 +103,13 @@ def test_the_same_student_comes_out(runs):
     assert found.parity.passed and found.recovery is not None
 
 
+def test_a_run_goes_on_in_the_other_way(tiny_folder, tmp_path):
+    """What was kept of one is not taken for the other's: layer by layer nothing is measured of the whole teacher."""
+    for layerwise in (True, False):
+        report = pipeline.compress(recipe(tiny_folder, model={"layerwise": layerwise}, **WHOLE), tmp_path)
+        assert (report.row("reference").prefill_ms is None) == layerwise
+
+
 def test_what_takes_the_whole_model_is_left_out_of_the_report(runs):
     out, report = runs[1]
     reference, teacher = report.row("reference"), report.row("teacher")

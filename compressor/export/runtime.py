@@ -136,7 +136,8 @@ class _Runner:
         self._device: Device = "cpu" if exact else device
         with exact_graph(model) if exact and isinstance(model, Path) else nullcontext(model) as graph:
             self._session = open_session(graph, self._device, threads, data)
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        # copied, since ONNX Runtime's own descriptions hold on to the weights behind `close`
+        self._inputs = {value.name: (value.shape, value.type) for value in self._session.get_inputs()}
         self._caches = {name: value for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -144,9 +145,9 @@ class _Runner:
     def past(self, length: int, rng: np.random.Generator | None = None) -> dict[str, ort.OrtValue]:
         """Cache inputs for `length` positions: zeros, or random."""
         arrays = {}
-        for name, value in self._caches.items():
-            shape = (1, value.shape[1], length, value.shape[3])
-            floats = np.float16 if value.type == "tensor(float16)" else np.float32
+        for name, ((_, heads, _, head_dim), type) in self._caches.items():
+            shape = (1, heads, length, head_dim)
+            floats = np.float16 if type == "tensor(float16)" else np.float32
             filled = np.zeros(shape, floats) if rng is None else rng.standard_normal(shape, np.float32)
             arrays[name] = filled.astype(floats, copy=False)
         return self.values(arrays)
