@@ -674,7 +674,7 @@ def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> It
     order = _whole_rotation(turned, decoder.head_dim) if turned else None
     scalar = getattr(config, "query_pre_attn_scalar", None)
     scaled = ".attention.q_norm" if decoder.qk_norm else ".attention.q"
-    for ours, theirs, part in _modules(family, decoder):
+    for ours, theirs, part in modules_of(family, decoder):
         for kind in _KINDS:
             given = state.get(f"{theirs}.{kind}", state.get(theirs) if kind == "weight" else None)
             if given is None or (decoder.tied and (ours, kind) == ("head", "weight")):
@@ -721,7 +721,7 @@ def checkpoint_of(weights: Mapping[str, Tensor], config: Any, decoder: Decoder) 
 def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
     """Our modules -> theirs, for families whose modules are written as ours are."""
     family = FAMILIES[config.model_type]
-    modules = _modules(family, decoder)
+    modules = modules_of(family, decoder)
     rewritten = any(part is not None for _, _, part in modules)
     if rewritten or family.gain_offset or family.positions_too or 0.0 in decoder.rope_frequencies:
         return None
@@ -731,7 +731,7 @@ def module_names(config: Any, decoder: Decoder) -> dict[str, str] | None:
 def blocks_beyond(decoder: Decoder, config: Any, names: Iterable[str]) -> str | None:
     """One of these names of weights that belongs to a block behind the last, if there is any."""
     encoder = decoder.encoder and replace(decoder.encoder, layers=decoder.encoder.layers + 1)
-    more = _modules(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1, encoder=encoder))
+    more = modules_of(FAMILIES[config.model_type], replace(decoder, layers=decoder.layers + 1, encoder=encoder))
     expected = {f"{theirs}.{kind}" for _, theirs, _ in more for kind in _KINDS}
     return min(expected & set(names), default=None)
 
@@ -744,7 +744,7 @@ def _places(family: Family, decoder: Decoder) -> Places:
     return {ours: place for ours, place in places.items() if ours != "transform_norm" or decoder.transform_norm}
 
 
-def _modules(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:
+def modules_of(family: Family, decoder: Decoder) -> list[tuple[str, str, Part | None]]:
     """(our module, theirs, the part that it is), block by block."""
     found: list[tuple[str, str, Part | None]] = []
     for ours, place in _places(family, decoder).items():

@@ -111,29 +111,6 @@ def test_cached_step_is_the_last_row_of_a_whole_pass(tiny, windows):
         torch.testing.assert_close(step()[0, -1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_torch_pruning_finds_the_same_coupled_channels(tiny):
-    """An independent oracle: the dependency graph of torch-pruning, for the feed-forward."""
-    tp = pytest.importorskip("torch_pruning")
-    ffn = tiny.module("layers.0.ffn").requires_grad_(True)
-    graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=(torch.randn(1, 3, 64), tiny.model.context(3)))
-    group = graph.get_pruning_group(ffn.gate, tp.prune_linear_out_channels, idxs=[3, 5])
-    found = {
-        (dep.target.module, dep.handler.__name__)
-        for dep, idxs in group
-        if isinstance(dep.target.module, torch.nn.Linear)
-    }
-    assert found == {
-        (ffn.gate, "prune_out_channels"),
-        (ffn.up, "prune_out_channels"),
-        (ffn.down, "prune_in_channels"),
-    }
-    assert {m.name.rsplit(".")[-1]: m.pruned for m in tiny.sites["layers.0.ffn"].matrices} == {
-        "gate": "rows",
-        "up": "rows",
-        "down": "columns",
-    }
-
-
 def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
