@@ -30,7 +30,7 @@ from compressor.files import write_bytes_atomic
 from compressor.network import Network
 from compressor.plan import Action, Format, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
-from compressor.quantize import Weight, as_floats, damped, quantize, quantize_together
+from compressor.quantize import Hessian, Weight, as_floats, damped, quantize, quantize_together
 from compressor.student import Lazy, Student, matrices_from, matrix_tensors
 
 VERSION = 3
@@ -85,6 +85,7 @@ class Bank:
         self._recent: OrderedDict[str, dict[str, Weight]] = OrderedDict()
         self._recent_bytes, self._most_bytes = 0, memory_bytes
         self._statistics: Statistics | None = None
+        self._factored: dict[tuple[str, int], list[tuple[list[str], Hessian]]] = {}
 
     # -- what the bank holds --
 
@@ -112,7 +113,7 @@ class Bank:
             narrow = site.matrices[-1]
             order = removal_order(
                 self.teacher.matrix(narrow.name),
-                self._hessian(f"{site.name}.out"),
+                self._moment(f"{site.name}.out"),
                 unit=narrow.columns // site.units,
                 chunk=1 if site.kind == "attention" else ORDER_CHUNK,
             )
@@ -136,7 +137,7 @@ class Bank:
                 dense[matrix.name] = w_OI[unit_columns(units, matrix.rows // site.units)].contiguous()
             else:
                 columns = unit_columns(units, matrix.columns // site.units)
-                dense[matrix.name] = compensate(w_OI, self._hessian(f"{site.name}.out"), columns)
+                dense[matrix.name] = compensate(w_OI, self._moment(f"{site.name}.out"), columns)
         return dense
 
     def with_biases(self, site: Site, keep: int, weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -205,7 +206,9 @@ class Bank:
         if site.layer is None:
             return {name: self._quantize_table(site, w, fmt) for name, w in dense.items()}
         weights: dict[str, Weight] = {}
-        for matrices, hessian in self._readers(site, keep):
+        if (site.name, keep) not in self._factored:  # one site's, as all its formats are made one after the other
+            self._factored = {(site.name, keep): self._readers(site, keep)}
+        for matrices, hessian in self._factored[site.name, keep]:
             weights |= quantize_together({name: dense[name] for name in matrices}, fmt, hessian)
         return weights
 
@@ -213,26 +216,27 @@ class Bank:
         """Embedding and head: what an output reads of the head is a product, so GPTQ serves there and in a tied table."""
         if site.name == "embedding" and not self.teacher.decoder.tied:
             return quantize(w, fmt)
-        return quantize(w, fmt, damped(self.statistics().second_moment("head.in"), DAMPING))
+        return quantize(w, fmt, Hessian(self._moment("head.in")))
 
-    def _readers(self, site: Site, keep: int) -> list[tuple[list[str], Tensor]]:
-        """(matrices that share an input, its damped second moment) of a site with `keep` units."""
+    def _readers(self, site: Site, keep: int) -> list[tuple[list[str], Hessian]]:
+        """(matrices that share an input, its Hessian) of a site with `keep` units."""
         found = []
         for name, matrices in site.inputs.items():
-            hessian = self._hessian(name)
+            moment_II = self._moment(name)
             if keep < site.units and matrices[0].pruned == "columns":
                 columns = unit_columns(self.kept(site, keep), matrices[0].columns // site.units)
-                hessian = hessian[columns][:, columns]
-            found.append(([matrix.name for matrix in matrices], hessian))
+                moment_II = moment_II[columns][:, columns]
+            found.append(([matrix.name for matrix in matrices], Hessian(moment_II)))
         return found
 
-    def _hessian(self, name: str) -> Tensor:
+    def _moment(self, name: str) -> Tensor:
         return damped(self.statistics().second_moment(name), DAMPING)
 
     # -- memory and disk --
 
     def forget(self) -> None:
         """Keep no variants in memory; they are read again where they are needed."""
+        self._factored = {}
         self._recent.clear()
         self._recent_bytes = 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -59,6 +60,9 @@ ROWS = 4096
 
 CLIP_STEPS = 16
 """Shrink factors that the clipping search tries: 1, 1 - 1/40, ..., down to about 0.6."""
+
+CACHED = 2**18
+"""Weights that it works on at once: what it makes on the way then stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +298,12 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
         scales = (w_OI.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
         return Grid(format, scales, torch.zeros_like(scales))
     assert format.kind in ("blockwise", "codebook"), format
+    parts = [_clipped(w_RI, format, importance_I) for w_RI in w_OI.split(max(1, CACHED // w_OI.shape[1]))]
+    return Grid(format, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _clipped(w_OI: Tensor, format: Format, importance_I: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(scales, zero points) [O, G] of the clipping search."""
     columns = w_OI.shape[1]
     pad = -columns % format.block
     w_OGB = nn.functional.pad(w_OI, (0, pad)).unflatten(1, (-1, format.block))
@@ -322,7 +332,7 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
-    return Grid(format, best_scales, best_zeros)
+    return best_scales, best_zeros
 
 
 def store_float(w_OI: Tensor, format: Format) -> Weight:
@@ -341,21 +351,44 @@ def round_to_nearest(w_OI: Tensor, format: Format) -> Weight:
     return Weight.concatenate([Weight.on_grid(find_grid(w_RI, format), w_RI) for w_RI in w_OI.split(ROWS)])
 
 
-def quantize(w_OI: Tensor, format: Format, hessian_II: Tensor | None = None) -> Weight:
-    """The matrix in any format: blockwise by GPTQ where the (damped) second moment of its input is given, else to the nearest
-    values."""
+@dataclass(frozen=True)
+class Hessian:
+    """H = X^T X, the second moment of what a matrix reads, times any positive number; what is factored of it serves all
+    formats.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite, see `damped` (non-finite activations).
+    """
+
+    moment_II: Tensor
+
+    @cached_property
+    def upper_II(self) -> Tensor:
+        """U, upper triangular, with U^T U = H^-1."""
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(self.moment_II))
+        return torch.linalg.cholesky(inverse_II, upper=True)
+
+
+def damped(moment_II: Tensor, damping: float) -> Tensor:
+    """A second moment with `damping` times its mean diagonal added; inputs that were always zero get a unit diagonal."""
+    moment = moment_II.clone()
+    diagonal = moment.diagonal()
+    diagonal[diagonal == 0] = 1
+    return moment + torch.eye(len(moment), device=moment.device) * (damping * moment.diagonal().mean())
+
+
+def quantize(w_OI: Tensor, format: Format, hessian: Hessian | None = None) -> Weight:
+    """The matrix in any format: blockwise by GPTQ where its input's Hessian is given, else to the nearest values."""
     if format.kind == "float":
         return store_float(w_OI, format)
-    if format.kind == "dynamic" or hessian_II is None:
+    if format.kind == "dynamic" or hessian is None:
         return round_to_nearest(w_OI, format)
-    return gptq(w_OI, hessian_II, format, damping=0)
+    return gptq(w_OI, hessian, format)
 
 
-def quantize_together(
-    dense: Mapping[str, Tensor], format: Format, hessian_II: Tensor | None = None
-) -> dict[str, Weight]:
-    """Matrices that read one input, as `quantize` does, with one factorization for all of them."""
-    stacked = quantize(torch.cat(list(dense.values())), format, hessian_II)
+def quantize_together(dense: Mapping[str, Tensor], format: Format, hessian: Hessian | None = None) -> dict[str, Weight]:
+    """Matrices that read one input, as `quantize` does."""
+    stacked = quantize(torch.cat(list(dense.values())), format, hessian)
     weights, row = {}, 0
     for name, w_OI in dense.items():
         weights[name] = stacked.rows(row, row + len(w_OI))
@@ -363,30 +396,24 @@ def quantize_together(
     return weights
 
 
-def gptq(w_OI: Tensor, hessian_II: Tensor, format: Format, damping: float = 0.01) -> Weight:
+def gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
     """Quantize column by column; what rounding a column loses is taken up by the columns not yet rounded.
 
-    With H = X^T X and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for every column i:
+    With U the upper Cholesky factor of H^-1, for every column i:
         q_i = round(w_i);  e = (w_i - q_i) / U_ii;  w_j -= e U_ij  for j > i
     Source: Frantar et al. 2022, "GPTQ", Algorithm 1. Departures: clipped grids found beforehand on the original
     weights, weighted by diag(H); columns in their own order, so that blocks stay contiguous for the kernel.
 
     Args:
         w_OI: float32 weights.
-        hessian_II: float32 second moment of the layer's input, any positive multiple of X^T X.
+        hessian: float32, damped.
         format: a `blockwise` or `codebook` format.
-        damping: added to the diagonal, as a fraction of its mean.
-
-    Raises:
-        torch.linalg.LinAlgError: the damped Hessian is not positive definite (non-finite activations).
     """
-    upper_II = inverse_cholesky(damped(hessian_II, damping))
-    importance_I = hessian_II.diagonal()
-    return Weight.concatenate([_gptq(w_RI, importance_I, upper_II, format) for w_RI in w_OI.split(ROWS)])
+    return Weight.concatenate([_gptq(w_RI, hessian, format) for w_RI in w_OI.split(ROWS)])
 
 
-def _gptq(w_OI: Tensor, importance_I: Tensor, upper_II: Tensor, format: Format) -> Weight:
-    grid = find_grid(w_OI, format, importance_I)
+def _gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
+    grid, upper_II = find_grid(w_OI, format, hessian.moment_II.diagonal()), hessian.upper_II
     w_OI = w_OI.clone()
     codes_OI = torch.empty_like(w_OI)
     columns = w_OI.shape[1]
@@ -405,20 +432,6 @@ def _gptq(w_OI: Tensor, importance_I: Tensor, upper_II: Tensor, format: Format) 
         w_OI[:, stop:].addmm_(error_iO.T, upper_II[start:stop, stop:], alpha=-1)
     zeros = grid.zeros.to(torch.uint8) if format.has_zeros else None
     return Weight(format, codes=codes_OI.to(torch.uint8), scales=grid.scales, zeros=zeros)
-
-
-def damped(hessian_II: Tensor, damping: float) -> Tensor:
-    """`hessian_II` with `damping` times its mean diagonal added; inputs that were always zero get a unit diagonal."""
-    hessian = hessian_II.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * hessian.diagonal().mean())
-
-
-def inverse_cholesky(hessian_II: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = H^-1."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
-    return torch.linalg.cholesky(inverse, upper=True)
 
 
 def fake_dynamic_int8(x_BLD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from compressor.errors import RecipeError
 from compressor.plan import Format
 from compressor.quantize import (
+    Hessian,
     Weight,
     damped,
     fake_dynamic_int8,
@@ -99,7 +100,7 @@ def test_gptq_is_the_plain_algorithm(name):
     w, hessian = problem(columns=128)
     fmt = Format.parse(name)
     grid = find_grid(w, fmt, hessian.diagonal())
-    ours, naive = gptq(w, hessian, fmt, damping=0).dequantize(), naive_gptq(w, hessian, grid)
+    ours, naive = gptq(w, Hessian(hessian), fmt).dequantize(), naive_gptq(w, hessian, grid)
     # a weight that lies between two codes may fall to either side in float32: compare what they achieve, and most codes
     assert (ours == naive).float().mean() > 0.97
     loss = lambda q: float((((q - w) @ hessian) * (q - w)).sum())  # noqa: E731
@@ -110,13 +111,15 @@ def test_gptq_is_the_plain_algorithm(name):
 def test_gptq_beats_rounding(name):
     w, hessian = problem()
     fmt = Format.parse(name)
-    assert output_loss(gptq(w, hessian, fmt), w, hessian) < 0.8 * output_loss(round_to_nearest(w, fmt), w, hessian)
+    assert output_loss(gptq(w, Hessian(hessian), fmt), w, hessian) < 0.8 * output_loss(
+        round_to_nearest(w, fmt), w, hessian
+    )
 
 
 def test_gptq_meets_inputs_that_are_always_zero():
     w, hessian = problem(columns=64)
     hessian[5], hessian[:, 5] = 0, 0
-    assert torch.isfinite(gptq(w, hessian, Format.parse("w4")).dequantize()).all()
+    assert torch.isfinite(gptq(w, Hessian(damped(hessian, 0.01)), Format.parse("w4")).dequantize()).all()
 
 
 def test_dynamic_int8_quantizes_every_sequence_by_itself():
@@ -150,9 +153,9 @@ def test_formats_without_a_kernel_are_refused(name, says):
 def test_a_matrix_of_many_rows_is_worked_on_in_parts(monkeypatch, format):
     torch.manual_seed(0)
     w_OI, fmt, x_TI = torch.randn(70, 64), Format.parse(format), torch.randn(200, 64)
-    whole = quantize(w_OI, fmt, damped(x_TI.T @ x_TI / 200, 0.01))
+    whole = quantize(w_OI, fmt, Hessian(damped(x_TI.T @ x_TI / 200, 0.01)))
     monkeypatch.setattr("compressor.quantize.ROWS", 16)
-    parts = quantize(w_OI, fmt, damped(x_TI.T @ x_TI / 200, 0.01))
+    parts = quantize(w_OI, fmt, Hessian(damped(x_TI.T @ x_TI / 200, 0.01)))
     for ours, theirs in zip(parts.tensors().values(), whole.tensors().values(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert torch.equal(parts.dequantize(), torch.cat([part.dequantize() for _, part in whole.row_batches()]))

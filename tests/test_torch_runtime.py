@@ -16,7 +16,7 @@ from compressor.errors import BankError, RuntimeTargetError
 from compressor.folder import save_folder
 from compressor.model import load_teacher
 from compressor.plan import DROP, Action, Format, Plan
-from compressor.quantize import CODEBOOKS, damped, fake_row_int8, quantize
+from compressor.quantize import CODEBOOKS, Hessian, damped, fake_row_int8, quantize
 from compressor.recovery.distill import loaded
 from compressor.runtimes import runtime, runtime_of
 from compressor.student import full_plan
@@ -50,11 +50,11 @@ def test_the_values_are_those_of_bitsandbytes(name):
 def test_gptq_serves_codebooks(name):
     random = torch.Generator().manual_seed(0)
     x_TI = torch.randn(512, 128, generator=random) @ torch.randn(128, 128, generator=random)
-    w_OI, hessian = torch.randn(96, 128, generator=random), damped(x_TI.T @ x_TI / 512, 0.01)
+    w_OI, hessian = torch.randn(96, 128, generator=random), Hessian(damped(x_TI.T @ x_TI / 512, 0.01))
     losses = []
     for made in (quantize(w_OI, Format.parse(name)), quantize(w_OI, Format.parse(name), hessian)):
         delta = made.dequantize() - w_OI
-        losses.append(float((delta @ hessian * delta).sum()))
+        losses.append(float((delta @ hessian.moment_II * delta).sum()))
         assert torch.equal(made.grid.nearest(made.dequantize()), made.dequantize())
     assert losses[1] < 0.7 * losses[0]
 

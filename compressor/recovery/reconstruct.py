@@ -34,7 +34,7 @@ from torch import Tensor
 from compressor.bank import DAMPING, Bank
 from compressor.network import Network, Stream
 from compressor.plan import Action, Format, Plan, Site
-from compressor.quantize import Weight, as_floats, damped, quantize_together
+from compressor.quantize import Hessian, Weight, as_floats, damped, quantize_together
 from compressor.student import Student
 from compressor.text import tokens_digest
 
@@ -144,9 +144,9 @@ class _Fitting:
     def _finish(self, fit: _LeastSquares, names: list[str]) -> None:
         w_OI, moment_II = fit.solution()
         rows = w_OI.split([len(self._dense[name]) for name in names])
-        hessian_II = None if self._bank.quantizer == "nearest" else damped(moment_II, DAMPING)
+        hessian = None if self._bank.quantizer == "nearest" else Hessian(damped(moment_II, DAMPING))
         format = Format.parse(self.action.format)
-        made = quantize_together(dict(zip(names, rows, strict=True)), format, hessian_II)
+        made = quantize_together(dict(zip(names, rows, strict=True)), format, hessian)
         self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
         self._install()
 
