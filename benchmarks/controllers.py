@@ -11,7 +11,8 @@ Beside the policies: `dynamic_programming/noise` is told sensitivities from nois
 Fisher; `actor_critic/memory` starts from the memory of actor_critic's search in the cell before, same seed, or from that in
 --memory (a run's policy.safetensors); `actor_critic/scores` is told all scores of that search. Not in the first cell.
 
-The last columns score the best plan of every search on texts that no search saw. `same actions`: sites on which the best
+The last columns score the best plan of every search on texts that no search saw, as its variants are; with --recover its
+student after reconstruction, too. `same actions`: sites on which the best
 plans of two seeds agree, mean over the pairs. `to beat` is the evaluation after which the searches of a policy (median of
 the seeds) were better than the final mean of the best rival of the actor-critic.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,12 +32,15 @@ import numpy as np
 from seeds import spread  # the script beside this one
 
 from compressor import pipeline
-from compressor.executor import Executor
+from compressor.executor import Reference
 from compressor.files import write_json_atomic
 from compressor.ledger import Ledger
-from compressor.plan import Plan, Score
+from compressor.network import Network
+from compressor.plan import Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.recovery.distill import loaded
+from compressor.recovery.reconstruct import reconstruct
 from compressor.search import Scorer, Trials, agreement, best, run_policy, spent
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Policy, Problem
@@ -58,17 +63,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=16)
     parser.add_argument("--memory", type=Path)
+    parser.add_argument("--recover", action="store_true")
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     latency = pipeline.measure_latency(run)
     ways = ["fisher", *(["noise"] if any(name.endswith("/noise") for name in options.policies) else [])]
     sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}
-    decoder = run.teacher.network.decoder
+    teacher, decoder = run.teacher.network, run.teacher.network.decoder
     unseen = {
-        name: Executor(run.bank, text_NL[: len(run.texts.held_out_NL)])
+        name: Reference(teacher, text_NL[: len(run.texts.held_out_NL)])
         for name, text_NL in run.texts.evaluation.items()
     }
+
+    @cache
+    def judged(plan: Plan) -> dict[str, tuple[float, float]]:
+        found = quality(loaded(teacher, run.bank.realize(plan)), unseen)
+        if options.recover:
+            report = run.stages.reporter(f"reconstructing {plan.digest[:6]}")
+            fitted = loaded(teacher, reconstruct(run.bank, plan, run.texts.fitted_NL, report))
+            found |= {f"{text}, reconstructed": told for text, told in quality(fitted, unseen).items()}
+        return found
+
     scorer = Scorer(run.executor.score)
     results = {}
     before: dict[int, tuple[Problem, Trials]] = {}
@@ -77,7 +93,7 @@ def main() -> None:
         problems = {way: pipeline.pose(run, found, latency, limits) for way, found in sensitivity.items()}
         key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
         curves: dict[str, list[list[float]]] = {}
-        final: dict[str, list[dict[str, Score]]] = {}
+        final: dict[str, list[dict[str, tuple[float, float]]]] = {}
         plans: dict[str, list[Plan]] = {}
         after: dict[int, tuple[Problem, Trials]] = {}
         for name in options.policies:
@@ -93,7 +109,7 @@ def main() -> None:
                 trials = run_policy(policy, options.evaluations, scorer, ledger, report, earlier)
                 curves[name].append(curve(trials, options.evaluations))
                 plans[name].append(best(trials)[0])
-                final[name].append({text: executor.score(plans[name][-1]) for text, executor in unseen.items()})
+                final[name].append(judged(plans[name][-1]))
                 if name == OURS:
                     after[seed] = problems["fisher"], trials
         before = after
@@ -102,9 +118,7 @@ def main() -> None:
             "limits": limits,
             "curves": curves,
             "agreement": stable,
-            "unseen": {
-                n: [{t: [s.kl, s.perplexity] for t, s in f.items()} for f in found] for n, found in final.items()
-            },
+            "unseen": final,
         }
         print(table(cell, limits, curves, final, stable), flush=True)
         draw(cell, curves, options.out / f"{cell}.png")
@@ -128,6 +142,12 @@ def make_policy(
             elder.tell(plan, result)
         return ActorCritic(problem, seed, memory=elder.memory()), ()
     return POLICIES[base](problem, seed), ()
+
+
+def quality(network: Network, texts: dict[str, Reference]) -> dict[str, tuple[float, float]]:
+    """(KL, perplexity) of a network by text."""
+    found = {name: reference.compare(network) for name, reference in texts.items()}
+    return {name: (float(kl_N.mean()), float(np.exp(nll_N.mean()))) for name, (kl_N, nll_N) in found.items()}
 
 
 def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]:
@@ -155,7 +175,7 @@ def table(
     cell: str,
     limits: dict[str, float],
     curves: dict[str, list[list[float]]],
-    final: dict[str, list[dict[str, Score]]],
+    final: dict[str, list[dict[str, tuple[float, float]]]],
     stable: dict[str, float],
 ) -> str:
     """One cell as Markdown, best policy first."""
@@ -177,7 +197,7 @@ def table(
         when = str(int(np.median([r for r in reached if r]))) if sum(map(bool, reached)) * 2 > seeds else "–"
         cells = [spread([c[-1] for c in curves[name]]), when, f"{stable[name]:.0%}"]
         for text in texts:
-            cells += [spread([f[text].kl for f in final[name]]), spread([f[text].perplexity for f in final[name]])]
+            cells += [spread([found[text][figure] for found in final[name]]) for figure in (0, 1)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

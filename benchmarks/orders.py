@@ -22,8 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from controllers import limits_of  # the scripts beside this one
-from recovery import quality
+from controllers import limits_of, quality  # the scripts beside this one
 from seeds import spread
 from torch import Tensor
 

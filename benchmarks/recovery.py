@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-from controllers import limits_of  # the scripts beside this one
+from controllers import limits_of, quality  # the scripts beside this one
 from seeds import spread
 from torch import Tensor
 
@@ -113,12 +113,6 @@ def main() -> None:
 def written(teacher: Network, network: Network, prompts: list[Tensor]) -> dict[str, float]:
     """What a network writes behind the prompts, judged by the teacher."""
     return judged(teacher, network, write(network, prompts, NEW_TOKENS, seed=0, ends=teacher.ends()))
-
-
-def quality(network: Network, texts: dict[str, Reference]) -> dict[str, tuple[float, float]]:
-    """(KL, perplexity) of a network by text."""
-    found = {name: reference.compare(network) for name, reference in texts.items()}
-    return {name: (float(kl_N.mean()), float(np.exp(nll_N.mean()))) for name, (kl_N, nll_N) in found.items()}
 
 
 if __name__ == "__main__":
