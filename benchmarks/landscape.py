@@ -1,16 +1,15 @@
-"""A recorded landscape: some thousand plans scored on the real model, on which policies are developed in seconds.
+"""A recorded landscape: some thousand scores of the real model, on which policies are developed in seconds.
 
-    python benchmarks/landscape.py record recipes/benchmark-controllers.yaml runs/controllers --plans 3000
-    python benchmarks/landscape.py compare --bits 3.0 --seeds 3 --evaluations 16
+    python benchmarks/landscape.py record recipes/benchmark-controllers.yaml runs/controllers
+    python benchmarks/landscape.py compare --bits 3.0 --seeds 4 --evaluations 16 --policies dynamic_programming actor_critic
 
-`record` scores plans on an eighth of the scoring text and keeps them in landscape.npz beside this file: plans of dynamic
-programming for budgets of 2.2 to 4.5 bits a weight on perturbed sensitivities, some sites of them switched at random; and
-whatever searches of controllers.py had scored on an eighth. It goes on where it was stopped. `compare` fits a model to
-them, says how well it predicts plans that it was not fitted to, and lets policies search on it, in place of the real
-model. A plan that was recorded scores what was recorded.
+`record` keeps what the searches of controllers.py had scored, part by part of the scoring text, in landscape.npz beside this
+file. `compare` fits a model to it, says how well it predicts plans that it was not fitted to, and lets policies search on
+it, in place of the real model. What was recorded scores what was recorded.
 
 A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: away from what was recorded it is too
-friendly, and policies go where it is. Figures that count are those of controllers.py.
+friendly, and policies go where it is. Most of what is recorded is of 3.0 bits. Figures that count are those of
+controllers.py.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import argparse
 import io
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,13 +33,12 @@ from torch import Tensor, nn
 from compressor.files import write_bytes_atomic
 from compressor.plan import PARTS, Action, Matrix, Score, Site
 from policies import POLICIES, Meter, Problem, Question
-from policies.critic import PART_NOISE
-from policies.dynamic_programming import perturbed, solve
 
 FILE = Path(__file__).with_suffix(".npz")
-PART = 0
-"""Of the scoring text, on which all plans are scored."""
-SAVE_EVERY = 50
+WORST = 4.0
+"""KL in nats beyond which a score is left out: such plans are destroyed."""
+ERROR = (0.015, 0.02)
+"""Deviations in log KL of what no model knows: of a plan, and of a part of the text besides."""
 
 
 def main() -> None:
@@ -50,7 +47,6 @@ def main() -> None:
     recording = commands.add_parser("record")
     recording.add_argument("recipe", type=Path)
     recording.add_argument("out", type=Path)
-    recording.add_argument("--plans", type=int, default=3000)
     comparing = commands.add_parser("compare")
     comparing.add_argument("--bits", type=float, default=3.0)
     comparing.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
@@ -58,7 +54,7 @@ def main() -> None:
     comparing.add_argument("--evaluations", type=int, default=16)
     options = parser.parse_args()
     if options.command == "record":
-        record(options.recipe, options.out, options.plans)
+        record(options.recipe, options.out)
     else:
         compare(options.bits, options.policies, options.seeds, options.evaluations)
 
@@ -66,51 +62,23 @@ def main() -> None:
 # Recording ------------------------------------------------------------------------------------------------------------
 
 
-def record(recipe: Path, out: Path, plans: int) -> None:
-    """Score what is missing of the first `plans` plans of the sample."""
+def record(recipe: Path, out: Path) -> None:
+    """Write what the ledger of OUT holds."""
     from compressor import pipeline
     from compressor.ledger import comparable_entries
-    from compressor.progress import LineProgress
+    from compressor.progress import silent
     from compressor.recipe import Recipe
     from compressor.stages import Stages
 
-    run = pipeline.start(Recipe.load(recipe), out, False, Stages(out / "stages", LineProgress(sys.stderr)))
+    run = pipeline.start(Recipe.load(recipe), out, False, Stages(out / "stages", silent))
     sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
-    decoder = run.teacher.network.decoder
-    whole = {"bytes": 4.0 * sum(site.parameters for site in decoder.sites())}
+    whole = {"bytes": 4.0 * sum(site.parameters for site in run.teacher.network.decoder.sites())}
     problem = pipeline.pose(run, sensitivity, latency, whole)
-    known = {}
-    if FILE.exists():
-        _, plans_NS, log_kl_N = read()
-        known = {plan_S.tobytes(): (plan_S, log_kl) for plan_S, log_kl in zip(plans_NS, log_kl_N, strict=True)}
+    known: dict[bytes, np.ndarray] = {}
     for plan, score in comparable_entries(out / "ledger.log", run.menu, run.comparable):
-        if score.part == PART:
-            indices = problem.indices(plan)
-            known[indices.tobytes()] = indices, float(np.log(score.kl))
-    with run.stages.timed("recording") as report:
-        for number, indices in zip(range(plans), sample(problem), strict=False):
-            if indices.tobytes() not in known:
-                known[indices.tobytes()] = indices, float(np.log(run.executor.score(problem.plan(indices), PART).kl))
-            if number % SAVE_EVERY == 0:
-                write(problem, list(known.values()))
-                report(number, plans)
-    write(problem, list(known.values()))
-
-
-def sample(problem: Problem) -> Iterator[np.ndarray]:
-    """Plans [S] without end, always the same ones."""
-    rng = np.random.default_rng(0)
-    parameters = sum(site.parameters for site in problem.sites)
-    while True:
-        budgeted = replace(problem, limits={"bytes": rng.uniform(2.2, 4.5) / 8 * parameters})
-        indices = solve(budgeted, perturbed(problem, rng, spread=rng.uniform(0.0, 1.0)), width=50)
-        for site in rng.choice(len(indices), size=rng.choice([0, 1, 2, 4, 8, 16]), replace=False):
-            indices[site] = rng.integers(len(problem.actions[site]))
-        yield indices
-
-
-def write(problem: Problem, scores: Sequence[tuple[np.ndarray, float]]) -> None:
-    """All that a policy may see, as JSON, and the scores (plan [S], log KL), in one file without pickles."""
+        known_P = known.setdefault(problem.indices(plan).astype(np.int8).tobytes(), np.full(PARTS, np.nan))
+        known_P[slice(None) if score.part is None else score.part] = np.log(score.by_part or score.kl)
+    plans_NS = np.stack([np.frombuffer(key, np.int8) for key in known])
     text = json.dumps(
         {
             "sites": [asdict(site) for site in problem.sites],
@@ -120,18 +88,16 @@ def write(problem: Problem, scores: Sequence[tuple[np.ndarray, float]]) -> None:
             "fixed": dict(problem.fixed),
         }
     )
-    buffer = io.BytesIO()
-    plans_NS, log_kl_N = (np.array(part) for part in zip(*scores, strict=True))
-    np.savez_compressed(
-        buffer, problem=np.array(text), plans=plans_NS.astype(np.int8), log_kl=log_kl_N.astype(np.float32)
-    )
+    buffer, log_kl_NP = io.BytesIO(), np.stack(list(known.values())).astype(np.float32)
+    np.savez_compressed(buffer, problem=np.array(text), plans=plans_NS, log_kl=log_kl_NP)
     write_bytes_atomic(FILE, buffer.getvalue())
 
 
 def read(bits: float = 32.0) -> tuple[Problem, np.ndarray, np.ndarray]:
-    """The problem at a budget of so many bits a weight, the recorded plans [N, S] and their log KL [N]."""
+    """The problem at a budget of so many bits a weight, the recorded plans [N, S] and their log KL on the parts of the text
+    [N, P], not-a-number where they were not scored."""
     with np.load(FILE, allow_pickle=False) as stored:
-        found, plans_NS, log_kl_N = json.loads(str(stored["problem"])), stored["plans"], stored["log_kl"]
+        found, plans_NS, log_kl_NP = json.loads(str(stored["problem"])), stored["plans"], stored["log_kl"]
     sites = []
     for site in found["sites"]:
         matrices = tuple(Matrix(**matrix) for matrix in site.pop("matrices"))
@@ -144,78 +110,103 @@ def read(bits: float = 32.0) -> tuple[Problem, np.ndarray, np.ndarray]:
         fixed=found["fixed"],
         limits={"bytes": bits / 8 * sum(site.parameters for site in sites)},
     )
-    return problem, plans_NS.astype(int), log_kl_N.astype(float)
+    return problem, plans_NS.astype(int), log_kl_NP.astype(float)
 
 
 # The landscape --------------------------------------------------------------------------------------------------------
 
 
 class Landscape:
-    """log KL of any plan, from those that were recorded.
+    """log KL of any plan on any part of the text, from what was recorded.
 
-        log KL = g(log t),  t = sum_s x[s, a_s] + sum_h sum_s eta[h, s] sqrt(x_s x_s+h)        h: 1 to 3 sites apart
+        log KL = a + b log t + t_p + c_p sigmoid(sum_s w[p, s, a_s] + w_p)
+        t      = sum_s x_s + sum_h sum_s eta[h, s] sqrt(x_s x_s+h)            h: 1, 2, 3, 4 and 8 sites apart
 
-    g is a parabola. x starts at the sensitivities, x and eta are learned for every site and action: the mean of an ensemble.
+    x starts at the sensitivities, and is learned for every site and action, and a little for every part. c is what is lost on
+    a part with its attention sink, a step that sums cannot make.
     """
 
-    def __init__(self, problem: Problem, plans_NS: np.ndarray, log_kl_N: np.ndarray, members: int = 3):
+    def __init__(self, problem: Problem, plans_NS: np.ndarray, log_kl_NP: np.ndarray):
         self.problem = problem
-        self.recorded = {plan_S.astype(np.int8).tobytes(): y for plan_S, y in zip(plans_NS, log_kl_N, strict=True)}
-        self.nets = [_Net(problem.sensitivity_SA, seed) for seed in range(members)]
-        plans, target = torch.tensor(plans_NS), torch.tensor(log_kl_N, dtype=torch.float32)
-        for net in self.nets:
-            _train(net, plans, target)
+        self.recorded = {plan_S.astype(np.int8).tobytes(): row for plan_S, row in zip(plans_NS, log_kl_NP, strict=True)}
+        self.net = _Net(problem.sensitivity_SA)
+        plan_M, part_M = np.nonzero(log_kl_NP < np.log(WORST))
+        target_M = torch.tensor(log_kl_NP[plan_M, part_M], dtype=torch.float32)
+        _train(self.net, torch.tensor(plans_NS[plan_M]), torch.tensor(part_M), target_M)
 
     @torch.no_grad()
     def log_kl(self, plans_BS: np.ndarray) -> np.ndarray:
-        """[B, S] -> [B], of the model alone."""
-        return torch.stack([net(torch.tensor(plans_BS)) for net in self.nets]).mean(0).numpy().astype(float)
+        """[B, S] -> [B, P], of the model alone."""
+        parts = [self.net(torch.tensor(plans_BS), torch.full((len(plans_BS),), part)) for part in range(PARTS)]
+        return torch.stack(parts, 1).numpy().astype(float)
 
     def score(self, question: Question) -> Score:
-        """What was recorded, else what the model says; on a part of the text with the error of such a score."""
+        """What was recorded, else what the model says, with the errors of such a score."""
         indices = self.problem.indices(question.plan)
-        found = self.recorded.get(indices.astype(np.int8).tobytes())
-        log_kl = float(self.log_kl(indices[None])[0]) if found is None else found
-        error_P = PART_NOISE * np.random.default_rng(int(question.plan.digest, 16)).normal(size=PARTS)
-        by_part = tuple(np.exp(log_kl + error_P)) if question.part is None else ()
-        kl = float(np.exp(log_kl + (0.0 if question.part is None else error_P[question.part])))
-        return Score(kl, float(np.exp(min(kl, 100.0))), 2048, question.part, by_part)
+        rng = np.random.default_rng(int(question.plan.digest, 16))
+        told_P = self.log_kl(indices[None])[0] + ERROR[0] * rng.normal() + ERROR[1] * rng.normal(size=PARTS)
+        known_P = self.recorded.get(indices.astype(np.int8).tobytes(), np.full(PARTS, np.nan))
+        kl_P = np.exp(np.where(np.isnan(known_P), told_P, known_P))
+        kl = float(kl_P.mean() if question.part is None else kl_P[question.part])
+        return Score(
+            kl, float(np.exp(min(kl, 100.0))), 4096, question.part, tuple(kl_P) if question.part is None else ()
+        )
+
+
+HOPS = (1, 2, 3, 4, 8)
 
 
 class _Net(nn.Module):
-    def __init__(self, sensitivity_SA: np.ndarray, seed: int, hops: int = 3):
+    def __init__(self, sensitivity_SA: np.ndarray):
         super().__init__()
-        self.random = torch.Generator().manual_seed(seed)
-        floor = 1e-3 * float(np.median(sensitivity_SA[sensitivity_SA > 0]))
-        self.start_SA = torch.tensor(np.log(sensitivity_SA + floor), dtype=torch.float32)
+        bent_SA = sensitivity_SA / (1 + sensitivity_SA)
+        floor = 1e-4 * float(np.median(bent_SA[bent_SA > 0]))
+        self.start_SA = torch.tensor(np.log(bent_SA + floor), dtype=torch.float32)
+        sites = len(sensitivity_SA)
+        pairs = [(s, s + hop) for hop in HOPS for s in range(sites - hop)]
+        self.sites, (self.first_Q, self.second_Q) = torch.arange(sites), torch.tensor(pairs).T
         self.change_SA = nn.Parameter(torch.zeros(sensitivity_SA.shape))
-        self.eta_HS = nn.Parameter(torch.zeros(hops, len(sensitivity_SA)))
-        self.parabola = nn.Parameter(torch.tensor([0.0, 1.0, 0.0]))
+        self.change_PSA = nn.Parameter(torch.zeros(PARTS, *sensitivity_SA.shape))
+        self.log_eta_Q = nn.Parameter(torch.full((len(pairs),), -1.2))
+        self.sink_PSA = nn.Parameter(torch.zeros(PARTS, *sensitivity_SA.shape))
+        self.sink_P, self.lost_P = nn.Parameter(torch.zeros(PARTS)), nn.Parameter(torch.full((PARTS,), -2.0))
+        self.level_P, self.line = nn.Parameter(torch.zeros(PARTS)), nn.Parameter(torch.tensor([0.0, 1.0]))
 
-    def forward(self, plans_BS: Tensor) -> Tensor:
-        x_BS = (self.start_SA + self.change_SA)[torch.arange(plans_BS.shape[1]), plans_BS].exp()
-        root_BS, sum_B = x_BS.sqrt(), x_BS.sum(1)
-        total_B = sum_B
-        for hop, eta_S in enumerate(self.eta_HS, 1):
-            total_B = total_B + (root_BS[:, hop:] * root_BS[:, :-hop]) @ eta_S[:-hop]
-        z_B = torch.log(torch.maximum(total_B, 0.05 * sum_B))
-        return self.parabola[0] + self.parabola[1] * z_B + self.parabola[2] * z_B**2
+    def forward(self, plans_BS: Tensor, part_B: Tensor) -> Tensor:
+        chosen = self.sites, plans_BS
+        on_part = part_B[:, None], *chosen
+        log_x_BS = (self.start_SA + self.change_SA)[chosen] + self.change_PSA[on_part]
+        root_BS = (log_x_BS / 2).exp()
+        pairs_B = (root_BS[:, self.first_Q] * root_BS[:, self.second_Q]) @ self.log_eta_Q.exp()
+        lost_B = torch.sigmoid(self.sink_PSA[on_part].sum(1) + self.sink_P[part_B])
+        level_B = self.level_P[part_B] + nn.functional.softplus(self.lost_P)[part_B] * lost_B
+        return self.line[0] + self.line[1] * torch.log(log_x_BS.exp().sum(1) + pairs_B) + level_B
+
+    def departure(self) -> Tensor:
+        """What the prior says of the parameters, as a negative log-probability."""
+        terms = [
+            (self.change_SA, 0.0, 0.4),
+            (self.change_PSA, 0.0, 0.1),
+            (self.log_eta_Q, -1.2, 0.7),
+            (self.sink_PSA, 0.0, 0.7),
+            (self.level_P, 0.0, 0.3),
+            (self.lost_P, -2.0, 1.0),
+        ]
+        return torch.stack([((given - mean) / std).square().sum() for given, mean, std in terms]).sum()
 
 
-def _train(net: _Net, plans_NS: Tensor, target_N: Tensor, epochs: int = 200, batch: int = 64) -> None:
-    """Adam with a rate that rises and falls; what x and eta depart from their start is held small."""
-    steps = epochs * -(-len(plans_NS) // batch)
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+def _train(net: _Net, plans_MS: Tensor, part_M: Tensor, target_M: Tensor, steps: int = 900, batch: int = 1024) -> None:
+    """Adam on Student's t of the errors and the prior."""
+    optimizer, random = torch.optim.Adam(net.parameters(), 0.02), torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(plans_NS), generator=net.random).split(batch):
-            error_B = net(plans_NS[rows]) - target_N[rows]
-            departure = net.change_SA.square().sum() + net.eta_HS.square().sum()
-            loss = error_B.square().mean() + 0.02 * departure / len(plans_NS)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        rows = torch.randint(len(target_M), (batch,), generator=random)
+        error_B = (net(plans_MS[rows], part_M[rows]) - target_M[rows]) / 0.04
+        loss = 2 * torch.log1p(error_B.square() / 4).mean() + net.departure() / len(target_M)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
@@ -223,31 +214,40 @@ def _train(net: _Net, plans_NS: Tensor, target_N: Tensor, epochs: int = 200, bat
 
 def compare(bits: float, policies: Sequence[str], seeds: int, evaluations: int) -> None:
     """How well the model predicts plans held out from it, then a table of policies on it."""
-    problem, plans_NS, log_kl_N = read(bits)
+    problem, plans_NS, log_kl_NP = read(bits)
     held = np.arange(len(plans_NS)) % 10 == 0
-    tested = Landscape(problem, plans_NS[~held], log_kl_N[~held])
-    error_N = tested.log_kl(plans_NS[held]) - log_kl_N[held]
-    print(
-        f"{len(plans_NS)} plans, log KL {log_kl_N.min():.2f} to {log_kl_N.max():.2f}; of {held.sum()} held out: root mean"
-    )
-    print(f"square error {np.sqrt(np.mean(error_N**2)):.3f}, explained {1 - error_N.var() / log_kl_N[held].var():.3f}")
-    landscape = Landscape(problem, plans_NS, log_kl_N)
-    print(f"\n| {bits} bits, {evaluations} evaluations, {seeds} seeds | KL | seconds |\n| --- | --- | --- |")
+    tested = Landscape(problem, plans_NS[~held], log_kl_NP[~held])
+    good_NP = log_kl_NP[held] < np.log(WORST)
+    error_M = (tested.log_kl(plans_NS[held]) - log_kl_NP[held])[good_NP]
+    scores, median, mean = (~np.isnan(log_kl_NP)).sum(), np.median(np.abs(error_M)), np.sqrt(np.mean(error_M**2))
+    print(f"{len(plans_NS)} plans, {scores} scores on parts")
+    print(f"error of log KL of plans held out: median {median:.3f}, root mean square {mean:.3f}")
+    landscape = Landscape(problem, plans_NS, log_kl_NP)
+    after = [count for count in (2, 4, 8) if count < evaluations] + [evaluations]
+    print(f"\n| {bits} bits, {seeds} seeds: KL after | {' | '.join(map(str, after))} | seconds |")
+    print("| --- " * (len(after) + 2) + "|")
     for name in policies:
         start = time.monotonic()
-        found = [search(name, problem, seed, evaluations, landscape) for seed in range(seeds)]
-        print(f"| {name} | {spread(found)} | {(time.monotonic() - start) / seeds:.1f} |", flush=True)
+        curves = [search(name, problem, seed, evaluations, landscape) for seed in range(seeds)]
+        found = [spread([best_after(curve, count) for curve in curves]) for count in after]
+        print(f"| {name} | {' | '.join(found)} | {(time.monotonic() - start) / seeds:.1f} |", flush=True)
 
 
-def search(name: str, problem: Problem, seed: int, evaluations: int, landscape: Landscape) -> float:
-    """The least KL on all of the text that a policy finds."""
-    policy, meter, least = POLICIES[name](problem, seed), Meter(), float("inf")
+def search(name: str, problem: Problem, seed: int, evaluations: int, landscape: Landscape) -> list[tuple[float, float]]:
+    """(evaluations spent, KL on all of the text) of every plan of a search that was scored on all of it."""
+    policy, meter, curve = POLICIES[name](problem, seed), Meter(), []
     while meter.allows(question := policy.ask(), evaluations):
         score = landscape.score(question)
         policy.tell(question.plan, score)
         meter.add(question)
-        least = min(least, score.kl) if question.part is None else least
-    return least
+        if question.part is None:
+            curve.append((meter.spent, score.kl))
+    return curve
+
+
+def best_after(curve: Sequence[tuple[float, float]], evaluations: float) -> float:
+    """The least KL of a search after so many evaluations."""
+    return min((kl for spent, kl in curve if spent <= evaluations + 1e-9), default=float("inf"))
 
 
 if __name__ == "__main__":
