@@ -43,6 +43,9 @@ ORDER_CHUNK = 32
 MEMORY_BYTES = 2 * 2**30
 """Of variants, as codes, that are kept in memory."""
 
+Factored = dict[int, list[tuple[list[str], Hessian]]]
+"""Of a site, by the units that are kept: (matrices that share an input, its Hessian)."""
+
 
 class Bank:
     """Variants of one teacher over one calibration text.
@@ -85,7 +88,6 @@ class Bank:
         self._recent: OrderedDict[str, dict[str, Weight]] = OrderedDict()
         self._recent_bytes, self._most_bytes = 0, memory_bytes
         self._statistics: Statistics | None = None
-        self._factored: dict[tuple[str, int], list[tuple[list[str], Hessian]]] = {}
 
     # -- what the bank holds --
 
@@ -156,15 +158,18 @@ class Bank:
         tables = {table.name: rows(table, self.teacher.matrix(table.name)) for table in site.tables}
         return biased | as_floats(tables)
 
-    def variant(self, site: Site, action: Action) -> dict[str, Weight]:
+    def variant(self, site: Site, action: Action, factored: Factored | None = None) -> dict[str, Weight]:
         """The stored weights of a site under an action, by matrix name, on the teacher's device; empty where the site is
-        dropped."""
+        dropped.
+
+        factored: of the same site; what is factored for one format is left there for the others.
+        """
         if action.keep == 0:
             return {}
         name, fmt = f"{site.name}/{action.keep}-{action.format}", Format.parse(action.format)
         weights = self._stored(name, site, action)
         if weights is None:
-            weights = self.with_biases(site, action.keep, self._make(site, action.keep, fmt))
+            weights = self.with_biases(site, action.keep, self._make(site, action.keep, fmt, factored))
             if fmt.kind != "float" or action.keep < site.units:
                 self._store(name, matrix_tensors(weights))
             self._remember(name, weights)
@@ -199,16 +204,17 @@ class Bank:
 
     # -- making --
 
-    def _make(self, site: Site, keep: int, fmt: Format) -> dict[str, Weight]:
+    def _make(self, site: Site, keep: int, fmt: Format, factored: Factored | None) -> dict[str, Weight]:
         dense = self.pruned(site, keep)
         if not fmt.block or self.quantizer == "nearest":
             return {name: quantize(w, fmt) for name, w in dense.items()}
         if site.layer is None:
             return {name: self._quantize_table(site, w, fmt) for name, w in dense.items()}
         weights: dict[str, Weight] = {}
-        if (site.name, keep) not in self._factored:  # one site's, as all its formats are made one after the other
-            self._factored = {(site.name, keep): self._readers(site, keep)}
-        for matrices, hessian in self._factored[site.name, keep]:
+        factored = {} if factored is None else factored
+        if keep not in factored:
+            factored[keep] = self._readers(site, keep)
+        for matrices, hessian in factored[keep]:
             weights |= quantize_together({name: dense[name] for name in matrices}, fmt, hessian)
         return weights
 
@@ -236,7 +242,6 @@ class Bank:
 
     def forget(self) -> None:
         """Keep no variants in memory; they are read again where they are needed."""
-        self._factored = {}
         self._recent.clear()
         self._recent_bytes = 0
 

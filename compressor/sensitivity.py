@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.bank import Bank
+from compressor.bank import Bank, Factored
 from compressor.executor import Executor
 from compressor.plan import Action, ActionMenu, Format, Site
 from compressor.prune import output_error, unit_columns
@@ -87,6 +87,7 @@ class _SubLayer:
         self.norm = _squared_norm(self.full)
         self._quantized: dict[str, dict[str, Tensor]] = {}
         self._pruned: dict[int, float] = {}
+        self._factored: Factored = {}
 
     def loss(self, action: Action) -> float:
         loss = self._pruning_loss(action.keep)
@@ -114,7 +115,7 @@ class _SubLayer:
     def _quantization_losses(self, format: str) -> dict[str, Tensor]:
         """Loss of every output of every matrix, [O], at full size."""
         if format not in self._quantized:
-            variant = self.bank.variant(self.site, Action(self.site.units, format))
+            variant = self.bank.variant(self.site, Action(self.site.units, format), self._factored)
             losses = {}
             for name, w_OI in self.full.items():
                 losses[name] = self._weigh(name, variant[name].dequantize() - w_OI)
