@@ -2,7 +2,8 @@
 
     python benchmarks/deployment.py recipes/benchmark-25.yaml runs/benchmark-25 --gguf q8_0.gguf q4_k_m.gguf q4_1.gguf
 
-The run must be finished. Rivals, made from the recipe's teacher and kept in OUT/rivals:
+The run must be finished; of several, of one teacher at several budgets, every student has a row, and ratios are to the first.
+Rivals, made from the recipe's teacher and kept in the first run's folder, under rivals:
 
     fp32             the teacher in ONNX Runtime, by our export
     quantize_dynamic onnxruntime.quantization's int8 of that, its products first put as plain MatMul, as general exporters do
@@ -43,7 +44,6 @@ from compressor.stages import Stages
 from eval.memory import peak_growth_bytes
 from eval.perplexity import Quality, compare
 
-STUDENT = "student"
 SUMMED = 1 << 30
 """Bytes of the array whose sum says what memory gives."""
 
@@ -121,19 +121,22 @@ class Engine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--gguf", nargs="*", type=Path, default=[])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     recipe = Recipe.load(options.recipe)
-    run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", progress))
-    student = options.out / recipe.deployed
-    if not (student / "model.onnx").is_file():
-        raise SystemExit(f"expected the student of a finished run in {student}; run compress {options.recipe} first")
-    folders = {STUDENT: student} | rivals(
-        Path(recipe.model.path), options.out, run.target.device, run.teacher.network.decoder.head_dim
-    )
+    out = options.runs[0]
+    run = pipeline.start(recipe, out, False, Stages(out / "stages", progress))
+    folders = {f"student, {path.name}": path / recipe.deployed for path in options.runs}
+    first = next(iter(folders))
+    for student in folders.values():
+        if not (student / "model.onnx").is_file():
+            raise SystemExit(
+                f"expected the student of a finished run in {student}; run compress {options.recipe} first"
+            )
+    folders |= rivals(Path(recipe.model.path), out, run.target.device, run.teacher.network.decoder.head_dim)
     folders |= {f"llama.cpp {path.stem}": path for path in options.gguf}
     engines = {name: Engine(path, run.target) for name, path in folders.items()}
 
@@ -143,7 +146,7 @@ def main() -> None:
         times = time_models(timed, rounds=options.rounds, progress=report)
     memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
     bandwidth = SUMMED / (times["memory"].decode.median_ms / 1e3)
-    ours = times[STUDENT]
+    ours = times[first]
     rows = []
     for name, engine in engines.items():
         prefill, decode = times[name].prefill, times[name].decode
@@ -165,7 +168,7 @@ def main() -> None:
         f"teacher: perplexity {quality['teacher'].perplexity:.2f}; bandwidth {bandwidth / 1e9:.1f} GB/s; {versions()}\n"
     )
     print(table(list(rows[0]), [[v if isinstance(v, str) else number(v) for v in row.values()] for row in rows]))
-    write_json_atomic(options.out / "deployment.json", rows)
+    write_json_atomic(out / "deployment.json", rows)
 
 
 def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compressor.plan import DROP, Action, ActionMenu, Format, Site
+from compressor.plan import DROP, Action, ActionMenu, Site
 from compressor.recipe import SearchSection
 
 
@@ -27,10 +27,10 @@ def _actions(search: SearchSection, site: Site) -> tuple[Action, ...]:
 
 def _divides(site: Site, keep: int, name: str) -> bool:
     """Whether a format's blocks divide what the site's matrices read, as the kernels of codebooks want it."""
-    format = Format.parse(name)
-    if format.kind != "codebook":
-        return True
-    return all(matrix.shape(keep, site.units)[1] % format.block == 0 for matrix in site.matrices)
+    stored = site.stored(Action(keep, name))
+    return all(
+        matrix.shape(keep, site.units)[1] % format.block == 0 for matrix, format in stored if format.kind == "codebook"
+    )
 
 
 def kept_units(search: SearchSection, site: Site) -> set[int]:

@@ -28,7 +28,7 @@ from compressor.calibrate import OUTPUTS, Statistics, collect
 from compressor.errors import BankError
 from compressor.files import write_bytes_atomic
 from compressor.network import Network
-from compressor.plan import Action, Format, Matrix, Plan, Site
+from compressor.plan import Action, Format, Formats, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Hessian, Weight, as_floats, damped, quantize, quantize_together
 from compressor.student import Lazy, Student, matrices_from, matrix_tensors
@@ -166,7 +166,13 @@ class Bank:
         """
         if action.keep == 0:
             return {}
-        name, fmt = f"{site.name}/{action.keep}-{action.format}", Format.parse(action.format)
+        formats = Formats.parse(action.format)
+        if len(formats.each) > 1:
+            alone = {fmt: self.variant(site, Action(action.keep, fmt.name), factored) for fmt in formats.each}
+            return {
+                matrix.name: alone.get(fmt, alone[formats.most])[matrix.name] for matrix, fmt in site.stored(action)
+            }
+        name, fmt = f"{site.name}/{action.keep}-{action.format}", formats.most
         weights = self._stored(name, site, action)
         if weights is None:
             weights = self.with_biases(site, action.keep, self._make(site, action.keep, fmt, factored))

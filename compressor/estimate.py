@@ -12,7 +12,7 @@ from compressor import actions
 from compressor.errors import RecipeError
 from compressor.measure import Target, available_bytes
 from compressor.model import read_decoder
-from compressor.plan import PARTS, Format
+from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
@@ -134,7 +134,8 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
     shapes = {
         (*(matrix.shape(a.keep, s.units) for matrix in s.matrices), a.format) for s in sites for a in menu[s.name]
     }
-    quantized = sum(Format.parse(name).kind == "blockwise" for name in search.formats)
+    formats = {format for name in search.formats for format in Formats.parse(name).each}
+    quantized = sum(format.kind == "blockwise" for format in formats)
     making = quantized * QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     noise = len(sites) * forward(search.tokens) / PARTS if search.sensitivity == "noise" else 0.0
     distill = recipe.distill

@@ -18,7 +18,7 @@ from torch import nn
 from compressor.errors import BankError, ModelError, RecipeError
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import Teacher, network_from_config
-from compressor.plan import Format, Plan
+from compressor.plan import Formats, Plan
 from compressor.recovery.distill import load_student
 from compressor.runtimes import RuntimeName, runtime, runtime_of
 from compressor.student import Student
@@ -69,7 +69,7 @@ def load(folder: str | Path) -> nn.Module:
     network = network_from_config(folder)
     try:
         plan = Plan.from_json(plan_path.read_text())
-        formats = [Format.parse(action.format) for action in plan.values() if action.keep]
+        formats = [Formats.parse(action.format) for action in plan.values() if action.keep]
         if list(plan) != list(network.sites) or not formats:
             raise ValueError(f"it has {len(plan)} sites, config.json describes {len(network.sites)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from compressor.plan import Action, Format, Site
-from compressor.quantize import Weight, as_floats, fake_block_int8, fake_dynamic_int8, fake_row_int8
+from compressor.plan import Action, Format, Formats, Site
+from compressor.quantize import Weight, as_floats, fake_dynamic_int8, fake_row_int8
 from compressor.student import Forced
 from compressor.transformer import Cache, Sides, Transformer
 
@@ -33,12 +33,15 @@ POSITIONS = 128
 
 
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
-    """What the format's kernel does to all that it reads, as far as it is imitated."""
+    """What the format's kernels do to all that a site reads, as far as it is imitated."""
     if fmt.kind == "dynamic" and rounding != "none":
         return fake_row_int8 if fmt.rowwise else fake_dynamic_int8
-    if fmt.kind == "blockwise" and rounding == "all":
-        return lambda x: fake_block_int8(x, fmt.block)
     return None
+
+
+def _block(fmt: Format, rounding: Rounding) -> int:
+    """Channels whose codes share a scale in what a weight-only kernel makes of its input, 0 where that is not imitated."""
+    return fmt.block if fmt.kind == "blockwise" and rounding == "all" else 0
 
 
 class Network:
@@ -228,7 +231,7 @@ class Network:
                 a model much; `all`: also the blocks of int8 inside weight-only kernels, which move it little and cost
                 some 8% of a forward pass, so that scoring leaves them out; `none`.
         """
-        rounder = _rounder(Format.parse(action.format), rounding)
+        formats = Formats.parse(action.format)
         if site.layer is None:
             module = self.module(site.name)
             module.weight = self._parameter(weights[site.name].dequantize())
@@ -237,17 +240,18 @@ class Network:
             if site.name == "embedding" and self.decoder.tied:
                 self.model.head.weight = module.weight
             if site.name == "head" or self.decoder.tied:
-                self.model.rounding = rounder
+                self.model.head.block = _block(formats.most, rounding)
             return
         sub_layer = self.module(site.name)
-        sub_layer.dropped, sub_layer.rounding = action.keep == 0, rounder
-        for matrix, _ in site.stored(action):
+        sub_layer.dropped, sub_layer.rounding = action.keep == 0, _rounder(formats.most, rounding)
+        for matrix, format in site.stored(action):
             given, linear = weights[matrix.name], self.module(matrix.name)
             wanted = matrix.shape(action.keep, site.units)
             assert given.shape == wanted, f"{matrix.name}: {given.shape} where {action} is {wanted}"
             linear.weight = self._parameter(given.dequantize())
             linear.bias = None if given.bias is None else self._parameter(given.bias)
             linear.out_features, linear.in_features = given.shape
+            linear.block = _block(format, rounding)
 
     def restore(self, site: Site, whole: Network) -> None:
         """Give a site the weights of a network that has it as it was; both have them in memory once."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from compressor.plan import Format
+from compressor.plan import Formats
 from compressor.report import PlanEntry, Recovery, Report, Row, Trial, best_so_far, median_of, whole
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ _FORMAT_COLOURS = {
     ("float", 16): "#3b4f8a",
     ("dynamic", 8): "#e69f00",
     ("blockwise", 8): "#2c7fb8",
+    ("blockwise", 6): "#35a0b8",
     ("blockwise", 4): "#41b6a6",
+    ("blockwise", 3): "#7acba0",
     ("blockwise", 2): "#b5de9b",
 }
 
@@ -152,8 +154,8 @@ def _quality_figure(report: Report) -> Figure:
 
 
 def _colour(name: str) -> str:
-    fmt = Format.parse(name)
-    return _FORMAT_COLOURS.get((fmt.kind, fmt.bits), "#999999")
+    formats = Formats.parse(name)
+    return _FORMAT_COLOURS.get((formats.most.kind, formats.bits), "#999999")
 
 
 COLUMNS = {"attention": "attention: groups kept", "cross": "across: groups kept", "ffn": "feed-forward: channels kept"}
@@ -200,7 +202,7 @@ def _plan_figure(report: Report) -> Figure:
     left.set_ylim(layers + (1.2 if any(entry.kind == "head" for entry in ends) else -0.3), -2.2 if ends else -0.7)
     left.set_ylabel("block")
     used = {entry.format for entry in report.plan if entry.keep}
-    formats = sorted(used, key=lambda name: (-Format.parse(name).bits, Format.parse(name).kind, name))
+    formats = sorted(used, key=lambda name: (-Formats.parse(name).bits, Formats.parse(name).most.kind, name))
     patches = [Patch(color=_colour(name), label=name) for name in formats]
     if any(entry.keep == 0 for entry in report.plan):
         patches.append(Patch(facecolor="white", edgecolor="#b22222", label="dropped"))

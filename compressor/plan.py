@@ -20,6 +20,9 @@ ALIGNMENT = 64
 
 FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4, int8row"
 
+FINER = ("k", "v", "down")
+"""The matrices of a site that have the second format of a pair: errors cost most there for their bytes."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -97,6 +100,49 @@ class Format:
 DROPPED, FP32 = Format.parse("none"), Format.parse("fp32")
 
 
+@dataclass(frozen=True)
+class Formats:
+    """Those of a site: of its keys, values and down projection (`FINER`), and of all its other matrices."""
+
+    most: Format
+    finer: Format
+
+    @classmethod
+    def parse(cls, name: str) -> Formats:
+        """`w4+w8` -> w4, but w8 for what is finer; `w4` -> w4 for all.
+
+        Raises:
+            RecipeError: a name is none that can be deployed, or a pair has one that quantizes activations.
+        """
+        first, plus, second = name.partition("+")
+        most = Format.parse(first)
+        finer = Format.parse(second) if plus else most
+        if plus and {most.kind, finer.kind} & {"dynamic", "dropped"}:
+            raise RecipeError(
+                f"format {name!r}: int8 and int8row quantize what all matrices of a site read, so they stand alone; "
+                "choose pairs such as w4+w8"
+            )
+        return cls(most, finer)
+
+    @property
+    def name(self) -> str:
+        return self.most.name if self.most == self.finer else f"{self.most.name}+{self.finer.name}"
+
+    @property
+    def each(self) -> tuple[Format, ...]:
+        """Every format once."""
+        return tuple(dict.fromkeys((self.most, self.finer)))
+
+    @property
+    def bits(self) -> int:
+        """Mean of the two."""
+        return (self.most.bits + self.finer.bits) // 2
+
+    def of(self, matrix: str) -> Format:
+        """That of a matrix, by its name."""
+        return self.finer if matrix.rpartition(".")[2] in FINER else self.most
+
+
 def aligned(size: int) -> int:
     """`size` in bytes, rounded up to the alignment of the exported data file."""
     return -(-size // ALIGNMENT) * ALIGNMENT
@@ -171,8 +217,25 @@ class Site:
         """Its matrices and tables, and the formats that an action gives them; none where it is dropped."""
         if action.keep == 0:
             return []
-        formats = [(self.matrices, Format.parse(action.format)), (self.tables, FP32)]
-        return [(matrix, format) for matrices, format in formats for matrix in matrices]
+        formats = Formats.parse(action.format)
+        own = [(matrix, formats.of(matrix.name)) for matrix in self.matrices]
+        return own + [(table, FP32) for table in self.tables]
+
+    def products(self, action: Action) -> dict[str, tuple[tuple[Matrix, ...], Format]]:
+        """What its matrices are in the exported file, by name there: (matrices that are one, their format). Of an attention
+        those are one that read the same and have one format; `{name}.qkv` say, or `{name}.q` and `{name}.kv`."""
+        reads = {matrix.name: read for read, matrices in self.inputs.items() for matrix in matrices}
+        together: dict[tuple[str, Format], tuple[Matrix, ...]] = {}
+        for matrix, format in self.stored(action):
+            key = (reads.get(matrix.name, matrix.name), format) if self.kind == "attention" else (matrix.name, format)
+            together[key] = (*together.get(key, ()), matrix)
+        return {
+            parts[0].name if len(parts) == 1 else f"{self.name}." + "".join(part.name[-1] for part in parts): (
+                parts,
+                format,
+            )
+            for (_, format), parts in together.items()
+        }
 
     def size_bytes(self, action: Action) -> int:
         """Bytes of the exported data file that this site takes under `action`, alignment included."""
@@ -187,7 +250,7 @@ class Site:
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """What is decided for a site: how many units are kept (0 drops the sub-layer) and in which format."""
+    """What is decided for a site: how many units are kept (0 drops the sub-layer) and in which format, a pair included."""
 
     keep: int
     format: str

@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from compressor.errors import RecipeError
-from compressor.plan import PARTS, Format
+from compressor.plan import PARTS, Formats
 
 PolicyName = Literal[
     "uniform", "random", "greedy", "dynamic_programming", "evolution", "tpe", "nsga2", "ppo", "actor_critic"
@@ -101,12 +101,12 @@ TimeLimit = Annotated[
 
 def _format_name(name: str) -> str:
     try:
-        fmt = Format.parse(name)
+        found = Formats.parse(name)
     except RecipeError as error:
         raise ValueError(str(error)) from None
-    if fmt.kind == "dropped":
+    if found.most.kind == "dropped":
         raise ValueError("a sub-layer is dropped by the fraction 0 in attention_keep or ffn_keep, not by a format")
-    return fmt.name
+    return found.name
 
 
 def _distinct(values: tuple) -> tuple:
@@ -115,7 +115,7 @@ def _distinct(values: tuple) -> tuple:
 
 FormatName = Annotated[str, AfterValidator(_format_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Formats = Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(_distinct)]
+FormatNames = Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(_distinct)]
 Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), AfterValidator(_distinct)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -325,9 +325,13 @@ class SearchSection(Section):
     """Calibration tokens that score a plan, the same for every plan; at least eight windows, cut if it takes that."""
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
-    formats: Formats = ("fp32", "int8", "w8", "w4", "w4b64", "w2", "w2b64", "nf4", "fp4", "int8row")
-    """Weight formats of attention and feed-forward; of the default, those that the target runs."""
-    embedding_formats: Formats = ("fp32", "w8", "w4")
+    formats: FormatNames = (
+        *("fp32", "int8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
+        *("nf4", "fp4", "int8row"),
+    )
+    """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w8 is
+    w4, but w8 for keys, values and down projection, where errors cost most for the bytes."""
+    embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
     """Fractions of the key/value groups (with their query heads) that an attention may keep, rounded to whole groups;
@@ -353,8 +357,13 @@ class SearchSection(Section):
     @field_validator("embedding_formats")
     @classmethod
     def _gathered(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if any(Format.parse(name).kind == "dynamic" for name in names):
+        found = [Formats.parse(name) for name in names]
+        if any(formats.most.kind == "dynamic" for formats in found):
             raise ValueError("int8 quantizes activations, and an embedding has none; choose among fp32, fp16, w8, w4")
+        if pairs := [formats.name for formats in found if len(formats.each) > 1]:
+            raise ValueError(
+                f"an embedding is one matrix, {pairs[0]} is for two kinds; choose among fp32, fp16, w8, w4"
+            )
         return names
 
     @property

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressor.bank import Bank, Factored
 from compressor.executor import Executor
-from compressor.plan import Action, ActionMenu, Format, Site
+from compressor.plan import FP32, Action, ActionMenu, Format, Formats, Site
 from compressor.prune import output_error, unit_columns
 from compressor.quantize import as_floats
 from compressor.student import full_plan
@@ -85,17 +85,19 @@ class _SubLayer:
         self.statistics = bank.statistics()
         self.full: dict[str, Tensor] = {matrix.name: bank.teacher.matrix(matrix.name) for matrix in site.matrices}
         self.norm = _squared_norm(self.full)
-        self._quantized: dict[str, dict[str, Tensor]] = {}
+        self._quantized: dict[Format, dict[str, Tensor]] = {}
         self._pruned: dict[int, float] = {}
         self._factored: Factored = {}
 
     def loss(self, action: Action) -> float:
         loss = self._pruning_loss(action.keep)
-        if action.keep == 0 or action.format == "fp32":
+        if action.keep == 0:
             return loss
-        units = self.bank.order(self.site)[self.site.units - action.keep :]
+        units, formats = self.bank.order(self.site)[self.site.units - action.keep :], Formats.parse(action.format)
         for matrix in self.site.matrices:
-            losses_O = self._quantization_losses(action.format)[matrix.name]
+            if (format := formats.of(matrix.name)) == FP32:
+                continue
+            losses_O = self._quantization_losses(format)[matrix.name]
             if matrix.pruned == "rows":
                 loss += float(losses_O[unit_columns(units, matrix.rows // self.site.units)].sum())
             else:
@@ -112,15 +114,15 @@ class _SubLayer:
             self._pruned[keep] = float(self._weigh(narrow.name, delta).sum()) if keep < self.site.units else 0.0
         return self._pruned[keep]
 
-    def _quantization_losses(self, format: str) -> dict[str, Tensor]:
+    def _quantization_losses(self, format: Format) -> dict[str, Tensor]:
         """Loss of every output of every matrix, [O], at full size."""
         if format not in self._quantized:
-            variant = self.bank.variant(self.site, Action(self.site.units, format), self._factored)
+            variant = self.bank.variant(self.site, Action(self.site.units, format.name), self._factored)
             losses = {}
             for name, w_OI in self.full.items():
                 losses[name] = self._weigh(name, variant[name].dequantize() - w_OI)
-                if (found := Format.parse(format)).kind == "dynamic":
-                    variance = self.statistics.rounding_variance(self._input(name), found.rowwise)
+                if format.kind == "dynamic":
+                    variance = self.statistics.rounding_variance(self._input(name), format.rowwise)
                     losses[name] += 0.5 * self.statistics.fisher(name) * variance * w_OI.square().sum(1)
             self._quantized[format] = losses
         return self._quantized[format]

@@ -27,7 +27,7 @@ from compressor.families import module_names
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import network_from_config
 from compressor.network import Network
-from compressor.plan import Action, Format, Plan, Site
+from compressor.plan import Action, Format, Formats, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
 from compressor.student import Decoder, Precision, Student
 from compressor.transformer import Attention, Cache, Context, FeedForward, Norm
@@ -53,12 +53,14 @@ def refused_formats(
         )
     refused = {}
     for name in formats:
-        found = Format.parse(name)
-        if found.kind != "float" and not found.of_bitsandbytes:
+        found = Formats.parse(name).each
+        if any(format.kind != "float" and not format.of_bitsandbytes for format in found):
             refused[name] = "target.runtime: torch knows fp32, fp16, nf4, fp4 and int8row"
-        elif found.of_bitsandbytes and kind == "embedding":
+        elif not any(format.of_bitsandbytes for format in found):
+            continue
+        elif kind == "embedding":
             refused[name] = "bitsandbytes has no kernel that looks up rows"
-        elif found.of_bitsandbytes:
+        else:
             try:
                 import bitsandbytes  # type: ignore[import-untyped] # noqa: F401
             except ImportError as error:
@@ -167,10 +169,10 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for site in decoder.sites():
             action = plan[site.name]
-            for matrix in site.matrices if action.keep else ():
+            for matrix, format in site.stored(action):
                 parts = {key: stored.get(f"{names.get(matrix.name, matrix.name)}.{key}") for key in _PARTS}
                 shape = matrix.shape(action.keep, site.units)
-                matrices[matrix.name] = _weight(Format.parse(action.format), shape, parts)
+                matrices[matrix.name] = _weight(format, shape, parts)
         vectors = {name: stored[_vector_name(names, name)].float() for name in decoder.vectors_of(plan)}
     except (OSError, SafetensorError, KeyError, RuntimeError, AttributeError) as error:
         raise BankError(
@@ -366,9 +368,9 @@ def site_stack(
     prefill_tokens = site.reached(prefill_tokens)
 
     def made(name: str) -> nn.Module:
-        (matrix,) = (matrix for matrix in site.matrices if matrix.name == name)
+        ((matrix, format),) = ((matrix, format) for matrix, format in site.stored(action) if matrix.name == name)
         rows, columns = matrix.shape(action.keep, site.units)
-        weight = quantize(0.05 * torch.randn(rows, columns, generator=random), Format.parse(action.format))
+        weight = quantize(0.05 * torch.randn(rows, columns, generator=random), format)
         return linear(replace(weight, bias=torch.zeros(rows) if matrix.bias else None), decoder.precision, device)
 
     stack: list[Callable[[Tensor, Context], Tensor]] = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from compressor.quantize import fake_block_int8
 from compressor.student import Decoder, Experts
 from compressor.text import plain
 
@@ -129,11 +130,20 @@ class Norm(nn.Module):
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
+class Linear(nn.Linear):
+    """block: columns of what it reads whose int8 codes share a scale, as weight-only kernels round it; 0 rounds nothing."""
+
+    block = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(fake_block_int8(x, self.block) if self.block else x)
+
+
 class SubLayer(nn.Module):
     """Attention, feed-forward or mixture with the norms around it; what it gives is added to the residual stream.
 
     name: None is a feed-forward without norms, an expert. norms_stream: see `Decoder.norms_stream`. dropped: it gives
-    nothing. rounding: what is done to all that its matrices read, to imitate a kernel; None is nothing.
+    nothing. rounding: what is done to all that its matrices read, to imitate a kernel of int8; None is nothing.
     """
 
     def __init__(self, decoder: Decoder, name: str | None):
@@ -183,10 +193,10 @@ class Attention(SubLayer):
         self.layer, self.width, self.cap, self.causal = layer, decoder.head_dim, decoder.attention_cap, decoder.causal
         self.window, self.frequencies = decoder.window_of(layer), decoder.frequencies_of(layer)
         heads, groups, hidden = decoder.heads * self.width, decoder.kv_heads * self.width, decoder.hidden
-        self.q = nn.Linear(hidden, heads, "q" in decoder.biases)
-        self.k = nn.Linear(hidden, groups, "k" in decoder.biases)
-        self.v = nn.Linear(hidden, groups, "v" in decoder.biases)
-        self.o = nn.Linear(heads, hidden, "o" in decoder.biases)
+        self.q = Linear(hidden, heads, "q" in decoder.biases)
+        self.k = Linear(hidden, groups, "k" in decoder.biases)
+        self.v = Linear(hidden, groups, "v" in decoder.biases)
+        self.o = Linear(heads, hidden, "o" in decoder.biases)
         self.q_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
         self.k_norm = Norm(self.width, "rms", decoder.norm_epsilon) if decoder.qk_norm else None
         buckets = decoder.distance_buckets if self.part == "attention" else 0
@@ -205,7 +215,7 @@ class Attention(SubLayer):
         bias = _hiding(context.blank_BM, near_HLM)
         return self._written(attend(q, k, v, self.window, self.cap, self.causal, bias), context)
 
-    def _heads(self, matrix: nn.Linear, x_BLD: Tensor) -> Tensor:
+    def _heads(self, matrix: Linear, x_BLD: Tensor) -> Tensor:
         """What a matrix gives, head by head: [B, H, L, K]."""
         return matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
 
@@ -245,9 +255,9 @@ class FeedForward(SubLayer):
     def __init__(self, decoder: Decoder, name: str | None, channels: int):
         super().__init__(decoder, name)
         self.activation, hidden = decoder.activation, decoder.hidden
-        self.gate = nn.Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
-        self.up = nn.Linear(hidden, channels, "up" in decoder.biases)
-        self.down = nn.Linear(channels, hidden, "down" in decoder.biases)
+        self.gate = Linear(hidden, channels, "gate" in decoder.biases) if decoder.gated else None
+        self.up = Linear(hidden, channels, "up" in decoder.biases)
+        self.down = Linear(channels, hidden, "down" in decoder.biases)
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         activate = ACTIVATIONS[self.activation]
@@ -392,7 +402,6 @@ class Transformer(Stack):
 
     def __init__(self, decoder: Decoder):
         super().__init__(decoder)
-        self.rounding: Callable[[Tensor], Tensor] | None = None
         self.checkpointing = False
         self.embedding = nn.Embedding(decoder.vocabulary, decoder.hidden)
         self.encoder = Stack(decoder.encoder) if decoder.encoder else None
@@ -400,7 +409,7 @@ class Transformer(Stack):
         if decoder.transform:
             self.transform = nn.Linear(decoder.hidden, decoder.hidden, "transform" in decoder.biases)
             self.transform_norm = Norm.of(decoder) if decoder.transform_norm else None
-        self.head = nn.Linear(decoder.hidden, decoder.outputs, "head" in decoder.biases)
+        self.head = Linear(decoder.hidden, decoder.outputs, "head" in decoder.biases)
         if decoder.tied:
             self.head.weight = self.embedding.weight
 
@@ -478,8 +487,7 @@ class Transformer(Stack):
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
-        seen_BLD = hidden_BLD if self.rounding is None else self.rounding(hidden_BLD)
-        logits_BLV, cap = self.head(seen_BLD), self.decoder.logit_cap
+        logits_BLV, cap = self.head(hidden_BLD), self.decoder.logit_cap
         return logits_BLV if cap is None else cap * torch.tanh(logits_BLV / cap)
 
     def embedded(self, ids_BL: Tensor, start: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.plan import Format
+from compressor.plan import Formats
 from policies.dynamic_programming import prices
 from policies.problem import UNITS, Problem
 
@@ -168,7 +168,7 @@ def features(problem: Problem, x_SA: np.ndarray) -> tuple[Tensor, Tensor]:
     action_SAQ = np.zeros((*valid_SA.shape, 4 + len(UNITS)))
     for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
         for a, action in enumerate(menu):
-            bits = Format.parse(action.format).bits
+            bits = Formats.parse(action.format).bits
             action_SAQ[s, a, :3] = action.keep / site.units, np.log2(1 + bits) / 4, action.keep == 0
     action_SAQ[..., 3], action_SAQ[..., 4:] = log_x_SA, cost_SA3
     parameters_S = np.log([site.parameters + 1 for site in problem.sites])

@@ -28,7 +28,7 @@ from itertools import count
 
 import numpy as np
 
-from compressor.plan import PARTS, Action, Format, Site
+from compressor.plan import PARTS, Action, Formats, Site
 from policies.problem import Problem
 
 GROUPS: dict[str, tuple[float, Callable[[Site, Action, float], tuple[object, float]]]] = {
@@ -254,4 +254,4 @@ def part_noise(parts_N: np.ndarray) -> np.ndarray:
 
 
 def _bits(action: Action) -> int:
-    return Format.parse(action.format).bits
+    return Formats.parse(action.format).bits

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compressor.plan import Format, Plan, Score
+from compressor.plan import Formats, Plan, Score
 from policies.base import History, Question, generator
 from policies.problem import Problem
 
@@ -65,7 +65,8 @@ def perturbed(problem: Problem, rng: np.random.Generator, spread: float) -> np.n
     pruned = spread * rng.normal()
     for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
         for a, action in enumerate(menu):
-            factor = kinds[site.kind] + bits[Format.parse(action.format).bits] + pruned * (action.keep < site.units)
+            own = float(np.mean([bits[format.bits] for format in Formats.parse(action.format).each]))
+            factor = kinds[site.kind] + own + pruned * (action.keep < site.units)
             result_SA[s, a] *= np.exp(factor)
     return result_SA
 

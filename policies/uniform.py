@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressor.plan import Action, Format, Plan, Score, Site
+from compressor.plan import Action, Formats, Plan, Score, Site
 from policies.base import History, Question
 from policies.problem import Problem
 
@@ -60,7 +60,7 @@ def _nearest(site: Site, menu: tuple[Action, ...], table: Action, block: tuple[f
     fraction, name = (1.0, table.format) if is_table(site) else block
 
     def distance(action: Action) -> tuple[float, ...]:
-        ours, theirs = Format.parse(action.format), Format.parse(name)
+        ours, theirs = Formats.parse(action.format), Formats.parse(name)
         fewer = max(0, theirs.bits - ours.bits)
         dropped = (action.keep == 0) != (fraction == 0.0)
         return (

@@ -56,6 +56,24 @@ def test_variants_have_the_shape_of_their_action(bank, tiny):
     assert bank.variant(ffn, DROP) == {}
 
 
+def test_a_pair_of_formats_is_one_for_keys_values_and_down_and_one_for_the_others(bank, tiny):
+    for site, finer in (("layers.0.attention", "kv"), ("layers.0.ffn", ["down"])):
+        keep = tiny.sites[site].units // 2
+        pair, *alone = (bank.variant(tiny.sites[site], Action(keep, name)) for name in ("w2+w8", "w2", "w8"))
+        for name, weight in pair.items():
+            expected = alone[name.rpartition(".")[2] in finer][name]
+            assert weight.format == expected.format and torch.equal(weight.dequantize(), expected.dequantize())
+
+
+def test_what_a_pair_is_predicted_to_cost_is_the_sum_of_its_matrices(bank, tiny):
+    site = tiny.sites["layers.1.ffn"]
+    names = ("fp32", "w2+fp32", "fp32+w2", "w2", "w2+w8")
+    found = dict(zip(names, sensitivities(bank, {site.name: tuple(Action(96, name) for name in names)})[site.name]))
+    assert 0 < found["fp32"] < min(found["w2+fp32"], found["fp32+w2"])
+    assert found["w2+fp32"] + found["fp32+w2"] - found["fp32"] == pytest.approx(found["w2"])
+    assert found["w2+fp32"] < found["w2+w8"] < found["w2"]
+
+
 def test_a_second_bank_reads_what_the_first_made(bank, tiny, windows, tmp_path, monkeypatch):
     site, actions = (
         tiny.sites["layers.0.ffn"],

@@ -106,10 +106,10 @@ def mixed_plan(decoder) -> Plan:
         "embedding": Action(1, "w8"),
         "layers.0.attention": DROP,
         "layers.0.ffn": Action(64, "int8"),
-        "layers.1.attention": Action(2, "w4"),
+        "layers.1.attention": Action(2, "w4+w8"),
         "layers.1.ffn": DROP,
         "layers.2.attention": Action(4, "int8"),
-        "layers.2.ffn": Action(96, "w2"),
+        "layers.2.ffn": Action(96, "w2+w4b64"),
         "head": Action(1, "w4"),
     }
     return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))

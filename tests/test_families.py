@@ -129,10 +129,10 @@ def mixed_plan(decoder) -> Plan:
     kept = max(1, decoder.kv_heads // 2)
     actions = {
         "embedding": Action(1, "w8"),
-        "layers.0.attention": Action(kept, "w4"),
+        "layers.0.attention": Action(kept, "w4+w8"),
         "layers.0.ffn": Action(64, "int8"),
         "layers.1.attention": DROP,
-        "layers.1.ffn": Action(decoder.channels, "w2"),
+        "layers.1.ffn": Action(decoder.channels, "w2+w4b64"),
         "layers.2.attention": Action(decoder.kv_heads, "int8"),
         "layers.2.ffn": DROP,
         "head": Action(1, "w4"),
@@ -152,7 +152,7 @@ def spread(decoder, actions: dict[str, Action], experts: list[Action]) -> Plan:
 
 def half_plan(decoder) -> Plan:
     """The same in formats that float16 graphs take, too."""
-    names = {"int8": "w8", "w2": "w4"}
+    names = {"int8": "w8", "w2": "w4", "w2+w4b64": "w4+w4b64"}
     return Plan(tuple((key, Action(a.keep, names.get(a.format, a.format))) for key, a in mixed_plan(decoder).items()))
 
 

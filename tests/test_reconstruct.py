@@ -64,7 +64,12 @@ def test_the_teacher_itself_stays_as_it_is(tiny, windows, bank):
 
 
 def test_formats_and_widths_are_those_of_the_plan(tiny, windows, bank):
-    plan = changed(tiny, "w8", "w4", {"layers.0.ffn": Action(64, "w2"), "layers.1.attention": DROP})
+    plan = changed(
+        tiny,
+        "w8",
+        "w4",
+        {"layers.0.ffn": Action(64, "w2+w4"), "layers.1.attention": DROP, "layers.2.attention": Action(2, "w2+w8")},
+    )
     student, plain = reconstruct(bank, plan, windows[:16]), bank.realize(plan)
     assert student.plan == plan and student.vectors.keys() == plain.vectors.keys()
     assert student.matrices.keys() == plain.matrices.keys()

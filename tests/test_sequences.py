@@ -183,7 +183,7 @@ def mixed_plan(decoder) -> Plan:
     heads = decoder.heads
     actions = {
         "embedding": Action(1, "w8"),
-        "encoder.layers.0.attention": Action(3, "w4"),
+        "encoder.layers.0.attention": Action(3, "w4+w8"),
         "encoder.layers.0.ffn": Action(64, "int8"),
         "encoder.layers.1.attention": DROP,
         "encoder.layers.1.ffn": Action(96, "w2"),
@@ -194,7 +194,7 @@ def mixed_plan(decoder) -> Plan:
         "layers.0.ffn": Action(64, "w8"),
         "layers.1.attention": Action(heads, "w4"),
         "layers.1.cross": Action(heads - 1, "int8"),
-        "layers.1.ffn": Action(decoder.channels, "w4"),
+        "layers.1.ffn": Action(decoder.channels, "w4+w8"),
         "head": Action(1, "w4"),
     }
     return Plan(tuple((site.name, actions[site.name]) for site in decoder.sites()))

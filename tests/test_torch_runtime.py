@@ -79,7 +79,7 @@ def mixed(decoder) -> Plan:
         "layers.0.ffn": Action(64, "nf4"),
         "layers.1.attention": DROP,
         "layers.1.ffn": Action(decoder.channels, "int8row"),
-        "layers.2.attention": Action(decoder.kv_heads, "nf4"),
+        "layers.2.attention": Action(decoder.kv_heads, "nf4+fp16"),
         "layers.2.ffn": DROP,
         "head": Action(1, "fp32"),
     }

@@ -23,7 +23,7 @@ from compressor.errors import BankError
 from compressor.export.graph import ENCODER_FILE, GRAPH_FILE, SEQUENCE_FILES, graph_files, student_models
 from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
-from compressor.plan import Action, Format, Matrix, Plan, Site, aligned
+from compressor.plan import Action, Format, Plan, Site, aligned
 from compressor.quantize import PARTS, Weight
 from compressor.student import Decoder, Lazy, Precision, Student
 
@@ -132,10 +132,10 @@ def fixed_bytes(decoder: Decoder) -> int:
     """
     vectors = sum(aligned(decoder.floats.itemsize * prod(shape)) for shape in decoder.vectors().values())
     base = _graph_bytes(decoder)
-    formats = ("fp32", "fp16", "int8", "w8b256", "w4b256")
+    alone = ("fp32", "fp16", "w8b256", "w4b256")
+    formats = {"table": alone, "attention": (*alone, "int8", "w4b256+w4b128"), "ffn": (*alone, "int8")}
     growth = {
-        kind: max(_graph_bytes(decoder, **{kind: name}) for name in formats if kind != "table" or name != "int8") - base
-        for kind in ("attention", "ffn", "table")
+        kind: max(_graph_bytes(decoder, **{kind: name}) for name in names) - base for kind, names in formats.items()
     }
     # 64: the length prefixes of graph and model may each take a byte more than in `base`, and names of a skipped
     # block's neighbours differ by a few characters; what a dropped site saves is far more
@@ -171,7 +171,7 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
     vectors = {name: _vector(folder, tensors, name).float() for name in decoder.vectors_of(plan)}
     for site in decoder.sites():
         action = plan[site.name]
-        for name, parts, format in _fused(site, action):
+        for name, (parts, format) in site.products(action).items():
             heights, (columns, *_) = zip(*(part.shape(action.keep, site.units) for part in parts), strict=True)
             whole = _stored(folder, tensors, name, format, sum(heights), columns, parts[0].bias, decoder.floats)
             for part, height, end in zip(parts, heights, np.cumsum(heights).tolist(), strict=True):
@@ -182,23 +182,6 @@ def read_student(folder: Path, decoder: Decoder, plan: Plan) -> Student:
         return whole.weight().rows(start, stop)
 
     return Student(decoder, plan, Lazy(decoder.sites(), plan, matrix), vectors)
-
-
-def _fused(site: Site, action: Action) -> list[tuple[str, list[Matrix], Format]]:
-    """(name in the file, matrices that are one there, format): those of an attention that read the same are one."""
-    reads = {matrix.name: read for read, matrices in site.inputs.items() for matrix in matrices}
-    together: dict[str, tuple[list[Matrix], Format]] = {}
-    for matrix, format in site.stored(action):
-        key = reads.get(matrix.name, matrix.name) if site.kind == "attention" else matrix.name
-        together.setdefault(key, ([], format))[0].append(matrix)
-    return [
-        (
-            parts[0].name if len(parts) == 1 else site.name + "." + "".join(part.name[-1] for part in parts),
-            parts,
-            format,
-        )
-        for parts, format in together.values()
-    ]
 
 
 def _open_tensors(folder: Path, graphs: Sequence[str]) -> Mapping[str, ir.TensorProtocol]:

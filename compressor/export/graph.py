@@ -214,7 +214,10 @@ def blocks(
             cross(b, stream, layer, caches[name], kept[name].keep, decoder, matrices, source, past.get(name))
         elif sites[0].kind == "attention":
             heads, given = decoder.heads_of(kept[name]), past.get(name)
-            attention(b, stream, layer, caches.get(name, ""), heads, decoder, matrices, vectors, positions(), given)
+            fused = f"{name}.qkv" in sites[0].products(kept[name])
+            attention(
+                b, stream, layer, caches.get(name, ""), heads, fused, decoder, matrices, vectors, positions(), given
+            )
         else:
             beside = decoder.parallel and plan[f"layers.{layer}.attention"].keep > 0
             if decoder.experts_of(layer):
@@ -276,8 +279,8 @@ def stack_model(
         if site.part == "cross":
             cross(b, stream, copy, name, action.keep, stack, matrices, source, past.get(copy))
         elif kind == "attention":
-            heads, given = stack.heads_of(action), past.get(copy)
-            attention(b, stream, copy, name, heads, stack, matrices, vectors, positions, given)
+            heads, fused, given = stack.heads_of(action), f"{site.name}.qkv" in site.products(action), past.get(copy)
+            attention(b, stream, copy, name, heads, fused, stack, matrices, vectors, positions, given)
         else:
             feed_forward(b, stream, copy, stack, matrices)
     b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])

@@ -386,26 +386,35 @@ def attention(
     layer: int,
     cache: str,
     heads: tuple[int, int],
+    fused: bool,
     decoder: Decoder,
     matrices: Matrices,
     vectors: Mapping[str, np.ndarray],
     positions: Positions,
     past: Past | None,
 ) -> None:
-    """Grouped-query attention of block `layer`. heads: (query, key/value); cache: name of its keys and values."""
+    """Grouped-query attention of block `layer`. heads: (query, key/value); fused: its queries are one matrix with keys and
+    values; cache: name of its keys and values."""
     name, head_dim = f"{decoder.prefix}layers.{layer}.attention", decoder.head_dim
     x = stream.enter(name)
-    qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
     window = decoder.window_of(layer)
     rotation = positions.rotation(layer)
     near = None
     if decoder.distance_buckets:
         near = positions.near(f"{name}.distances", matrices((f"{name}.distances",)))
-    inputs: list[ir.Value | None] = [qkv, None, None]
+    if fused:
+        qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
+        inputs: list[ir.Value | None] = [qkv, None, None]
+    else:
+        q = linear(b, x, f"{name}.q", matrices((f"{name}.q",)), f"{name}.q.out")
+        kv = linear(b, x, f"{name}.kv", matrices((f"{name}.k", f"{name}.v")), f"{name}.kv.out")
+        k, v = b.node("", "Split", [kv], [f"{name}.k.out", f"{name}.v.out"], {"axis": -1, "num_outputs": 2})
+        inputs = [q, k, v]
     if decoder.qk_norm or not decoder.causal:
-        widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
-        parts = [f"{name}.{part}.out" for part in "qkv"]
-        q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
+        if fused:
+            widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
+            parts = [f"{name}.{part}.out" for part in "qkv"]
+            q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
         if decoder.qk_norm:
             q, k = (head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k)))
         inputs = [q, k, v]

@@ -24,7 +24,7 @@ from compressor.export.files import DATA_FILE, has_encoder, store
 from compressor.export.graph import ENCODER_FILE, FIRST_FILE, GRAPH_FILE, KEEP, NEXT_FILE, PAD, START, stack_model
 from compressor.export.layers import Store
 from compressor.export.layout import Stored
-from compressor.plan import Action, Format, Site
+from compressor.plan import Action, Formats, Site
 from compressor.student import Decoder, Forced, Precision
 
 Device = Literal["cpu", "cuda"]
@@ -108,7 +108,7 @@ def refused_formats(
     site = next(site for site in probe.sites() if site.kind == kind)
     refused: dict[str, str] = {}
     for name in formats:
-        if Format.parse(name).of_bitsandbytes:
+        if any(format.of_bitsandbytes for format in Formats.parse(name).each):
             refused[name] = "ONNX Runtime has no kernel for it; target.runtime: torch has"
             continue
         try:

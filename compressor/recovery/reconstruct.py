@@ -33,7 +33,7 @@ from torch import Tensor
 
 from compressor.bank import DAMPING, Bank
 from compressor.network import Network, Stream
-from compressor.plan import Action, Format, Plan, Site
+from compressor.plan import Action, Formats, Plan, Site
 from compressor.quantize import Hessian, Weight, as_floats, damped, quantize_together
 from compressor.student import Student
 from compressor.text import tokens_digest
@@ -145,9 +145,11 @@ class _Fitting:
         w_OI, moment_II = fit.solution()
         rows = w_OI.split([len(self._dense[name]) for name in names])
         hessian = None if self._bank.quantizer == "nearest" else Hessian(damped(moment_II, DAMPING))
-        format = Format.parse(self.action.format)
-        made = quantize_together(dict(zip(names, rows, strict=True)), format, hessian)
-        self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
+        formats, fitted = Formats.parse(self.action.format), dict(zip(names, rows, strict=True))
+        for format in formats.each:
+            own = {name: w_RI for name, w_RI in fitted.items() if formats.of(name) == format}
+            made = quantize_together(own, format, hessian) if own else {}
+            self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
         self._install()
 
     def _install(self) -> None:
