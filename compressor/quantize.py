@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from compressor.plan import FP32, Format
 
-SMALLEST_BLOCK = 32
-"""Columns that GPTQ handles before it updates the rest; divides every format's block."""
+CHUNK = 32
+"""Columns that GPTQ handles before it updates the rest."""
 
+ROUNDS = 2
+"""Of coordinate descent behind GPTQ."""
 
 CODEBOOKS = {
     "nf4": (
@@ -99,9 +101,8 @@ class Grid:
         matrix, scales, _ = self._blocks(matrix_OI)
         return (matrix * scales).view(matrix_OI.shape)
 
-    def column(self, index: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """(weights -> nearest codes, codes -> values), [O] each, of a column."""
-        group = index // self.format.block
+    def group(self, group: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """(weights -> nearest codes, codes -> values), [O] each, of a column in a block."""
         scale_O, zero_O = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
         if self.format.kind == "codebook":
             table = codebook(self.format, scale_O)
@@ -363,9 +364,15 @@ class Hessian:
     moment_II: Tensor
 
     @cached_property
+    def order_I(self) -> Tensor:
+        """Columns by what they read, the largest second moment first."""
+        return self.moment_II.diagonal().argsort(descending=True, stable=True)
+
+    @cached_property
     def upper_II(self) -> Tensor:
-        """U, upper triangular, with U^T U = H^-1."""
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(self.moment_II))
+        """U, upper triangular, with U^T U = H^-1, rows and columns in `order_I`."""
+        ordered_II = self.moment_II[self.order_I][:, self.order_I]
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(ordered_II))
         return torch.linalg.cholesky(inverse_II, upper=True)
 
 
@@ -401,8 +408,9 @@ def gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
 
     With U the upper Cholesky factor of H^-1, for every column i:
         q_i = round(w_i);  e = (w_i - q_i) / U_ii;  w_j -= e U_ij  for j > i
-    Source: Frantar et al. 2022, "GPTQ", Algorithm 1. Departures: clipped grids found beforehand on the original
-    weights, weighted by diag(H); columns in their own order, so that blocks stay contiguous for the kernel.
+    Source: Frantar et al. 2022, "GPTQ", Algorithm 1; columns in order of falling H_ii, as in its implementation. Departures:
+    clipped grids found beforehand on the original weights, weighted by diag(H), so that blocks are those of the kernel in any
+    order; `ROUNDS` of descent behind it, see `_descended`.
 
     Args:
         w_OI: float32 weights.
@@ -413,25 +421,61 @@ def gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
 
 
 def _gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
-    grid, upper_II = find_grid(w_OI, format, hessian.moment_II.diagonal()), hessian.upper_II
-    w_OI = w_OI.clone()
-    codes_OI = torch.empty_like(w_OI)
-    columns = w_OI.shape[1]
-    for start in range(0, columns, SMALLEST_BLOCK):
-        stop = min(start + SMALLEST_BLOCK, columns)
-        # columns as rows: one column's update then touches contiguous memory
-        w_iO = w_OI[:, start:stop].T.contiguous()
-        codes_iO, error_iO = torch.empty_like(w_iO), torch.empty_like(w_iO)
-        upper_ii = upper_II[start:stop, start:stop]
-        code_of, value_of = grid.column(start)
-        for i in range(stop - start):
-            codes_iO[i] = code_of(w_iO[i])
-            torch.sub(w_iO[i], value_of(codes_iO[i]), out=error_iO[i]).div_(upper_ii[i, i])
-            w_iO[i + 1 :].addr_(upper_ii[i, i + 1 :], error_iO[i], alpha=-1)
-        codes_OI[:, start:stop] = codes_iO.T
-        w_OI[:, stop:].addmm_(error_iO.T, upper_II[start:stop, stop:], alpha=-1)
+    grid = find_grid(w_OI, format, hessian.moment_II.diagonal())
+    w_IO = w_OI.T.contiguous()  # columns as rows: one column's update then touches contiguous memory
+    codes_IO = _compensated(w_IO, hessian, grid)
+    for _ in range(ROUNDS):
+        grid, codes_IO = _descended(w_IO, hessian.moment_II, grid, codes_IO)
     zeros = grid.zeros.to(torch.uint8) if format.has_zeros else None
-    return Weight(format, codes=codes_OI.to(torch.uint8), scales=grid.scales, zeros=zeros)
+    return Weight(format, codes=codes_IO.T.to(torch.uint8).contiguous(), scales=grid.scales, zeros=zeros)
+
+
+def _compensated(w_IO: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
+    """Codes [I, O] by GPTQ on a given grid."""
+    order_I, upper_II = hessian.order_I, hessian.upper_II
+    groups = [grid.group(group) for group in range(grid.scales.shape[1])]
+    left_IO, codes_IO = w_IO[order_I], torch.empty_like(w_IO)
+    columns = order_I.tolist()
+    for start in range(0, len(columns), CHUNK):
+        stop = min(start + CHUNK, len(columns))
+        left_iO, upper_ii = left_IO[start:stop], upper_II[start:stop, start:stop]
+        error_iO = torch.empty_like(left_iO)
+        for i, column in enumerate(columns[start:stop]):
+            code_of, value_of = groups[column // grid.format.block]
+            codes_IO[column] = code_of(left_iO[i])
+            torch.sub(left_iO[i], value_of(codes_IO[column]), out=error_iO[i]).div_(upper_ii[i, i])
+            left_iO[i + 1 :].addr_(upper_ii[i, i + 1 :], error_iO[i], alpha=-1)
+        left_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_iO, alpha=-1)
+    return codes_IO
+
+
+def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, codes_IO: Tensor) -> tuple[Grid, Tensor]:
+    """The grid and codes [I, O] after a round of coordinate descent on the output error sum_o d_o H d_o, d = W' - W: block by
+    block its scales in closed form, then each of its codes, everything else being given. No step makes it worse.
+
+    Source: Behdin et al. 2023, "QuantEase", Algorithm 1, for the codes; the scales are ours.
+    """
+    grid = replace(grid, scales=grid.scales.clone())
+    apart_IO, codes_IO, block = grid.values(codes_IO.T).T.sub(w_IO).contiguous(), codes_IO.clone(), grid.format.block
+    for group, start in enumerate(range(0, len(w_IO), block)):
+        here = slice(start, min(start + block, len(w_IO)))
+        apart_iO, moment_ii, scale_O = apart_IO[here], moment_II[here, here], grid.scales[:, group]
+        slope_iO = moment_II[here] @ apart_IO
+        unit_iO = (apart_iO + w_IO[here]) / scale_O
+        curved_iO = moment_ii @ unit_iO
+        step_O = (unit_iO * slope_iO).sum(0) / (unit_iO * curved_iO).sum(0).clamp_min(1e-30)
+        step_O = torch.where(step_O < scale_O, step_O, 0.0)  # a scale stays above 0
+        scale_O -= step_O
+        apart_iO -= unit_iO * step_O
+        slope_iO -= curved_iO * step_O
+        code_of, value_of = grid.group(group)
+        for i, column in enumerate(range(here.start, here.stop)):
+            wanted_O = apart_iO[i] - slope_iO[i] / moment_ii[i, i] + w_IO[column]
+            codes_IO[column] = code_of(wanted_O)
+            now_O = value_of(codes_IO[column]) - w_IO[column]
+            slope_iO.addr_(moment_ii[i], now_O - apart_iO[i])
+            apart_iO[i] = now_O
+    return grid, codes_IO
 
 
 def fake_dynamic_int8(x_BLD: Tensor) -> Tensor:

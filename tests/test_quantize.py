@@ -1,5 +1,7 @@
 """Formats: packing, grids, GPTQ against the plain algorithm, dynamic int8 against a loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,9 +31,13 @@ def problem(rows=24, columns=96, seed=0):
     return torch.randn(rows, columns) * 0.1, damped(x.T @ x / 512, 0.01)
 
 
-def output_loss(weight, w, hessian):
+def row_losses(weight, w, hessian):
     delta = weight.dequantize() - w
-    return float(((delta @ hessian) * delta).sum())
+    return ((delta @ hessian) * delta).sum(1)
+
+
+def output_loss(weight, w, hessian):
+    return float(row_losses(weight, w, hessian).sum())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -84,10 +90,11 @@ def test_clipping_search_is_never_worse_than_the_full_range(name):
 
 
 def naive_gptq(w, hessian, grid):
-    """Optimal brain quantization, column by column, with the inverse downdated after each (Frantar et al. 2022, eq. 2, 3)."""
+    """Optimal brain quantization, column by column from the largest second moment down, with the inverse downdated after
+    each (Frantar et al. 2022, eq. 2, 3)."""
     w, inverse = w.double().clone(), torch.linalg.inv(hessian.double())
     result = torch.empty_like(w)
-    for i in range(w.shape[1]):
+    for i in hessian.diagonal().argsort(descending=True).tolist():
         result[:, i] = grid.nearest(w.float())[:, i].double()
         error = (w[:, i] - result[:, i]) / inverse[i, i]
         w -= error[:, None] * inverse[i][None]
@@ -96,7 +103,8 @@ def naive_gptq(w, hessian, grid):
 
 
 @pytest.mark.parametrize("name", BLOCKWISE)
-def test_gptq_is_the_plain_algorithm(name):
+def test_gptq_is_the_plain_algorithm(name, monkeypatch):
+    monkeypatch.setattr("compressor.quantize.ROUNDS", 0)
     w, hessian = problem(columns=128)
     fmt = Format.parse(name)
     grid = find_grid(w, fmt, hessian.diagonal())
@@ -105,6 +113,27 @@ def test_gptq_is_the_plain_algorithm(name):
     assert (ours == naive).float().mean() > 0.97
     loss = lambda q: float((((q - w) @ hessian) * (q - w)).sum())  # noqa: E731
     assert loss(ours) == pytest.approx(loss(naive), rel=0.02)
+
+
+@pytest.mark.parametrize("name", [*BLOCKWISE, "nf4"])
+def test_descent_ends_where_no_scale_and_no_code_can_be_better(name, monkeypatch):
+    w, hessian = problem(rows=6, columns=64)
+    fmt, losses = Format.parse(name), []
+    for rounds in (0, 1, 2, 200):
+        monkeypatch.setattr("compressor.quantize.ROUNDS", rounds)
+        found = gptq(w, Hessian(hessian), fmt)
+        losses.append(output_loss(found, w, hessian))
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+    for column in (0, 33, 63):
+        for step in (-1, 1):
+            codes = found.codes.int()
+            codes[:, column] = (codes[:, column] + step).clamp(0, 2**fmt.bits - 1)
+            other = replace(found, codes=codes.to(torch.uint8))
+            assert (row_losses(other, w, hessian) >= row_losses(found, w, hessian) * (1 - 1e-4)).all()
+    for factor in (0.99, 1.01):
+        scales = found.scales.clone()
+        scales[:, 0] *= factor
+        assert (row_losses(replace(found, scales=scales), w, hessian) > row_losses(found, w, hessian)).all()
 
 
 @pytest.mark.parametrize("name", BLOCKWISE)
@@ -158,4 +187,4 @@ def test_a_matrix_of_many_rows_is_worked_on_in_parts(monkeypatch, format):
     parts = quantize(w_OI, fmt, Hessian(damped(x_TI.T @ x_TI / 200, 0.01)))
     for ours, theirs in zip(parts.tensors().values(), whole.tensors().values(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert torch.equal(parts.dequantize(), torch.cat([part.dequantize() for _, part in whole.row_batches()]))
+    torch.testing.assert_close(parts.dequantize(), torch.cat([part.dequantize() for _, part in whole.row_batches()]))
