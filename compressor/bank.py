@@ -167,11 +167,9 @@ class Bank:
         if action.keep == 0:
             return {}
         formats = Formats.parse(action.format)
-        if len(formats.each) > 1:
+        if not formats.alike:
             alone = {fmt: self.variant(site, Action(action.keep, fmt.name), factored) for fmt in formats.each}
-            return {
-                matrix.name: alone.get(fmt, alone[formats.most])[matrix.name] for matrix, fmt in site.stored(action)
-            }
+            return {name: alone[formats.of(name)][name] for name in alone[formats.most]}
         name, fmt = f"{site.name}/{action.keep}-{action.format}", formats.most
         weights = self._stored(name, site, action)
         if weights is None:

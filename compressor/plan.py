@@ -126,7 +126,17 @@ class Formats:
 
     @property
     def name(self) -> str:
-        return self.most.name if self.most == self.finer else f"{self.most.name}+{self.finer.name}"
+        return self.most.name if self.alike else f"{self.most.name}+{self.finer.name}"
+
+    @property
+    def alike(self) -> bool:
+        """Whether all matrices have one format."""
+        return self.most == self.finer
+
+    @property
+    def of_bitsandbytes(self) -> bool:
+        """Whether one of them is a format of bitsandbytes."""
+        return self.most.of_bitsandbytes or self.finer.of_bitsandbytes
 
     @property
     def each(self) -> tuple[Format, ...]:
@@ -229,13 +239,11 @@ class Site:
         for matrix, format in self.stored(action):
             key = (reads.get(matrix.name, matrix.name), format) if self.kind == "attention" else (matrix.name, format)
             together[key] = (*together.get(key, ()), matrix)
-        return {
-            parts[0].name if len(parts) == 1 else f"{self.name}." + "".join(part.name[-1] for part in parts): (
-                parts,
-                format,
-            )
-            for (_, format), parts in together.items()
-        }
+        found = {}
+        for (_, format), parts in together.items():
+            joined = f"{self.name}." + "".join(part.name[-1] for part in parts)
+            found[joined if len(parts) > 1 else parts[0].name] = parts, format
+        return found
 
     def size_bytes(self, action: Action) -> int:
         """Bytes of the exported data file that this site takes under `action`, alignment included."""

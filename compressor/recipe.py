@@ -360,7 +360,7 @@ class SearchSection(Section):
         found = [Formats.parse(name) for name in names]
         if any(formats.most.kind == "dynamic" for formats in found):
             raise ValueError("int8 quantizes activations, and an embedding has none; choose among fp32, fp16, w8, w4")
-        if pairs := [formats.name for formats in found if len(formats.each) > 1]:
+        if pairs := [formats.name for formats in found if not formats.alike]:
             raise ValueError(
                 f"an embedding is one matrix, {pairs[0]} is for two kinds; choose among fp32, fp16, w8, w4"
             )

@@ -53,14 +53,12 @@ def refused_formats(
         )
     refused = {}
     for name in formats:
-        found = Formats.parse(name).each
-        if any(format.kind != "float" and not format.of_bitsandbytes for format in found):
+        found = Formats.parse(name)
+        if any(format.kind != "float" and not format.of_bitsandbytes for format in found.each):
             refused[name] = "target.runtime: torch knows fp32, fp16, nf4, fp4 and int8row"
-        elif not any(format.of_bitsandbytes for format in found):
-            continue
-        elif kind == "embedding":
+        elif found.of_bitsandbytes and kind == "embedding":
             refused[name] = "bitsandbytes has no kernel that looks up rows"
-        else:
+        elif found.of_bitsandbytes:
             try:
                 import bitsandbytes  # type: ignore[import-untyped] # noqa: F401
             except ImportError as error:
@@ -366,9 +364,10 @@ def site_stack(
     """`copies` repetitions of `site` under `action` with random weights, as calls to be timed; as `export.site_stack`."""
     dtype, random = DTYPES[decoder.precision], _seeded()
     prefill_tokens = site.reached(prefill_tokens)
+    stored = {matrix.name: (matrix, format) for matrix, format in site.stored(action)}
 
     def made(name: str) -> nn.Module:
-        ((matrix, format),) = ((matrix, format) for matrix, format in site.stored(action) if matrix.name == name)
+        matrix, format = stored[name]
         rows, columns = matrix.shape(action.keep, site.units)
         weight = quantize(0.05 * torch.randn(rows, columns, generator=random), format)
         return linear(replace(weight, bias=torch.zeros(rows) if matrix.bias else None), decoder.precision, device)

@@ -213,11 +213,8 @@ def blocks(
             assert source
             cross(b, stream, layer, caches[name], kept[name].keep, decoder, matrices, source, past.get(name))
         elif sites[0].kind == "attention":
-            heads, given = decoder.heads_of(kept[name]), past.get(name)
-            fused = f"{name}.qkv" in sites[0].products(kept[name])
-            attention(
-                b, stream, layer, caches.get(name, ""), heads, fused, decoder, matrices, vectors, positions(), given
-            )
+            cache_name, given = caches.get(name, ""), past.get(name)
+            attention(b, stream, layer, cache_name, kept[name], decoder, matrices, vectors, positions(), given)
         else:
             beside = decoder.parallel and plan[f"layers.{layer}.attention"].keep > 0
             if decoder.experts_of(layer):
@@ -279,8 +276,7 @@ def stack_model(
         if site.part == "cross":
             cross(b, stream, copy, name, action.keep, stack, matrices, source, past.get(copy))
         elif kind == "attention":
-            heads, fused, given = stack.heads_of(action), f"{site.name}.qkv" in site.products(action), past.get(copy)
-            attention(b, stream, copy, name, heads, fused, stack, matrices, vectors, positions, given)
+            attention(b, stream, copy, name, action, stack, matrices, vectors, positions, past.get(copy))
         else:
             feed_forward(b, stream, copy, stack, matrices)
     b.output(stream.end(), "end", ["batch_size", "sequence", decoder.hidden])

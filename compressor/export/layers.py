@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compressor.export.layout import Stored
+from compressor.plan import Action, Formats
 from compressor.student import Decoder, Experts
 
 OPSETS = {"": 21, "com.microsoft": 1}
@@ -385,52 +386,37 @@ def attention(
     stream: Stream,
     layer: int,
     cache: str,
-    heads: tuple[int, int],
-    fused: bool,
+    action: Action,
     decoder: Decoder,
     matrices: Matrices,
     vectors: Mapping[str, np.ndarray],
     positions: Positions,
     past: Past | None,
 ) -> None:
-    """Grouped-query attention of block `layer`. heads: (query, key/value); fused: its queries are one matrix with keys and
-    values; cache: name of its keys and values."""
-    name, head_dim = f"{decoder.prefix}layers.{layer}.attention", decoder.head_dim
+    """Grouped-query attention of block `layer` under `action`. cache: name of its keys and values."""
+    name, heads, head_dim = f"{decoder.prefix}layers.{layer}.attention", decoder.heads_of(action), decoder.head_dim
     x = stream.enter(name)
     window = decoder.window_of(layer)
     rotation = positions.rotation(layer)
     near = None
     if decoder.distance_buckets:
         near = positions.near(f"{name}.distances", matrices((f"{name}.distances",)))
-    if fused:
-        qkv = linear(b, x, f"{name}.qkv", matrices((f"{name}.q", f"{name}.k", f"{name}.v")), f"{name}.qkv.out")
-        inputs: list[ir.Value | None] = [qkv, None, None]
-    else:
-        q = linear(b, x, f"{name}.q", matrices((f"{name}.q",)), f"{name}.q.out")
-        kv = linear(b, x, f"{name}.kv", matrices((f"{name}.k", f"{name}.v")), f"{name}.kv.out")
-        k, v = b.node("", "Split", [kv], [f"{name}.k.out", f"{name}.v.out"], {"axis": -1, "num_outputs": 2})
-        inputs = [q, k, v]
-    if decoder.qk_norm or not decoder.causal:
-        if fused:
-            widths = np.array([heads[0], heads[1], heads[1]], np.int64) * head_dim
-            parts = [f"{name}.{part}.out" for part in "qkv"]
-            q, k, v = b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], parts, {"axis": -1})
-        if decoder.qk_norm:
-            q, k = (head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in (("q", q), ("k", k)))
-        inputs = [q, k, v]
+    inputs = projections(b, x, name, action, decoder, matrices)
+    if decoder.qk_norm:
+        inputs[:2] = [head_norm(b, part, f"{name}.{n}_norm", vectors, decoder) for n, part in zip("qk", inputs)]
     if not decoder.causal:
         if rotation[0] is not None:
             start = b.small("start", np.array([0], np.int64))
-            q, k = (b.ms("RotaryEmbedding", [part, start, *rotation], f"{part.name}.turned") for part in (q, k))
-            inputs = [q, k, v]
+            inputs[:2] = [b.ms("RotaryEmbedding", [p, start, *rotation], f"{p.name}.turned") for p in inputs[:2]]
         seen = [None, positions.mask, near or positions.far(layer)]
         mixed = b.ms("MultiHeadAttention", _given([*inputs, *seen]), f"{name}.mixed", num_heads=heads[0])
         stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
         return
+    absent = [None] * (3 - len(inputs))
     mixed, key, value = b.node(
         "com.microsoft",
         "GroupQueryAttention",
-        _given([*inputs, *(past or (None, None)), positions.last, positions.total, *rotation, None, near]),
+        _given([*inputs, *absent, *(past or (None, None)), positions.last, positions.total, *rotation, None, near]),
         [f"{name}.mixed", f"present.{cache}.key", f"present.{cache}.value"],
         {"num_heads": heads[0], "kv_num_heads": heads[1], "do_rotary": int(rotation[0] is not None)}
         | ({"local_window_size": window} if window else {})
@@ -439,6 +425,25 @@ def attention(
     b.output(key, f"present.{cache}.key", ["batch_size", heads[1], "total", head_dim])
     b.output(value, f"present.{cache}.value", ["batch_size", heads[1], "total", head_dim])
     stream.add(linear(b, mixed, f"{name}.o", matrices((f"{name}.o",)), f"{name}.out"), name)
+
+
+def projections(
+    b: GraphBuilder, x: ir.Value, name: str, action: Action, decoder: Decoder, matrices: Matrices
+) -> list[ir.Value]:
+    """Queries, keys and values of x for the attention `name`; or one value of all three side by side, where they are one
+    product and nothing needs them apart."""
+    q, k, v = (f"{name}.{part}" for part in "qkv")
+    outputs = [f"{part}.out" for part in (q, k, v)]
+    if not Formats.parse(action.format).alike:
+        queries = linear(b, x, q, matrices((q,)), outputs[0])
+        kv = linear(b, x, f"{name}.kv", matrices((k, v)), f"{name}.kv.out")
+        return [queries, *b.node("", "Split", [kv], outputs[1:], {"axis": -1, "num_outputs": 2})]
+    qkv = linear(b, x, f"{name}.qkv", matrices((q, k, v)), f"{name}.qkv.out")
+    if decoder.causal and not decoder.qk_norm:
+        return [qkv]
+    heads, groups = decoder.heads_of(action)
+    widths = np.array([heads, groups, groups], np.int64) * decoder.head_dim
+    return list(b.node("", "Split", [qkv, b.small(f"{name}.widths", widths)], outputs, {"axis": -1}))
 
 
 @dataclass(frozen=True)

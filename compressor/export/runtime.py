@@ -108,7 +108,7 @@ def refused_formats(
     site = next(site for site in probe.sites() if site.kind == kind)
     refused: dict[str, str] = {}
     for name in formats:
-        if any(format.of_bitsandbytes for format in Formats.parse(name).each):
+        if Formats.parse(name).of_bitsandbytes:
             refused[name] = "ONNX Runtime has no kernel for it; target.runtime: torch has"
             continue
         try:

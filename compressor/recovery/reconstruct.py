@@ -146,9 +146,9 @@ class _Fitting:
         rows = w_OI.split([len(self._dense[name]) for name in names])
         hessian = None if self._bank.quantizer == "nearest" else Hessian(damped(moment_II, DAMPING))
         formats, fitted = Formats.parse(self.action.format), dict(zip(names, rows, strict=True))
-        for format in formats.each:
+        for format in dict.fromkeys(map(formats.of, names)):
             own = {name: w_RI for name, w_RI in fitted.items() if formats.of(name) == format}
-            made = quantize_together(own, format, hessian) if own else {}
+            made = quantize_together(own, format, hessian)
             self.weights |= {name: replace(weight, bias=self._unquantized[name].bias) for name, weight in made.items()}
         self._install()
 
