@@ -33,7 +33,7 @@ from compressor.prune import compensate, removal_order, unit_columns
 from compressor.quantize import Hessian, Weight, as_floats, damped, quantize, quantize_together
 from compressor.student import Lazy, Student, matrices_from, matrix_tensors
 
-VERSION = 4
+VERSION = 5
 """Raise when the same request would give other numbers."""
 
 DAMPING = 0.01

@@ -23,6 +23,7 @@ _FORMAT_COLOURS = {
     ("dynamic", 8): "#e69f00",
     ("blockwise", 8): "#2c7fb8",
     ("blockwise", 6): "#35a0b8",
+    ("blockwise", 5): "#3babaf",
     ("blockwise", 4): "#41b6a6",
     ("blockwise", 3): "#7acba0",
     ("blockwise", 2): "#b5de9b",

@@ -18,10 +18,15 @@ from compressor.errors import RecipeError
 ALIGNMENT = 64
 """Bytes to which every tensor is aligned in the exported data file."""
 
-FORMAT_NAMES = "fp32, fp16, int8, w8, w4, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4, int8row"
+FORMAT_NAMES = (
+    "fp32, fp16, int8, w8, w6, w5, w4, w3, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4, int8row"
+)
 
 FINER = ("k", "v", "down")
 """The matrices of a site that have the second format of a pair: errors cost most there for their bytes."""
+
+PLANES = {3: {"low": (2, 0), "high": (1, 2)}, 5: {"low": (4, 3), "high": (1, 7)}, 6: {"low": (4, 2), "high": (2, 6)}}
+"""See `Format.planes`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Format:
         `float`: `bits` 32, or 16 (stored as fp16, computed in the graph's float type);
         `dynamic`: int8 weights, one scale a row; activations quantized at run time, to uint8 with one scale a tensor, or to
         int8 with one scale a row (`rowwise`);
-        `blockwise`: weight-only codes of `bits`, one scale (and zero point) for `block` columns of a row;
+        `blockwise`: weight-only codes of `bits`, one scale of 8 bits (and zero point) for `block` columns of a row;
         `codebook`: weight-only codes of `bits` into a table of values, one scale for `block` columns of a row;
         `dropped`: there is no weight, the sub-layer is gone.
     """
@@ -65,16 +70,33 @@ class Format:
         if not match:
             raise RecipeError(f"expected a format, got {name!r}; choose among {FORMAT_NAMES}")
         bits, block = int(match[1]), int(match[2] or 32)
-        if bits not in (2, 4, 8):
-            raise RecipeError(f"format {name!r}: ONNX Runtime has no {bits}-bit kernel; choose among 2, 4, 8 bits")
+        if bits not in (2, 3, 4, 5, 6, 8):
+            raise RecipeError(f"format {name!r}: expected 2, 3, 4, 5, 6 or 8 bits, got {bits}")
         if block not in (32, 64, 128, 256):
             raise RecipeError(f"format {name!r}: block {block} has no fast kernel; choose among 32, 64, 128, 256")
         return cls(f"w{bits}" if block == 32 else name, "blockwise", bits, block)
 
     @property
     def has_zeros(self) -> bool:
-        """Whether every block stores a zero point; 8-bit blocks are symmetric."""
-        return self.kind == "blockwise" and self.bits < 8
+        """Whether every block stores a zero point; those for the 8-bit kernel are symmetric."""
+        return self.kind == "blockwise" and self.bits <= 4
+
+    @property
+    def kernel_bits(self) -> int:
+        """Of a code of a blockwise format as the kernel reads it, which knows 2, 4 and 8."""
+        return next(bits for bits in (2, 4, 8) if bits >= self.bits)
+
+    @property
+    def planes(self) -> dict[str, tuple[int, int]]:
+        """The tensors that hold the codes of a blockwise format: name -> (bits that it has of a code, their place in the
+        kernel's code). Where the kernel has more bits, the code is the highest ones of eight, and the lowest ones of four."""
+        return PLANES.get(self.bits, {"codes": (self.bits, 0)})
+
+    def mask(self, plane: str) -> int:
+        """The bits of a byte of the kernel's codes that a plane holds."""
+        width, place = self.planes[plane]
+        bits = (2**width - 1) << place
+        return bits if self.kernel_bits == 8 else bits * 0x11
 
     @property
     def of_bitsandbytes(self) -> bool:
@@ -82,8 +104,8 @@ class Format:
         return self.kind == "codebook" or self.rowwise
 
     def tensor_bytes(self, rows: int, columns: int, float_bytes: int = 4) -> list[int]:
-        """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales of `float_bytes` each,
-        zero points."""
+        """Sizes in bytes of the tensors that store a [rows, columns] matrix: values or codes, scales (one of `float_bytes` a
+        row, or of a byte a block and a float32 a row), zero points."""
         if self.kind == "dropped" or rows == 0 or columns == 0:
             return []
         if self.kind == "float":
@@ -93,8 +115,11 @@ class Format:
         blocks = -(-columns // self.block)
         if self.kind == "codebook":  # beside codes and scales lie the table and what says how to read it
             return [rows * columns // 2, rows * blocks * 4, 16 * 4, 256]
-        sizes = [rows * blocks * (self.block * self.bits // 8), rows * blocks * float_bytes]
-        return [*sizes, rows * -(-blocks * self.bits // 8)] if self.has_zeros else sizes
+        sizes = [rows * blocks * (self.block * width // 8) for width, _ in self.planes.values()] + [
+            rows * blocks,
+            rows * 4,
+        ]
+        return [*sizes, rows * -(-blocks * self.kernel_bits // 8)] if self.has_zeros else sizes
 
 
 DROPPED, FP32 = Format.parse("none"), Format.parse("fp32")

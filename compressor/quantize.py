@@ -2,12 +2,14 @@
 
 Arithmetic on tensors only; no files, no modules. Shape letters: O output rows, I input columns, G blocks along I.
 
-    w_OI = (code_OI - zero_OG) * scale_OG          blockwise, codes and zero points unsigned
+    w_OI = (code_OI - zero_OG) * scale_OG          blockwise, codes and zero points unsigned; scale_OG = level_OG * unit_O,
+                                                   levels unsigned, of 8 bits
     w_OI = code_OI * scale_O                       dynamic int8, codes signed, symmetric
     w_OI = table[code_OI] * scale_OG               codebook
 
 The packed layouts are those of ONNX Runtime's MatMulNBits: codes [O, G, block * bits / 8], low bits first;
-zero points [O, ceil(G * bits / 8)], low bits first.
+zero points [O, ceil(G * bits / 8)], low bits first. Codes of 3, 5 and 6 bits lie apart in two tensors, from which those of
+its 4 or 8-bit kernel are put together when a session is made, see `pack_codes`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ CHUNK = 32
 
 ROUNDS = 2
 """Of coordinate descent behind GPTQ."""
+
+TOP_LEVEL = 255
+"""Of a scale; what it is stored as, a multiple of its row's unit."""
+
+FIRST_LEVEL = 232
+"""Of the largest scale of a row at first: descent may make it larger."""
 
 CODEBOOKS = {
     "nf4": (
@@ -71,12 +79,19 @@ CACHED = 2**18
 class Grid:
     """The representable values of one matrix: scales and zero points, before any code is chosen.
 
-    scales: float32 [O, G] (G = 1 for int8); zeros: float32 [O, G], whole numbers.
+    scales: float32 [O, G] (G = 1 for int8); zeros: float32 [O, G], whole numbers. units: float32 [O, 1], of which the scales
+    of blockwise formats are multiples; None for other formats.
     """
 
     format: Format
     scales: Tensor
     zeros: Tensor
+    units: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The same grid on a device."""
+        units = None if self.units is None else self.units.to(device)
+        return Grid(self.format, self.scales.to(device), self.zeros.to(device), units)
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -88,6 +103,12 @@ class Grid:
         if self.format.kind == "codebook":
             return looked_up(w / scales, self.format).view(w_OI.shape)
         return (w / scales).round_().add_(zeros).clamp_(*self.code_range).view(w_OI.shape)
+
+    def stored(self, scales_OG: Tensor) -> Tensor:
+        """The nearest scales that can be stored."""
+        if self.units is None:
+            return scales_OG
+        return (scales_OG / self.units).round_().clamp_(1, TOP_LEVEL).mul_(self.units)
 
     def values(self, codes_OI: Tensor) -> Tensor:
         """What the kernel's arithmetic makes of the codes, float32 [O, I]."""
@@ -140,8 +161,11 @@ def looked_up(x: Tensor, format: Format) -> Tensor:
     return order[torch.bucketize(x, (values[1:] + values[:-1]) / 2)].float()
 
 
-PARTS = ("values", "codes", "scales", "zeros", "bias")
+PARTS = ("values", "codes", "scales", "zeros", "units", "bias")
 """Tensors of a weight, those that it has."""
+
+STORED_PARTS = ("values", "codes", "low", "high", "scales", "levels", "units", "zeros", "bias")
+"""Tensors of its stored form: of blockwise formats `Format.planes`, levels and units, of others codes and scales."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +173,8 @@ class Weight:
     """A stored [O, I] matrix: float values, or codes on a grid.
 
     values: [O, I] float32 or float16 when the format is float, else None.
-    codes: [O, I] uint8 (blockwise) or int8 (dynamic); scales [O, G] float32; zeros [O, G] uint8 or None.
+    codes: [O, I] uint8 (blockwise) or int8 (dynamic); scales [O, G] float32; zeros [O, G] uint8 or None; units [O, 1] float32
+    or None, see `Grid`.
     bias: [O] float32, added to what the matrix gives; None where there is none.
     """
 
@@ -158,6 +183,7 @@ class Weight:
     codes: Tensor | None = None
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    units: Tensor | None = None
     bias: Tensor | None = None
 
     @property
@@ -176,7 +202,7 @@ class Weight:
         else:
             centre = 2.0 ** (self.format.bits - 1) if self.format.kind == "blockwise" else 0.0
             zeros = torch.full_like(self.scales, centre)
-        return Grid(self.format, self.scales, zeros)
+        return Grid(self.format, self.scales, zeros, self.units)
 
     def to(self, device: torch.device | str) -> Weight:
         """The same weight on a device."""
@@ -200,16 +226,20 @@ class Weight:
         return grid.values(self.codes.float())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored form, in the layout of the deployed kernel: `values`, or `codes`, `scales`, `zeros`; and `bias`."""
+        """The stored form, codes in the layout of the deployed kernel: those of `STORED_PARTS` that there are."""
         bias = {} if self.bias is None else {"bias": self.bias}
         if self.values is not None:
             return {"values": self.values, **bias}
         assert self.codes is not None and self.scales is not None
         if self.format.kind == "dynamic":
             return {"codes": self.codes, "scales": self.scales, **bias}
-        stored = {"codes": pack_codes(self.codes, self.format), "scales": self.scales, **bias}
+        stored = pack_codes(self.codes, self.format) | bias
+        if self.units is None:
+            return stored | {"scales": self.scales}
+        levels = (self.scales / self.units).round().to(torch.uint8)
+        stored |= {"levels": levels, "units": self.units / _codes_step(self.format)}
         if self.zeros is not None:
-            stored["zeros"] = pack_rows(self.zeros, self.format.bits)
+            stored["zeros"] = pack_rows(self.zeros, self.format.kernel_bits)
         return stored
 
     @classmethod
@@ -220,18 +250,21 @@ class Weight:
             return cls(format, values=stored["values"], bias=bias)
         if format.kind == "dynamic":
             return cls(format, codes=stored["codes"], scales=stored["scales"], bias=bias)
-        codes = unpack_rows(stored["codes"].flatten(1), format.bits)[:, :columns]
-        zeros = stored.get("zeros")
+        codes = unpack_codes(stored, format)[:, :columns]
+        if format.kind == "codebook":
+            return cls(format, codes=codes, scales=stored["scales"], bias=bias)
+        units, zeros = stored["units"] * _codes_step(format), stored.get("zeros")
+        scales = stored["levels"] * units
         if zeros is not None:
-            zeros = unpack_rows(zeros, format.bits)[:, : stored["scales"].shape[1]]
-        return cls(format, codes=codes, scales=stored["scales"], zeros=zeros, bias=bias)
+            zeros = unpack_rows(zeros, format.kernel_bits)[:, : scales.shape[1]]
+        return cls(format, codes=codes, scales=scales, zeros=zeros, units=units, bias=bias)
 
     @classmethod
     def on_grid(cls, grid: Grid, w_OI: Tensor) -> Weight:
         """`w_OI` rounded to the nearest values of `grid`."""
         dtype = torch.int8 if grid.format.kind == "dynamic" else torch.uint8
         zeros = grid.zeros.to(torch.uint8) if grid.format.has_zeros else None
-        return cls(grid.format, codes=grid.codes(w_OI).to(dtype), scales=grid.scales, zeros=zeros)
+        return cls(grid.format, codes=grid.codes(w_OI).to(dtype), scales=grid.scales, zeros=zeros, units=grid.units)
 
     @classmethod
     def concatenate(cls, parts: list[Weight]) -> Weight:
@@ -277,18 +310,55 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
 
 
-def pack_codes(codes_OI: Tensor, format: Format) -> Tensor:
-    """uint8 codes [O, I] -> MatMulNBits bytes [O, G, block * bits / 8]."""
-    padded = nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % format.block))
-    return pack_rows(padded, format.bits).unflatten(1, (-1, format.block * format.bits // 8))
+def pack_codes(codes_OI: Tensor, format: Format) -> dict[str, Tensor]:
+    """uint8 codes [O, I] -> tensors by the names of `Format.planes`.
+
+    Codes of a width that a kernel reads are its bytes K [O, G, M], M = block * bits / 8. Of others a plane takes `width`
+    bits of every code in K, those at `place`: its byte j has them of the bytes j, j + M / n, j + 2 M / n, ... of K, the first
+    one lowest, n = bits of the kernel / width; [O, G, M / n].
+    """
+    padded = nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % format.block)) * _codes_step(format)
+    bytes_OGM = pack_rows(padded, format.kernel_bits).unflatten(1, (-1, format.block * format.kernel_bits // 8))
+    if len(format.planes) == 1:
+        return dict.fromkeys(format.planes, bytes_OGM)
+    planes = {}
+    for name, (width, place) in format.planes.items():
+        mask, fields = format.mask(name), format.kernel_bits // width
+        parts = [(part & mask) for part in bytes_OGM.chunk(fields, 2)]
+        planes[name] = (
+            torch.stack([shifted(part, width * i - place) for i, part in enumerate(parts)]).sum(0).to(torch.uint8)
+        )
+    return planes
+
+
+def unpack_codes(stored: Mapping[str, Tensor], format: Format) -> Tensor:
+    """The inverse of `pack_codes`, with the padding: uint8 codes [O, G * block]."""
+    planes = [stored[name] for name in format.planes]
+    if len(planes) > 1:
+        whole = []
+        for name, (width, place) in format.planes.items():
+            fields = range(format.kernel_bits // width)
+            whole.append(torch.cat([shifted(stored[name], place - width * i) for i in fields], 2) & format.mask(name))
+        planes = [whole[0] | whole[1]]
+    return unpack_rows(planes[0].flatten(1), format.kernel_bits) // _codes_step(format)
+
+
+def shifted(x: Tensor, by: int) -> Tensor:
+    """Bytes, shifted left, or right by less than 0; what goes beyond a byte is lost."""
+    return x << by if by >= 0 else x >> -by
+
+
+def _codes_step(format: Format) -> int:
+    """Between two codes of a format, in the kernel's codes."""
+    return 2 ** (8 - format.bits) if format.kernel_bits == 8 else 1
 
 
 def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) -> Grid:
     """Scales and zero points for `w_OI`.
 
     Blockwise: min-max of every block, codebook: its absolute maximum; then a search over shrunken ranges for the least
-    squared error, weighted by `importance_I` (the diagonal of the input's second moment) where given. Int8: the row's
-    absolute maximum.
+    squared error, weighted by `importance_I` (the diagonal of the input's second moment) where given; blockwise scales then
+    go up to the next multiple of their unit, so that nothing else is clipped. Int8: the row's absolute maximum.
 
     Args:
         w_OI: float32 weights.
@@ -300,7 +370,11 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
         return Grid(format, scales, torch.zeros_like(scales))
     assert format.kind in ("blockwise", "codebook"), format
     parts = [_clipped(w_RI, format, importance_I) for w_RI in w_OI.split(max(1, CACHED // w_OI.shape[1]))]
-    return Grid(format, *map(torch.cat, zip(*parts, strict=True)))
+    scales, zeros = map(torch.cat, zip(*parts, strict=True))
+    if format.kind == "codebook":
+        return Grid(format, scales, zeros)
+    units = scales.amax(1, keepdim=True) / FIRST_LEVEL
+    return Grid(format, (scales / units).ceil_().clamp_(1, TOP_LEVEL).mul_(units), zeros, units)
 
 
 def _clipped(w_OI: Tensor, format: Format, importance_I: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -427,7 +501,9 @@ def _gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
     for _ in range(ROUNDS):
         grid, codes_IO = _descended(w_IO, hessian.moment_II, grid, codes_IO)
     zeros = grid.zeros.to(torch.uint8) if format.has_zeros else None
-    return Weight(format, codes=codes_IO.T.to(torch.uint8).contiguous(), scales=grid.scales, zeros=zeros)
+    return Weight(
+        format, codes=codes_IO.T.to(torch.uint8).contiguous(), scales=grid.scales, zeros=zeros, units=grid.units
+    )
 
 
 def _compensated(w_IO: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
@@ -451,7 +527,8 @@ def _compensated(w_IO: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
 
 def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, codes_IO: Tensor) -> tuple[Grid, Tensor]:
     """The grid and codes [I, O] after a round of coordinate descent on the output error sum_o d_o H d_o, d = W' - W: block by
-    block its scales in closed form, then each of its codes, everything else being given. No step makes it worse.
+    block its scales, the stored ones nearest to the closed form, then each of its codes, everything else being given. No step
+    makes it worse.
 
     Source: Behdin et al. 2023, "QuantEase", Algorithm 1, for the codes; the scales are ours.
     """
@@ -465,6 +542,7 @@ def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, codes_IO: Tensor) ->
         curved_iO = moment_ii @ unit_iO
         step_O = (unit_iO * slope_iO).sum(0) / (unit_iO * curved_iO).sum(0).clamp_min(1e-30)
         step_O = torch.where(step_O < scale_O, step_O, 0.0)  # a scale stays above 0
+        step_O = scale_O - grid.stored((scale_O - step_O)[:, None])[:, 0]
         scale_O -= step_O
         apart_iO -= unit_iO * step_O
         slope_iO -= curved_iO * step_O

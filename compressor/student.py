@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compressor.plan import Action, Matrix, Plan, Site
-from compressor.quantize import PARTS, Weight
+from compressor.quantize import STORED_PARTS, Weight
 
 Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
@@ -362,7 +362,7 @@ def matrices_from(
     for matrix, format in site.stored(action):
         if only not in (None, matrix.name):
             continue
-        parts = {part: stored[key] for part in PARTS if (key := f"{matrix.name}:{part}") in stored}
+        parts = {part: stored[key] for part in STORED_PARTS if (key := f"{matrix.name}:{part}") in stored}
         columns = matrix.shape(action.keep, site.units)[1]
         matrices[matrix.name] = Weight.from_tensors(format, columns, parts)
     return matrices

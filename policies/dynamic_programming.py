@@ -61,7 +61,9 @@ def perturbed(problem: Problem, rng: np.random.Generator, spread: float) -> np.n
     scale = max(float(np.median(sens_SA[sens_SA > 0])) if (sens_SA > 0).any() else 1.0, 1e-12)
     result_SA = scale * (sens_SA / scale) ** rng.uniform(0.5, 1.5)
     kinds = {kind: spread * rng.normal() for kind in ("attention", "ffn", "embedding", "head")}
-    bits = {bits: spread * rng.normal() for bits in (0, 2, 4, 8, 16, 32)}
+    named = {action.format for menu in problem.actions for action in menu}
+    widths = sorted({format.bits for name in named for format in Formats.parse(name).each})
+    bits = {width: spread * rng.normal() for width in widths}
     pruned = spread * rng.normal()
     for s, (site, menu) in enumerate(zip(problem.sites, problem.actions)):
         for a, action in enumerate(menu):

@@ -21,7 +21,7 @@ from compressor.quantize import (
     unpack_rows,
 )
 
-BLOCKWISE = ["w8", "w4", "w2", "w4b64"]
+BLOCKWISE = ["w8", "w6", "w5", "w4", "w3", "w2", "w4b64", "w3b64"]
 
 
 def problem(rows=24, columns=96, seed=0):
@@ -123,17 +123,31 @@ def test_descent_ends_where_no_scale_and_no_code_can_be_better(name, monkeypatch
         monkeypatch.setattr("compressor.quantize.ROUNDS", rounds)
         found = gptq(w, Hessian(hessian), fmt)
         losses.append(output_loss(found, w, hessian))
-    assert losses[0] > losses[1] > losses[2] > losses[3]
+    assert losses[0] > losses[1] > losses[2] >= losses[3]
     for column in (0, 33, 63):
         for step in (-1, 1):
             codes = found.codes.int()
             codes[:, column] = (codes[:, column] + step).clamp(0, 2**fmt.bits - 1)
             other = replace(found, codes=codes.to(torch.uint8))
             assert (row_losses(other, w, hessian) >= row_losses(found, w, hessian) * (1 - 1e-4)).all()
-    for factor in (0.99, 1.01):
+    for step in (-1, 1):
         scales = found.scales.clone()
-        scales[:, 0] *= factor
+        scales[:, 0] += step * (scales[:, 0] / 100 if found.units is None else found.units[:, 0])
         assert (row_losses(replace(found, scales=scales), w, hessian) > row_losses(found, w, hessian)).all()
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_scales_are_stored_in_a_byte_each(name):
+    w, hessian = problem(columns=128)
+    w[0, :32] *= 1e-6  # far below the unit of its row
+    w[1] = 0
+    for made in (round_to_nearest(w, Format.parse(name)), gptq(w, Hessian(hessian), Format.parse(name))):
+        stored = made.tensors()
+        assert stored["levels"].dtype == torch.uint8 and stored["levels"].min() > 0
+        step = {"w6": 4, "w5": 8}.get(name, 1)  # to the highest bits of the 8-bit kernel's codes
+        assert torch.equal(stored["levels"] * stored["units"] * step, made.scales)
+        again = Weight.from_tensors(made.format, 128, stored)
+        assert torch.equal(again.dequantize(), made.dequantize()) and not made.dequantize()[1].any()
 
 
 @pytest.mark.parametrize("name", BLOCKWISE)
@@ -171,7 +185,7 @@ def test_dynamic_int8_lets_gradients_through():
 
 
 @pytest.mark.parametrize(
-    "name, says", [("w3", "3-bit"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")]
+    "name, says", [("w7", "7"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")]
 )
 def test_formats_without_a_kernel_are_refused(name, says):
     with pytest.raises(RecipeError, match=says):

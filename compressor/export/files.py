@@ -24,7 +24,7 @@ from compressor.export.graph import ENCODER_FILE, GRAPH_FILE, SEQUENCE_FILES, gr
 from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Plan, Site, aligned
-from compressor.quantize import PARTS, Weight
+from compressor.quantize import STORED_PARTS, Weight
 from compressor.student import Decoder, Lazy, Precision, Student
 
 DATA_FILE = "model.onnx_data"
@@ -132,8 +132,8 @@ def fixed_bytes(decoder: Decoder) -> int:
     """
     vectors = sum(aligned(decoder.floats.itemsize * prod(shape)) for shape in decoder.vectors().values())
     base = _graph_bytes(decoder)
-    alone = ("fp32", "fp16", "w8b256", "w4b256")
-    formats = {"table": alone, "attention": (*alone, "int8", "w4b256+w4b128"), "ffn": (*alone, "int8")}
+    alone = ("fp32", "fp16", "w4b256", "w3b256", "w5b256")
+    formats = {"table": alone, "attention": (*alone, "int8", "w3b256+w3b128", "w3b256+w5b256"), "ffn": (*alone, "int8")}
     growth = {
         kind: max(_graph_bytes(decoder, **{kind: name}) for name in names) - base for kind, names in formats.items()
     }
@@ -229,7 +229,7 @@ def _stored(
 ) -> Stored:
     """The arrays of one matrix, checked; int8 codes may be unsigned, from processors that need it."""
     arrays = {}
-    for part in PARTS:
+    for part in STORED_PARTS:
         if f"{name}.{part}" in tensors:
             arrays[part] = tensors[f"{name}.{part}"].numpy()
     promised = layout(format, rows, columns, bias, floats)

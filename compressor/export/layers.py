@@ -19,10 +19,12 @@ import numpy as np
 import onnx_ir as ir
 
 from compressor.export.layout import Stored
-from compressor.plan import Action, Formats
+from compressor.plan import Action, Format, Formats
 from compressor.student import Decoder, Experts
 
 OPSETS = {"": 21, "com.microsoft": 1}
+FUNCTIONS = "compressor"
+"""Domain of the graph's own functions."""
 IR_VERSION = 10
 
 Attribute = int | float | str | Sequence[int]
@@ -51,6 +53,9 @@ class GraphBuilder:
         self.outputs: list[ir.Value] = []
         self._store = store
         self._quantized: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self._scales: dict[str, ir.Value] = {}
+        self._codes: dict[str, ir.Value] = {}
+        self._functions: dict[str, ir.Function] = {}
 
     def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Attribute) -> ir.Value:
         """One node of the standard operators with one output, called `name`."""
@@ -114,6 +119,26 @@ class GraphBuilder:
             self._quantized[x] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
         return self._quantized[x]
 
+    def scales(self, name: str, levels: ir.Value, units: ir.Value) -> ir.Value:
+        """Scales [O, G] of the blocks of matrix `name`: arithmetic on constants, which ONNX Runtime does when the session is
+        made."""
+        if name not in self._scales:
+            whole = self.op("Cast", [levels], f"{name}.levels.float", to=ir.DataType.FLOAT.value)
+            exact = self.op("Mul", [whole, units], f"{name}.scales")
+            self._scales[name] = self.floating(exact, np.dtype(np.float32), f"{name}.scales.float")
+        return self._scales[name]
+
+    def codes(self, name: str, format: Format, w: Mapping[str, ir.Value]) -> ir.Value:
+        """Codes [O, G, M] of the blocks of matrix `name` as the kernel reads them, put together out of what is stored."""
+        planes = [w[part] for part in format.planes]
+        if len(planes) == 1:
+            return planes[0]
+        if name not in self._codes:
+            function = f"Codes{format.bits}"
+            self._functions[function] = codes_function(function, format)
+            self._codes[name] = self.node(FUNCTIONS, function, planes, [f"{name}.codes"], {})[0]
+        return self._codes[name]
+
     def model(self, facts: Mapping[str, str] = MappingProxyType({})) -> ir.Model:
         """facts: metadata, which a session gives back."""
         graph = ir.Graph(
@@ -121,10 +146,38 @@ class GraphBuilder:
             self.outputs,
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
-            opset_imports=OPSETS,
+            opset_imports=OPSETS | ({FUNCTIONS: 1} if self._functions else {}),
             name="student",
         )
-        return ir.Model(graph, ir_version=IR_VERSION, metadata_props=dict(facts))
+        functions = [self._functions[name] for name in sorted(self._functions)]
+        return ir.Model(graph, ir_version=IR_VERSION, functions=functions, metadata_props=dict(facts))
+
+
+def codes_function(name: str, format: Format) -> ir.Function:
+    """Planes of codes -> codes [O, G, M] as the kernel reads them: `quantize.unpack_codes`, as far as the kernel's bytes.
+    Arithmetic on constants, which ONNX Runtime does when the session is made."""
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, *inputs: ir.Value, **attributes: Attribute | ir.TensorProtocol) -> ir.Value:
+        nodes.append(ir.node(kind, list(inputs), attributes))
+        nodes[-1].outputs[0].name = f"{kind}.{len(nodes)}"
+        return nodes[-1].outputs[0]
+
+    def byte(number: int) -> ir.Value:
+        return op("Constant", value=ir.tensor(np.array(number, np.uint8)))
+
+    def shifted(x: ir.Value, by: int) -> ir.Value:
+        return op("BitShift", x, byte(abs(by)), direction="LEFT" if by > 0 else "RIGHT") if by else x
+
+    planes = {part: ir.Value(name=part) for part in format.planes}
+    whole = []
+    for part, (width, place) in format.planes.items():
+        fields = [shifted(planes[part], place - width * i) for i in range(format.kernel_bits // width)]
+        whole.append(op("BitwiseAnd", op("Concat", *fields, axis=-1), byte(format.mask(part))))
+    graph = ir.Graph(
+        list(planes.values()), [op("BitwiseOr", *whole)], nodes=nodes, opset_imports={"": OPSETS[""]}, name=name
+    )
+    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
 
 
 # -- matrices --
@@ -143,13 +196,14 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
         codes, scale, zero = b.quantized(x)
         inputs = [codes, w["codes"], scale, w["scales"], zero, w.get("zeros"), w.get("bias")]
         return b.ms("MatMulIntegerToFloat", _given(inputs), output)
+    scales = b.scales(name, w["levels"], w["units"])
     return b.ms(
         "MatMulNBits",
-        _given([x, w["codes"], w["scales"], w.get("zeros"), None, w.get("bias")]),
+        _given([x, b.codes(name, weight.format, w), scales, w.get("zeros"), None, w.get("bias")]),
         output,
         K=weight.columns,
         N=weight.rows,
-        bits=weight.format.bits,
+        bits=weight.format.kernel_bits,
         block_size=weight.format.block,
         accuracy_level=4,
     )
@@ -169,12 +223,12 @@ def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.V
         rows = b.op("Gather", [w["values"], ids], f"{name}.rows")
         return b.floating(rows, weight.arrays["values"].dtype, f"{name}.out")
     flat = b.small("table_shape", np.array([weight.rows, -1], np.int64))
-    table = b.op("Reshape", [w["codes"], flat], f"{name}.table")
+    table = b.op("Reshape", [b.codes(name, weight.format, w), flat], f"{name}.table")
     rows = b.ms(
         "GatherBlockQuantized",
-        [table, ids, w["scales"], *([w["zeros"]] if "zeros" in w else [])],
+        [table, ids, b.scales(name, w["levels"], w["units"]), *([w["zeros"]] if "zeros" in w else [])],
         f"{name}.rows",
-        bits=weight.format.bits,
+        bits=weight.format.kernel_bits,
         block_size=weight.format.block,
         gather_axis=0,
         quantize_axis=1,

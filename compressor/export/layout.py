@@ -3,7 +3,9 @@
 Knows formats and numpy, neither graphs nor files.
 
     float       values [O, I] float32 or float16
-    blockwise   codes [O, G, block * bits / 8] uint8, scales [O, G] floats, zeros [O, ceil(G * bits / 8)] uint8
+    blockwise   codes [O, G, block * bits / 8] uint8, levels [O, G] uint8, units [O, 1] float32, zeros [O, ceil(G * bits / 8)]
+                uint8; the scales that the kernel reads, levels * units, are computed when a session is made, and so are
+                its codes where these are of 3, 5 or 6 bits, in two tensors: `low` and `high`
     int8        codes [I, O] int8, scales [O] floats; where int8 products saturate, codes uint8 and zeros [O] = 128
 
 and a bias [O] floats where there is one; floats are what the graph computes in, float32 or float16.
@@ -25,7 +27,7 @@ from compressor.quantize import Weight
 
 @dataclass(frozen=True)
 class Stored:
-    """A [rows, columns] = [output, input] matrix as arrays of the file: `values`, or `codes`, `scales`, `zeros`; `bias`."""
+    """A [rows, columns] = [output, input] matrix as arrays of the file, by the names of `quantize.STORED_PARTS`."""
 
     format: Format
     rows: int
@@ -64,8 +66,8 @@ class Stored:
         """Weights of a plausible size, for timing."""
         arrays: dict[str, np.ndarray] = {}
         for part, (dtype, shape) in layout(format, rows, columns, bias, floats).items():
-            if part == "scales":
-                arrays[part] = np.full(shape, 0.1 / 2**format.bits, dtype)
+            if part in ("scales", "units"):
+                arrays[part] = np.full(shape, (0.1 if part == "scales" else 1e-3) / 2**format.bits, dtype)
             elif np.issubdtype(dtype, np.floating):
                 arrays[part] = (rng.random(shape, np.float32) * 0.1 - 0.05).astype(dtype)
             else:
@@ -73,7 +75,7 @@ class Stored:
         return cls(format, rows, columns, arrays)
 
     def weight(self) -> Weight:
-        """The inverse of `of`: the same values, codes, scales and zero points; floats as they were rounded."""
+        """The inverse of `of`: the same values, codes, levels, units and zero points; other floats as they were rounded."""
         arrays = dict(self.arrays)
         if self.format.kind == "dynamic":
             if arrays.pop("zeros", None) is not None:
@@ -99,8 +101,9 @@ def layout(
             return shapes | {"codes": (np.dtype(np.int8), (columns, rows)), "scales": (floats, (rows,))}
         return shapes | {"codes": (byte, (columns, rows)), "scales": (floats, (rows,)), "zeros": (byte, (rows,))}
     blocks = -(-columns // format.block)
-    shapes |= {"codes": (byte, (rows, blocks, format.block * format.bits // 8)), "scales": (floats, (rows, blocks))}
-    return shapes | ({"zeros": (byte, (rows, -(-blocks * format.bits // 8)))} if format.has_zeros else {})
+    shapes |= {name: (byte, (rows, blocks, format.block * width // 8)) for name, (width, _) in format.planes.items()}
+    shapes |= {"levels": (byte, (rows, blocks)), "units": (np.dtype(np.float32), (rows, 1))}
+    return shapes | ({"zeros": (byte, (rows, -(-blocks * format.kernel_bits // 8)))} if format.has_zeros else {})
 
 
 @cache

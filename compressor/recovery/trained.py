@@ -42,18 +42,22 @@ class Scaled(nn.Module):
 
     def __init__(self, grid: Grid | None, like: Tensor):
         super().__init__()
-        self.format = grid.format if grid else None
+        self.grid = grid.to(like.device) if grid else None
         self.unit = 2.0 ** -(grid.format.bits if grid else GAIN_BITS)
         self.change = nn.Parameter(torch.zeros_like(grid.scales if grid else like, device=like.device))
 
     @property
     def factors(self) -> Tensor:
-        return 1 + self.unit * self.change
+        """Those that lead to scales which can be stored, straight-through for gradients."""
+        factors = 1 + self.unit * self.change
+        if self.grid is None:
+            return factors
+        with torch.no_grad():
+            step = self.grid.stored(self.grid.scales * factors) / self.grid.scales - factors
+        return factors + step
 
     def forward(self, given: Tensor) -> Tensor:
-        if self.format is None:
-            return given * self.factors
-        return Grid(self.format, self.factors, torch.zeros_like(self.change)).times(given)
+        return given * self.factors if self.grid is None else replace(self.grid, scales=self.factors).times(given)
 
 
 class LowRank(nn.Module):
@@ -130,8 +134,7 @@ class Trained:
         else:
             self.parameters[name] = latent
         if grid:
-            here = Grid(grid.format, grid.scales.to(latent), grid.zeros.to(latent))
-            parametrize.register_parametrization(module, "weight", OnGrid(here), unsafe=True)
+            parametrize.register_parametrization(module, "weight", OnGrid(grid.to(latent.device)), unsafe=True)
             if self._train == "weights":
                 self.parameters[name] = module.parametrizations.weight.original
 
@@ -144,7 +147,7 @@ class Trained:
             if name in vectors:
                 vectors[name] = vectors[name] * factors
             elif grid := matrices[name].grid:
-                matrices[name] = replace(matrices[name], scales=grid.scales * factors)
+                matrices[name] = replace(matrices[name], scales=grid.stored(grid.scales * factors))
         for name in {key.split("/")[0] for key in self.parameters} - self._scaled.keys():
             now = self.network.module(name).weight.detach().cpu()
             if name in vectors:
