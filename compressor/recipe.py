@@ -289,7 +289,7 @@ class TargetSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that the exported student runs on; `auto` takes CUDA when torch sees a GPU."""
     precision: Literal["auto", "float32", "float16"] = "auto"
-    """What the exported student computes in, and the type of scales and norms; `auto` is float16 on CUDA, whose attention
+    """What the exported student computes in, and the type of norms and biases; `auto` is float16 on CUDA, whose attention
     kernel knows no float32, and float32 on the CPU."""
     threads: Count | None = None
     """Threads of ONNX Runtime; the number of physical cores when absent."""

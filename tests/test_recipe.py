@@ -112,7 +112,7 @@ def test_every_problem_in_one_message():
         {
             "serach": {},
             "budget": {"bytes": 0.25, "prefil": "3ms"},
-            "search": {"formats": ["w4", "w3"], "evaluations": 0, "policy": "annealing", "attention_keep": [1.5]},
+            "search": {"formats": ["w4", "w7"], "evaluations": 0, "policy": "annealing", "attention_keep": [1.5]},
             "data": {"calibration": [{"dataset": "x", "spilt": "train"}], "evaluation": []},
             "target": {"threads": "two"},
         }
@@ -120,7 +120,7 @@ def test_every_problem_in_one_message():
     assert "\n  serach = {}: unknown key; did you mean search?" in message
     assert "\n  budget.prefil = '3ms': unknown key; did you mean prefill?" in message
     assert "for a fraction write 0.25x" in message
-    assert "\n  search.formats[1] = 'w3': " in message and "no 3-bit kernel; choose among 2, 4, 8" in message
+    assert "\n  search.formats[1] = 'w7': " in message and "expected 2, 3, 4, 5, 6 or 8 bits, got 7" in message
     assert "\n  search.evaluations = 0: expected greater than or equal to 1" in message
     assert "\n  search.policy = 'annealing': expected 'uniform'" in message
     assert "\n  search.attention_keep[0] = 1.5: expected less than or equal to 1" in message
@@ -158,8 +158,8 @@ def test_a_missing_key_says_what_it_means():
             "search.formats[1] = 'int8+w8': format 'int8+w8': int8 and int8row",
         ),
         (
-            {"search": {"formats": ["w4+w3"]}},
-            "search.formats[0] = 'w4+w3': format 'w3': ONNX Runtime has no 3-bit kernel",
+            {"search": {"formats": ["w4+w7"]}},
+            "search.formats[0] = 'w4+w7': format 'w7': expected 2, 3, 4, 5, 6 or 8 bits",
         ),
         ({"search": {"formats": ["none"]}}, "search.formats[0] = 'none': a sub-layer is dropped by the fraction 0"),
         (

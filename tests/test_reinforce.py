@@ -21,7 +21,7 @@ from compressor.student import Student, full_plan
 from compressor.text import load_prompts
 from tests.test_pipeline import recipe
 
-SETTINGS = Settings(steps=12, train="weights", learning_rate=1e-2, warmup=0, check_every=6)
+SETTINGS = Settings(steps=18, train="weights", learning_rate=1e-2, warmup=0, check_every=6)
 
 
 @pytest.fixture
