@@ -115,10 +115,8 @@ class Format:
         blocks = -(-columns // self.block)
         if self.kind == "codebook":  # beside codes and scales lie the table and what says how to read it
             return [rows * columns // 2, rows * blocks * 4, 16 * 4, 256]
-        sizes = [rows * blocks * (self.block * width // 8) for width, _ in self.planes.values()] + [
-            rows * blocks,
-            rows * 4,
-        ]
+        sizes = [rows * blocks * (self.block * width // 8) for width, _ in self.planes.values()]
+        sizes += [rows * blocks, rows * 4]
         return [*sizes, rows * -(-blocks * self.kernel_bits // 8)] if self.has_zeros else sizes
 
 

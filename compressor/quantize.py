@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from types import MappingProxyType
 
 import torch
@@ -323,11 +323,8 @@ def pack_codes(codes_OI: Tensor, format: Format) -> dict[str, Tensor]:
         return dict.fromkeys(format.planes, bytes_OGM)
     planes = {}
     for name, (width, place) in format.planes.items():
-        mask, fields = format.mask(name), format.kernel_bits // width
-        parts = [(part & mask) for part in bytes_OGM.chunk(fields, 2)]
-        planes[name] = (
-            torch.stack([shifted(part, width * i - place) for i, part in enumerate(parts)]).sum(0).to(torch.uint8)
-        )
+        parts = (bytes_OGM & format.mask(name)).chunk(format.kernel_bits // width, 2)
+        planes[name] = reduce(torch.bitwise_or, (shifted(part, width * i - place) for i, part in enumerate(parts)))
     return planes
 
 

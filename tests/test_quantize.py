@@ -184,9 +184,7 @@ def test_dynamic_int8_lets_gradients_through():
     assert fake_dynamic_int8(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "name, says", [("w7", "7"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")]
-)
+@pytest.mark.parametrize("name, says", [("w7", "7"), ("q4", "choose among"), ("w4b48", "48"), ("int4", "choose among")])
 def test_formats_without_a_kernel_are_refused(name, says):
     with pytest.raises(RecipeError, match=says):
         Format.parse(name)
