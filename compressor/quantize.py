@@ -122,17 +122,21 @@ class Grid:
         matrix, scales, _ = self._blocks(matrix_OI)
         return (matrix * scales).view(matrix_OI.shape)
 
-    def group(self, group: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """(weights -> nearest codes, codes -> values), [O] each, of a column in a block."""
-        scale_O, zero_O = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
+    def rounder(self, group: int) -> Callable[[Tensor], Tensor]:
+        """Multiples [O] of the scales of a block -> the nearest ones that have a code; may work in place."""
         if self.format.kind == "codebook":
-            table = codebook(self.format, scale_O)
-            return lambda w_O: looked_up(w_O / scale_O, self.format), lambda code_O: table[code_O.long()] * scale_O
-        low, high = self.code_range
-        return (
-            lambda w_O: torch.round(w_O / scale_O).add_(zero_O).clamp_(low, high),
-            lambda code_O: code_O.sub(zero_O).mul_(scale_O),
-        )
+            table = codebook(self.format, self.scales)
+            return lambda x_O: table[looked_up(x_O, self.format).long()]
+        zero_O, (low, high) = self.zeros[:, group], self.code_range
+        lowest_O, highest_O = low - zero_O, high - zero_O
+        return lambda x_O: x_O.round_().clamp_(lowest_O, highest_O)
+
+    def codes_of(self, multiples_OI: Tensor) -> Tensor:
+        """Codes, float32 [O, I], of multiples of the scales that have one."""
+        if self.format.kind == "codebook":
+            return looked_up(multiples_OI, self.format)
+        multiples, _, zeros = self._blocks(multiples_OI)
+        return (multiples + zeros).view(multiples_OI.shape)
 
     def nearest(self, w_OI: Tensor) -> Tensor:
         """`w_OI` rounded to the grid."""
@@ -494,63 +498,59 @@ def gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
 def _gptq(w_OI: Tensor, hessian: Hessian, format: Format) -> Weight:
     grid = find_grid(w_OI, format, hessian.moment_II.diagonal())
     w_IO = w_OI.T.contiguous()  # columns as rows: one column's update then touches contiguous memory
-    codes_IO = _compensated(w_IO, hessian, grid)
+    multiples_IO = _compensated(w_IO, hessian, grid)
     for _ in range(ROUNDS):
-        grid, codes_IO = _descended(w_IO, hessian.moment_II, grid, codes_IO)
+        grid = _descended(w_IO, hessian.moment_II, grid, multiples_IO)
+    codes_OI = grid.codes_of(multiples_IO.T.contiguous()).to(torch.uint8)
     zeros = grid.zeros.to(torch.uint8) if format.has_zeros else None
-    return Weight(
-        format, codes=codes_IO.T.to(torch.uint8).contiguous(), scales=grid.scales, zeros=zeros, units=grid.units
-    )
+    return Weight(format, codes=codes_OI, scales=grid.scales, zeros=zeros, units=grid.units)
 
 
 def _compensated(w_IO: Tensor, hessian: Hessian, grid: Grid) -> Tensor:
-    """Codes [I, O] by GPTQ on a given grid."""
-    order_I, upper_II = hessian.order_I, hessian.upper_II
-    groups = [grid.group(group) for group in range(grid.scales.shape[1])]
-    left_IO, codes_IO = w_IO[order_I], torch.empty_like(w_IO)
+    """Multiples [I, O] of the scales by GPTQ on a given grid."""
+    order_I, upper_II, block = hessian.order_I, hessian.upper_II, grid.format.block
+    groups = [(grid.scales[:, group].contiguous(), grid.rounder(group)) for group in range(grid.scales.shape[1])]
+    left_IO, multiples_IO = w_IO[order_I], torch.empty_like(w_IO)
     columns = order_I.tolist()
     for start in range(0, len(columns), CHUNK):
         stop = min(start + CHUNK, len(columns))
         left_iO, upper_ii = left_IO[start:stop], upper_II[start:stop, start:stop]
         error_iO = torch.empty_like(left_iO)
         for i, column in enumerate(columns[start:stop]):
-            code_of, value_of = groups[column // grid.format.block]
-            codes_IO[column] = code_of(left_iO[i])
-            torch.sub(left_iO[i], value_of(codes_IO[column]), out=error_iO[i]).div_(upper_ii[i, i])
+            scale_O, rounded = groups[column // block]
+            multiples_IO[column] = rounded(left_iO[i] / scale_O)
+            torch.addcmul(left_iO[i], multiples_IO[column], scale_O, value=-1, out=error_iO[i]).div_(upper_ii[i, i])
             left_iO[i + 1 :].addr_(upper_ii[i, i + 1 :], error_iO[i], alpha=-1)
         left_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_iO, alpha=-1)
-    return codes_IO
+    return multiples_IO
 
 
-def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, codes_IO: Tensor) -> tuple[Grid, Tensor]:
-    """The grid and codes [I, O] after a round of coordinate descent on the output error sum_o d_o H d_o, d = W' - W: block by
-    block its scales, the stored ones nearest to the closed form, then each of its codes, everything else being given. No step
-    makes it worse.
+def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, multiples_IO: Tensor) -> Grid:
+    """A round of coordinate descent on the output error sum_o d_o H d_o, d = W' - W: block by block its scales, the stored
+    ones nearest to the closed form, then each of its codes, everything else being given. No step makes it worse. The
+    multiples [I, O] of the scales are changed in place, the new scales returned.
 
     Source: Behdin et al. 2023, "QuantEase", Algorithm 1, for the codes; the scales are ours.
     """
     grid = replace(grid, scales=grid.scales.clone())
-    apart_IO, codes_IO, block = grid.values(codes_IO.T).T.sub(w_IO).contiguous(), codes_IO.clone(), grid.format.block
+    apart_IO, block = grid.times(multiples_IO.T).T.sub(w_IO).contiguous(), grid.format.block
     for group, start in enumerate(range(0, len(w_IO), block)):
         here = slice(start, min(start + block, len(w_IO)))
-        apart_iO, moment_ii, scale_O = apart_IO[here], moment_II[here, here], grid.scales[:, group]
+        multiples_iO, moment_ii, scale_O = multiples_IO[here], moment_II[here, here], grid.scales[:, group]
         slope_iO = moment_II[here] @ apart_IO
-        unit_iO = (apart_iO + w_IO[here]) / scale_O
-        curved_iO = moment_ii @ unit_iO
-        step_O = (unit_iO * slope_iO).sum(0) / (unit_iO * curved_iO).sum(0).clamp_min(1e-30)
+        curved_iO = moment_ii @ multiples_iO
+        step_O = (multiples_iO * slope_iO).sum(0) / (multiples_iO * curved_iO).sum(0).clamp_min(1e-30)
         step_O = torch.where(step_O < scale_O, step_O, 0.0)  # a scale stays above 0
         step_O = scale_O - grid.stored((scale_O - step_O)[:, None])[:, 0]
         scale_O -= step_O
-        apart_iO -= unit_iO * step_O
-        slope_iO -= curved_iO * step_O
-        code_of, value_of = grid.group(group)
-        for i, column in enumerate(range(here.start, here.stop)):
-            wanted_O = apart_iO[i] - slope_iO[i] / moment_ii[i, i] + w_IO[column]
-            codes_IO[column] = code_of(wanted_O)
-            now_O = value_of(codes_IO[column]) - w_IO[column]
-            slope_iO.addr_(moment_ii[i], now_O - apart_iO[i])
-            apart_iO[i] = now_O
-    return grid, codes_IO
+        slope_iO.sub_(curved_iO * step_O).div_(scale_O)
+        rounded, curvature_i = grid.rounder(group), moment_ii.diagonal().tolist()
+        for i, multiple_O in enumerate(multiples_iO):
+            moved_O = rounded(torch.add(multiple_O, slope_iO[i], alpha=-1 / curvature_i[i])).sub_(multiple_O)
+            slope_iO[i + 1 :].addr_(moment_ii[i + 1 :, i], moved_O)
+            multiple_O += moved_O
+        torch.sub(multiples_iO * scale_O, w_IO[here], out=apart_IO[here])
+    return grid
 
 
 def fake_dynamic_int8(x_BLD: Tensor) -> Tensor:
