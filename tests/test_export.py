@@ -368,10 +368,10 @@ def test_genai_reads_the_folder(seed, tiny_folder, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     teacher = load_teacher(tiny_folder)
     network = teacher.network
-    plan = dict(drawn(network.decoder, seed, ("w8", "w4"))) | {
+    plan = dict(drawn(network.decoder, seed, ("w8", "w6", "w5", "w4", "w3"))) | {
         "layers.0.attention": DROP,
-        "layers.1.attention": Action(1, "w8"),
-        "layers.2.attention": Action(2, "w4"),
+        "layers.1.attention": Action(1, "w6"),
+        "layers.2.attention": Action(2, "w3+w5"),
     }
     save_folder(student(network.decoder, Plan(tuple(plan.items())), seed), teacher, tmp_path)
     ids = [5, 90, 17, 33, 201]
