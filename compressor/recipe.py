@@ -326,13 +326,14 @@ class SearchSection(Section):
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: FormatNames = (
-        *("fp32", "int8", "w8", "w6", "w5+w8", "w5", "w4+w6", "w4", "w3+w4", "w3", "w2+w4", "w2"),
+        *("fp32", "int8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
         *("nf4", "fp4", "int8row"),
     )
-    """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w6 is
-    w4, but w6 for keys, values and down projection, where errors cost most for the bytes. w6, w5 and w3 take so many bits
-    in the file, and the memory and the time of w8 and w4."""
-    embedding_formats: FormatNames = ("fp32", "w8", "w6", "w5", "w4")
+    """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w8 is
+    w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w6, w5 and w3 take so many bits
+    in the file, and the time and the memory of w8 and w4; for the seconds that a session takes to open, some seven bytes a
+    weight."""
+    embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
     """Fractions of the key/value groups (with their query heads) that an attention may keep, rounded to whole groups;

@@ -143,7 +143,7 @@ def test_half_precision(tiny_folder, tmp_path):
     del data["search"]["formats"]
     report = pipeline.compress(Recipe.from_dict(data), tmp_path)
     assert report.recipe["search"]["formats"] == [
-        *("fp32", "w8", "w6", "w5+w8", "w5", "w4+w6", "w4", "w3+w4", "w3", "w2+w4", "w2"),
+        *("fp32", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
     ]
     assert report.parity.passed and report.budget[0].fits
     assert report.budget[0].measured == exported_bytes(tmp_path / "onnx") <= report.budget[0].predicted

@@ -316,7 +316,7 @@ def test_menu():
     search = Search(formats=["w4", "fp32"], ffn_keep=[0.5, 1, 0.499, 0], attention_keep=[1.0])
     actions = menu(search, (EMBEDDING, ATTENTION, FFN))
     assert list(actions) == ["embedding", "layers.0.attention", "layers.0.ffn"]
-    assert actions["embedding"] == tuple(Action(1, name) for name in ("fp32", "w8", "w6", "w5", "w4"))
+    assert actions["embedding"] == tuple(Action(1, name) for name in ("fp32", "w8", "w4"))
     assert actions["layers.0.attention"] == (Action(3, "fp32"), Action(3, "w4"))
     halves = (Action(768, "fp32"), Action(1536, "w4"), Action(768, "w4"))
     assert actions["layers.0.ffn"] == (Action(1536, "fp32"), *halves, DROP)
