@@ -252,10 +252,8 @@ class Weight:
         bias = stored.get("bias")
         if format.kind == "float":
             return cls(format, values=stored["values"], bias=bias)
-        if format.kind == "dynamic":
-            return cls(format, codes=stored["codes"], scales=stored["scales"], bias=bias)
-        codes = unpack_codes(stored, format)[:, :columns]
-        if format.kind == "codebook":
+        codes = stored["codes"] if format.kind == "dynamic" else unpack_codes(stored, format)[:, :columns]
+        if format.kind != "blockwise":
             return cls(format, codes=codes, scales=stored["scales"], bias=bias)
         units, zeros = stored["units"] * _codes_step(format), stored.get("zeros")
         scales = stored["levels"] * units

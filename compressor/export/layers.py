@@ -119,12 +119,12 @@ class GraphBuilder:
             self._quantized[x] = tuple(self.node("", "DynamicQuantizeLinear", [x], names, {}))
         return self._quantized[x]
 
-    def scales(self, name: str, levels: ir.Value, units: ir.Value) -> ir.Value:
+    def scales(self, name: str, w: Mapping[str, ir.Value]) -> ir.Value:
         """Scales [O, G] of the blocks of matrix `name`: arithmetic on constants, which ONNX Runtime does when the session is
         made."""
         if name not in self._scales:
-            whole = self.op("Cast", [levels], f"{name}.levels.float", to=ir.DataType.FLOAT.value)
-            exact = self.op("Mul", [whole, units], f"{name}.scales")
+            whole = self.op("Cast", [w["levels"]], f"{name}.levels.float", to=ir.DataType.FLOAT.value)
+            exact = self.op("Mul", [whole, w["units"]], f"{name}.scales")
             self._scales[name] = self.floating(exact, np.dtype(np.float32), f"{name}.scales.float")
         return self._scales[name]
 
@@ -135,7 +135,8 @@ class GraphBuilder:
             return planes[0]
         if name not in self._codes:
             function = f"Codes{format.bits}"
-            self._functions[function] = codes_function(function, format)
+            if function not in self._functions:
+                self._functions[function] = codes_function(function, format)
             self._codes[name] = self.node(FUNCTIONS, function, planes, [f"{name}.codes"], {})[0]
         return self._codes[name]
 
@@ -196,10 +197,9 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
         codes, scale, zero = b.quantized(x)
         inputs = [codes, w["codes"], scale, w["scales"], zero, w.get("zeros"), w.get("bias")]
         return b.ms("MatMulIntegerToFloat", _given(inputs), output)
-    scales = b.scales(name, w["levels"], w["units"])
     return b.ms(
         "MatMulNBits",
-        _given([x, b.codes(name, weight.format, w), scales, w.get("zeros"), None, w.get("bias")]),
+        _given([x, b.codes(name, weight.format, w), b.scales(name, w), w.get("zeros"), None, w.get("bias")]),
         output,
         K=weight.columns,
         N=weight.rows,
@@ -226,7 +226,7 @@ def embedding(b: GraphBuilder, ids: ir.Value, name: str, weight: Stored) -> ir.V
     table = b.op("Reshape", [b.codes(name, weight.format, w), flat], f"{name}.table")
     rows = b.ms(
         "GatherBlockQuantized",
-        [table, ids, b.scales(name, w["levels"], w["units"]), *([w["zeros"]] if "zeros" in w else [])],
+        [table, ids, b.scales(name, w), *([w["zeros"]] if "zeros" in w else [])],
         f"{name}.rows",
         bits=weight.format.kernel_bits,
         block_size=weight.format.block,
