@@ -7,11 +7,11 @@ Rivals, made from the recipe's teacher and kept in the first run's folder, under
 
     fp32             the teacher in ONNX Runtime, by our export
     quantize_dynamic onnxruntime.quantization's int8 of that, its products first put as plain MatMul, as general exporters do
-    genai int4       ONNX Runtime GenAI's model builder, int4 for this device (needs onnxruntime-genai)
+    genai int4       ONNX Runtime GenAI's model builder, int4 for this device (needs onnxruntime-genai); of decoders alone
     *.gguf           llama.cpp (needs llama-cpp-python); made of the teacher by llama.cpp's own tools, and given here
 
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
-texts, window by window. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
+texts, window by window, and of embedders and classifiers how often they are right, as in a run's report. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
 `--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token, as a share of the bandwidth
 with which torch sums a large array, which takes its turns, too. OpenMP's waiting is left as it is: with the passive one of
 the other benchmarks llama.cpp decodes five times slower. A prefill ends with the logits of the last token, but for
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,15 @@ from compressor import pipeline
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.files import write_json_atomic
 from compressor.measure import Target, cores, opened, time_models, versions
+from compressor.network import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
 from compressor.stages import Stages
+from compressor.student import Decoder
+from compressor.text import predictions
 from eval.memory import peak_growth_bytes
-from eval.perplexity import Quality, compare
+from eval.perplexity import Logits, Quality, compare
 
 SUMMED = 1 << 30
 """Bytes of the array whose sum says what memory gives."""
@@ -136,7 +140,8 @@ def main() -> None:
             raise SystemExit(
                 f"expected the student of a finished run in {student}; run compress {options.recipe} first"
             )
-    folders |= rivals(Path(recipe.model.path), out, run.target.device, run.teacher.network.decoder.head_dim)
+    decoder = run.teacher.network.decoder
+    folders |= rivals(Path(recipe.model.path), out, run.target.device, decoder)
     folders |= {f"llama.cpp {path.stem}": path for path in options.gguf}
     engines = {name: Engine(path, run.target) for name, path in folders.items()}
 
@@ -156,11 +161,18 @@ def main() -> None:
                 "MB": engine.size_bytes / 1e6,
                 "perplexity": quality[name].perplexity,
                 "KL": quality[name].kl,
+                **({"right": quality[name].accuracy} if decoder.classes else {}),
                 "prefill ms": prefill.median_ms,
                 "× student": prefill.median_ms / ours.prefill.median_ms,
-                "decode ms": decode.median_ms,
-                "× student ": decode.median_ms / ours.decode.median_ms,
-                "of bandwidth": engine.size_bytes / (decode.median_ms / 1e3) / bandwidth,
+                **(
+                    {
+                        "decode ms": decode.median_ms,
+                        "× student ": decode.median_ms / ours.decode.median_ms,
+                        "of bandwidth": engine.size_bytes / (decode.median_ms / 1e3) / bandwidth,
+                    }
+                    if decoder.causal
+                    else {}
+                ),
                 "peak MB": memory[name] / 1e6,
             }
         )
@@ -171,7 +183,7 @@ def main() -> None:
     write_json_atomic(out / "deployment.json", rows)
 
 
-def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Path]:
+def rivals(teacher: Path, out: Path, device: str, decoder: Decoder) -> dict[str, Path]:
     """Folders of the rivals in ONNX Runtime, made where they are missing."""
     import onnx
     import onnxruntime.quantization
@@ -187,15 +199,16 @@ def rivals(teacher: Path, out: Path, device: str, head_dim: int) -> dict[str, Pa
         for file in draft.glob("plain.onnx*"):
             file.unlink()
         draft.rename(dynamic)
-    if not int4.exists():
+    found = {"fp32": fp32, "quantize_dynamic": dynamic}
+    if decoder.causal and not int4.exists():
         draft = int4.with_name("genai-int4.draft")
         build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", device]
         subprocess.run([*build, "-i", str(teacher), "-o", str(draft), "-c", str(draft / "cache")], check=True)
         graph = onnx.load(draft / "model.onnx", load_external_data=False)
-        make_dim_param_fixed(graph.graph, "kv_cache_dim", head_dim)  # GenAI has it from its configuration
+        make_dim_param_fixed(graph.graph, "kv_cache_dim", decoder.head_dim)  # GenAI has it from its configuration
         onnx.save(graph, draft / "model.onnx")
         draft.rename(int4)
-    return {"fp32": fp32, "quantize_dynamic": dynamic, "genai int4": int4}
+    return found | ({"genai int4": int4} if decoder.causal else {})
 
 
 def with_plain_products(source: Path, target: Path) -> None:
@@ -220,10 +233,16 @@ def with_plain_products(source: Path, target: Path) -> None:
 
 def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
     """Perplexity and KL of the teacher and of every engine over all evaluation texts."""
-    windows_NL = run.texts.evaluation_NL.numpy()
+    windows_NL, network = run.texts.evaluation_NL.numpy(), run.teacher.network
     with run.stages.timed("quality") as report, ExitStack() as stack:
         models = {name: stack.enter_context(engine.logits(windows_NL.shape[1])) for name, engine in engines.items()}
-        return compare(run.teacher.network.window_logits, models, windows_NL, report)
+        read = {name: partial(as_the_network, network, logits) for name, logits in models.items()}
+        return compare(network.window_logits, read, windows_NL, report, predictions, network.decoder.classes)
+
+
+def as_the_network(network: Network, logits: Logits, ids_L: np.ndarray) -> torch.Tensor:
+    """Logits of a model that is given what the network reads of a window."""
+    return network.told(logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy()))
 
 
 def use(engine: Engine) -> None:

@@ -478,6 +478,15 @@ def _gemma_problems(config: Any) -> list[str]:
 
 _POOLED = {"transform_activation": "tanh", "transform_norm": False}
 
+_ROBERTA_FAMILY = Family(
+    _ROBERTA,
+    _roberta,
+    _bert_problems,
+    positions_too="roberta.embeddings.token_type_embeddings",
+    classifier={"transform": "classifier.dense", "head": "classifier.out_proj"},
+    transforms=_POOLED,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA, _biased),
     "mistral": Family(_LLAMA),
@@ -505,14 +514,8 @@ FAMILIES: dict[str, Family] = {
         classifier={"transform": "bert.pooler.dense", "head": "classifier"},
         transforms=_POOLED,
     ),
-    "roberta": Family(
-        _ROBERTA,
-        _roberta,
-        _bert_problems,
-        positions_too="roberta.embeddings.token_type_embeddings",
-        classifier={"transform": "classifier.dense", "head": "classifier.out_proj"},
-        transforms=_POOLED,
-    ),
+    "roberta": _ROBERTA_FAMILY,
+    "xlm-roberta": _ROBERTA_FAMILY,
     "distilbert": Family(
         _DISTILBERT,
         _bert,
@@ -562,7 +565,7 @@ def check_supported(config: Any) -> None:
         problems += [
             f"{size} = {value} (expected: at least 1)" for size in sizes if (value := getattr(config, size, 1)) < 1
         ]
-        problems += _classifier_problems(family, config) if _classes(config) else []
+        problems += _text_problems(family, config) if _classes(config) or embeds(config) else []
     if problems:
         raise ModelError(
             f"this architecture is not supported: {'; '.join(problems)}. Another one is a row of compressor.families.FAMILIES"
@@ -575,14 +578,25 @@ def _classes(config: Any) -> int:
     return config.num_labels if any(kind.endswith("ForSequenceClassification") for kind in kinds) else 0
 
 
-def _classifier_problems(family: Family, config: Any) -> list[str]:
+def embeds(config: Any) -> bool:
+    """Whether it is of an encoder without a head, an embedder of texts."""
+    family, kinds = FAMILIES.get(config.model_type), config.architectures or ()
+    return bool(family and family.classifier) and any(kind.endswith("Model") for kind in kinds)
+
+
+POOLING = "sentence_embedding"
+"""Key of an embedder's configuration, written beside transformers': {"pooling": ..., "normalized": ...} of its `Decoder`."""
+
+
+def _text_problems(family: Family, config: Any) -> list[str]:
+    """Of a classifier or an embedder."""
     problems = []
     if not family.classifier:
         known = ", ".join(name for name, other in FAMILIES.items() if other.classifier)
         problems.append(f"a classifier of model_type {config.model_type!r} (supported: {known})")
     if config.problem_type not in (None, "single_label_classification"):
         problems.append(f"problem_type {config.problem_type!r} (supported: 'single_label_classification')")
-    if config.num_labels < 2:
+    if config.num_labels < 2 and not embeds(config):
         problems.append(f"num_labels = {config.num_labels} (expected: at least 2)")
     if config.pad_token_id is None:
         problems.append("no pad_token_id (expected: that of the tokenizer)")
@@ -596,7 +610,8 @@ def decoder_of(config: Any) -> Decoder:
     frequencies = {kind: _frequencies(config, kind, rotation) for kind, rotation in rotations.items()}
     (whole, scale), (local, _) = (frequencies.get(kind, ((), 1.0)) for kind in ("full_attention", "sliding_attention"))
     window, blocks = _windows(config)
-    family, classes = FAMILIES[config.model_type], _classes(config)
+    family, pools = FAMILIES[config.model_type], embeds(config)
+    classes = 1 if pools else _classes(config)
     decoder = Decoder(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -620,7 +635,12 @@ def decoder_of(config: Any) -> Decoder:
         local=blocks,
         local_frequencies=local,
     )
-    return replace(family.shape(config, decoder), **(family.transforms if classes else {}))
+    decoder = family.shape(config, decoder)
+    if pools:
+        biases = tuple(name for name in decoder.biases if name not in ("transform", "head"))
+        said = getattr(config, POOLING, {"pooling": "mean", "normalized": True})
+        return replace(decoder, transform=False, biases=biases, **said)
+    return replace(decoder, **(family.transforms if classes else {}))
 
 
 def _first(config: Any, *keys: str) -> Any:
@@ -740,6 +760,8 @@ def _places(family: Family, decoder: Decoder) -> Places:
     places = family.places(decoder) if callable(family.places) else family.places
     if not decoder.classes:
         return places
+    if decoder.pooling:
+        return {ours: place for ours, place in places.items() if ours not in ("transform", "transform_norm", "head")}
     places = places | family.classifier
     return {ours: place for ours, place in places.items() if ours != "transform_norm" or decoder.transform_norm}
 

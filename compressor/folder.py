@@ -3,7 +3,8 @@
 model.onnx, model.onnx_data    see `compressor.export`, three graphs of an encoder-decoder; or model.safetensors, see
                                `compressor.torch_runtime`
 plan.json                      an action for every site
-config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them
+config.json, tokenizer files   the teacher's; its licence, too, where it lies beside them, and of an embedder what
+                               sentence-transformers reads
 README.md                      the model card, written at the end of a run
 genai_config.json              of causal models: what ONNX Runtime GenAI reads beside the tokenizer files
 """
@@ -36,6 +37,8 @@ def save_folder(student: Student, teacher: Teacher, folder: Path, where: Runtime
     for path in sorted(Path(teacher.source).glob("*")) if Path(teacher.source).is_dir() else ():
         if path.is_file() and path.name.upper().startswith(LICENCES):
             write_bytes_atomic(folder / path.name, path.read_bytes())
+    for name, data in teacher.files.items():
+        write_bytes_atomic(folder / name, data)
     runtime(where).save_model(student, teacher.network, folder)
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
 
@@ -54,7 +57,7 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
 
 def load(folder: str | Path) -> nn.Module:
     """The torch student of an exported folder: a module that computes what ONNX Runtime computes, the rounding of what
-    quantized layers read included, and returns logits [B, L, V].
+    quantized layers read included, and returns logits [B, L, V], of an embedder embeddings [B, D].
 
     Sub-layers may be narrower than the configuration says, or gone. It is called with token ids [B, L]; an encoder-decoder
     with texts and, behind them and written as ~id, what is to be said of them.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.families import blocks_beyond, check_supported, checkpoint_of, decoder_of, weights_of
+from compressor.families import POOLING, blocks_beyond, check_supported, checkpoint_of, decoder_of, embeds, weights_of
 from compressor.network import Network
 from compressor.student import Decoder, Precision
 from compressor.transformer import Transformer
@@ -26,12 +27,14 @@ BATCH_BYTES = 2**28
 class Teacher:
     """The Transformer as given.
 
-    tokenizer: as transformers made it; source: the local folder or hub id it came from.
+    tokenizer: as transformers made it; source: the local folder or hub id it came from; files: what else is deployed with it,
+    by name.
     """
 
     network: Network
     tokenizer: Any
     source: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def load_teacher(
@@ -43,7 +46,8 @@ def load_teacher(
     precision: Precision = "float32",
     layerwise: Path | None = None,
 ) -> Teacher:
-    """Load a causal or masked language model, a classifier of texts or an encoder-decoder in float32, and its tokenizer.
+    """Load a causal or masked language model, a classifier or embedder of texts or an encoder-decoder in float32, and its
+    tokenizer.
 
     Args:
         path: hub id or local folder.
@@ -62,21 +66,23 @@ def load_teacher(
     options |= {"revision": revision} if revision else {}
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **options)
-        check_supported(config)
+        config = _configuration(path, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         # pickled weights are not read: they may run code
         safe = {} if gguf else {"use_safetensors": True}
         kind = _transformers_class(decoder_of(config))
         # in their own type they are mapped from the checkpoint's files
         options |= {"dtype": "auto" if layerwise else torch.float32, "output_loading_info": True}
+        pooling = getattr(config, POOLING, None)
         model, found = kind.from_pretrained(path, **safe, **options)
     except (MemoryError, torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each have their own tree of errors
         raise _cannot_load(path, gguf, error) from error
     config = model.config
-    if missing := sorted(found["missing_keys"]):
+    if pooling:
+        setattr(config, POOLING, pooling)
+    if missing := sorted(key for key in found["missing_keys"] if not (pooling and key.startswith("pooler."))):
         raise _cannot_load(path, gguf, f"{len(missing)} weights are missing, such as {missing[0]}")
     if gguf:  # the weights are plain floats now
         del config.quantization_config
@@ -86,12 +92,12 @@ def load_teacher(
             path, gguf, f"there are weights of more blocks than the {decoder.layers} of config.json: {more}"
         )
     generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
-    network = _empty(decoder, (config, generation))
+    network, ends = _empty(decoder, (config, generation)), {}
     if not decoder.causal:
         network.mask_token = tokenizer.cls_token_id if decoder.classes else tokenizer.mask_token_id
         if network.mask_token is None:
             wanted = (
-                "a [CLS] token in that of a classifier"
+                "a [CLS] token in that of a classifier or an embedder"
                 if decoder.classes
                 else "a mask token in that of a masked language model"
             )
@@ -101,8 +107,12 @@ def load_teacher(
             f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
             f"{tokenizer.pad_token_id}; correct one of the two"
         )
-    given = weights_of(model.state_dict(), config, decoder)
-    weights = _on_disk(given, layerwise) if layerwise else dict(given)
+    state = model.state_dict()
+    if decoder.pooling:  # its modules are those of others without their first name
+        state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in state.items()}
+        ends = {"head.weight": torch.zeros(1, decoder.hidden)}
+    given = weights_of(state, config, decoder)
+    weights = (_on_disk(given, layerwise) if layerwise else dict(given)) | ends
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
     elif weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():  # tied all the same
@@ -112,7 +122,7 @@ def load_teacher(
         network.model.head.weight = network.model.embedding.weight
     network.model.requires_grad_(False)
     network.layerwise = layerwise is not None
-    return Teacher(network, tokenizer, str(path))
+    return Teacher(network, tokenizer, str(path), _beside(path, revision) if decoder.pooling else {})
 
 
 def _on_disk(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
@@ -142,6 +152,8 @@ def _transformers_class(decoder: Decoder) -> Any:
 
     if decoder.encoder:
         return transformers.AutoModelForSeq2SeqLM
+    if decoder.pooling:
+        return transformers.AutoModel
     if decoder.classes:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM if decoder.causal else transformers.AutoModelForMaskedLM
@@ -198,16 +210,65 @@ def read_decoder(
     Raises:
         ModelError: there is no configuration, or the architecture is not supported.
     """
-    import transformers
-
     options: dict = {"trust_remote_code": trust_remote_code}
     options |= ({"gguf_file": gguf} if gguf else {}) | ({"revision": revision} if revision else {})
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **options)
+        return decoder_of(_configuration(path, options))
+    except ModelError:
+        raise
     except Exception as error:  # see load_teacher
         raise _cannot_load(path, gguf, error) from error
+
+
+SENTENCE_FILES = (
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+"""What sentence-transformers reads beside a model; the first two say what becomes of its hidden states."""
+
+
+def _beside(path: str | Path, revision: str | None) -> dict[str, bytes]:
+    """Those of `SENTENCE_FILES` that there are."""
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = {name: cached_file(path, name, revision=revision, **missing) for name in SENTENCE_FILES}
+    return {name: Path(where).read_bytes() for name, where in found.items() if where}
+
+
+def _configuration(path: str | Path, options: Mapping[str, Any]) -> Any:
+    """transformers' configuration; of an embedder with its `POOLING`: what sentence-transformers' files say, or the mean.
+
+    Raises:
+        ModelError: the architecture is not supported, or that pooling is not.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, **options)
     check_supported(config)
-    return decoder_of(config)
+    if embeds(config) and not hasattr(config, POOLING):
+        setattr(config, POOLING, _pooling(path, _beside(path, options.get("revision"))))
+    return config
+
+
+def _pooling(path: str | Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    if "modules.json" not in files:
+        return {"pooling": "mean", "normalized": True}
+    kinds = [module["type"].rpartition(".")[2] for module in json.loads(files["modules.json"])]
+    said = json.loads(files.get("1_Pooling/config.json", b"{}"))
+    modes = [mode for mode, chosen in said.items() if mode.startswith("pooling_mode_") and chosen]
+    known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modes not in [
+        [m] for m in known
+    ]:
+        raise ModelError(
+            f"model.path = {str(path)!r}: expected modules Transformer, Pooling and perhaps Normalize, with the mean of all "
+            f"tokens or the first one's vector; modules.json has {', '.join(kinds)}, 1_Pooling/config.json "
+            f"{', '.join(modes) or 'nothing'}"
+        )
+    return {"pooling": known[modes[0]], "normalized": "Normalize" in kinds}
 
 
 def _cannot_load(path: str | Path, gguf: str | None, why: Exception | str) -> ModelError:

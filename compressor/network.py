@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from compressor.plan import Action, Format, Formats, Site
 from compressor.quantize import Weight, as_floats, fake_dynamic_int8, fake_row_int8
 from compressor.student import Forced
-from compressor.transformer import Cache, Sides, Transformer
+from compressor.transformer import Cache, Linear, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
 
@@ -114,6 +114,19 @@ class Network:
         """Token ids [L] -> logits [L, V], or [1, classes], on the network's device, for `eval.perplexity`."""
         logits_LV = self.logits(self.hidden(self.written(torch.from_numpy(ids_L))[None]))[0]
         return logits_LV[:1] if self.decoder.classes else logits_LV
+
+    def told(self, output: np.ndarray) -> Tensor:
+        """What a deployed model gives, as logits: those of an embedding [1, D], and else the same."""
+        found = torch.from_numpy(output)
+        return self.logits(found.to(self.device)) if self.decoder.pooling else found
+
+    @torch.no_grad()
+    def compare_with(self, texts_NL: Tensor) -> None:
+        """Of an embedder: from now on its logits [N] say how near a text is to each of these windows."""
+        embeddings = [self.hidden(self.written(ids_L)[None])[0, 0] for ids_L in texts_NL]
+        self.decoder = self.model.decoder = replace(self.decoder, classes=len(embeddings))
+        self.model.head = Linear(self.decoder.hidden, len(embeddings), bias=False)
+        self.model.head.weight = self._parameter(nn.functional.normalize(torch.stack(embeddings), dim=-1))
 
     @torch.no_grad()
     def generate(
@@ -445,7 +458,7 @@ class Stream:
     @torch.no_grad()
     def end(self) -> Tensor:
         """Behind the last sub-layer: what the head reads, as `Network.hidden` gives it."""
-        return self._network.model.end(self.hidden_NLD, self._sides, self._length)
+        return self._network.model.end(self.hidden_NLD, self._sides, self._length, self._context.blank_BM)
 
     @property
     def _module(self) -> Any:

@@ -57,6 +57,7 @@ MADE = {
     "text2text-generation": "Greedy answers.",
     "fill-mask": "The most likely token at every position.",
     "text-classification": "The class of each text.",
+    "sentence-similarity": "The nearest of the texts that each is compared with.",
 }
 PLAN_HERE = "`plan.json` says what was kept of every sub-layer."
 
@@ -105,7 +106,10 @@ def headline(report: Report) -> str:
             facts.append(f"{factor:.2f}× {word}{of} ({show(theirs)} → {show(ours)})")
     sentence = "The student is " + ", ".join(facts) if facts else "The student was made"
     source = teacher or reference
-    if source and source.perplexity is not None and student.perplexity is not None:
+    if report.task == "sentence-similarity" and student.accuracy is not None:
+        sentence += f"; of {number(100 * student.accuracy)}% of the texts the nearest other one stays the nearest"
+        sentence += f" (KL {number(student.kl)})"
+    elif source and source.perplexity is not None and student.perplexity is not None:
         sentence += f"; perplexity {number(source.perplexity)} → {number(student.perplexity)}"
         if student.kl is not None:
             sentence += f" (KL {number(student.kl)})"
@@ -178,11 +182,16 @@ def _run_part(report: Report) -> str:
     encoder = report.task == "text2text-generation"
     load = LOAD.format(read="token ids of texts and, as ~id, of targets" if encoder else "token ids")
     load = load.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else load
+    load = load.replace("logits [B, L, V]", "embeddings [B, D]") if report.task == "sentence-similarity" else load
     parts = ["## How to run", *([WRITE] if _writes(report) else []), load]
     if encoder:
         parts.append(THREE)
     elif not _in_torch(report):
         others = "ONNX Runtime GenAI, transformers.js and optimum" if _writes(report) else "optimum"
+        if report.task == "sentence-similarity":
+            others = (
+                'sentence-transformers (`SentenceTransformer("FOLDER", backend="onnx")`), transformers.js and optimum'
+            )
         parts.append(f"`model.onnx` runs in ONNX Runtime, and with {others}.")
     return "\n".join([*parts, PLAN_HERE])
 
@@ -261,37 +270,47 @@ def _rows_table(report: Report) -> str:
             return "–"
         return f"{milliseconds(value.median)}{ratio(value.median, median_of(reference))}"
 
-    rows, graded = [], report.task == "text-classification"
+    rows, grades = [], _grades(report)
     for row in report.rows:
         name = f"**{row.name}**" if row.role == "student" else row.name
         compared = base if base is not None and row is not base and row.role != "teacher" else None
         rows.append(
             (
                 name,
-                number(row.perplexity),
+                *([] if report.task == "sentence-similarity" else [number(row.perplexity)]),
                 number(row.kl),
-                *((number(row.accuracy), number(row.f1)) if graded else ()),
+                *(number(getattr(row, key)) for key in grades),
                 size(row.size_bytes) + ratio(row.size_bytes, compared.size_bytes if compared else None),
                 timing(row.prefill_ms, compared.prefill_ms if compared else None),
                 timing(row.decode_ms, compared.decode_ms if compared else None),
                 size(row.peak_memory_bytes),
             )
         )
-    grades = ("accuracy", "F1") if graded else ()
-    head = ("model", "perplexity", "KL to teacher", *grades, "size", "prefill", "decode, a token", "peak memory")
+    losses = ("KL to teacher",) if report.task == "sentence-similarity" else ("perplexity", "KL to teacher")
+    head = ("model", *losses, *grades.values(), "size", "prefill", "decode, a token", "peak memory")
     note = f"Ratios in parentheses refer to {base.name}. " if base else ""
     text = table(head, rows) + f"\n\n{note}Perplexity and KL (nats per token) are on text that nothing saw before."
+    if report.task == "sentence-similarity":
+        text = text.replace("Perplexity and KL (nats per token) are", "KL (nats per text) is")
     names = list(report.rows[0].texts) if report.rows else []
     if names:
         found = [(row.name, [row.texts[name] for name in names]) for row in report.rows if row.texts]
-        figures = ("perplexity", "kl", *(("accuracy", "f1") if graded else ("bits_per_byte",)))
+        figures = ("perplexity", "kl", *(grades or ("bits_per_byte",)))[len(losses) == 1 :]
         by_text = [
             (name, *(", ".join(number(getattr(t, figure)) for figure in figures) for t in texts))
             for name, texts in found
         ]
-        what = "accuracy, F1" if graded else "bits for every byte"
-        text += f"\n\nBy text: perplexity, KL, {what}:\n\n" + table(("model", *names), by_text)
+        what = ", ".join(grades.values()) or "bits for every byte"
+        said = "KL" if len(losses) == 1 else "perplexity, KL"
+        text += f"\n\nBy text: {said}, {what}:\n\n" + table(("model", *names), by_text)
     return text
+
+
+def _grades(report: Report) -> dict[str, str]:
+    """What a task has beside perplexity and KL: key of a row -> its name."""
+    if report.task == "sentence-similarity":
+        return {"accuracy": "nearest kept"}
+    return {"accuracy": "accuracy", "f1": "F1"} if report.task == "text-classification" else {}
 
 
 def _budget_part(report: Report) -> str:
@@ -323,7 +342,11 @@ def _gate_part(report: Report) -> str:
         return ""
     text = "### Gate\n\n" + table(("gate", "limit", "measured", "result"), rows)
     if report.parity:
-        kinds = {"fill-mask": "The most likely tokens", "text-classification": "Classes"}
+        kinds = {
+            "fill-mask": "The most likely tokens",
+            "text-classification": "Classes",
+            "sentence-similarity": "The nearest texts",
+        }
         what = kinds.get(report.task, "Greedily decoded tokens")
         same = "the same" if report.parity.greedy_equal else "not the same"
         text += (

@@ -120,7 +120,7 @@ def compress(
 class Texts:
     """Windows of token ids, [N, L] each: scoring plans, deciding what recovery keeps, statistics, reconstruction, training
     (others than those that were fitted, if the text has more), and the texts that nothing sees before the end, by name and as
-    many of each."""
+    many of each; then those that an embedder compares all others with."""
 
     score_NL: Tensor
     held_out_NL: Tensor
@@ -128,15 +128,16 @@ class Texts:
     fitted_NL: Tensor
     trained_NL: Tensor
     evaluation: dict[str, Tensor]
+    anchors_NL: Tensor
 
     @classmethod
-    def read(cls, recipe: Recipe, tokenizer, marking: Marking | None = None) -> Texts:
-        """The calibration text gives scoring and held-out windows first, then the rest. Scoring windows are cut where it
-        takes that for every part to have one."""
+    def read(cls, recipe: Recipe, tokenizer, marking: Marking | None = None, anchors: int = 0) -> Texts:
+        """The calibration text gives `anchors`, scoring and held-out windows first, then the rest. Scoring windows are cut
+        where it takes that for every part to have one."""
         data, tokens = recipe.data, recipe.search.tokens
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
-        total = data.calibration_tokens + (count + held_out) * data.sequence_length
+        total = data.calibration_tokens + (anchors + count + held_out) * data.sequence_length
         load = partial(
             load_tokens,
             tokenizer=tokenizer,
@@ -149,17 +150,33 @@ class Texts:
         paired = any(source.target for source in data.calibration)
         # a part of such a window may predict nothing
         length = data.sequence_length if marking or paired else tokens // count
-        score_NL, rest_NL = windows_NL[:count, :length], windows_NL[count:]
+        anchors_NL, found_NL = windows_NL[:anchors], windows_NL[anchors:]
+        score_NL, rest_NL = found_NL[:count, :length], found_NL[count:]
         fitted_NL = rest_NL[held_out:]
         if recipe.distill.tokens:
-            fitted_NL = more(tokens=recipe.distill.tokens, spared_NL=windows_NL[: count + held_out])
+            fitted_NL = more(tokens=recipe.distill.tokens, spared_NL=windows_NL[: anchors + count + held_out])
         trained_NL = fitted_NL
         if training := recipe.distill.steps * recipe.batch_windows:
             fresh_NL = more(tokens=training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
         evaluation = {source.name: load([source], tokens=each) for source in data.evaluation}
-        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation)
+        return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation, anchors_NL)
+
+    def answered(self, embedder: Network) -> Texts:
+        """The same, a text's class being the anchor that an embedder, which is told of them, finds the nearest."""
+
+        def told(texts_NL: Tensor) -> Tensor:
+            nearest_N = [embedder.window_logits(ids_L.numpy()).argmax().cpu() for ids_L in texts_NL]
+            return torch.cat([~torch.stack(nearest_N)[:, None], texts_NL[:, 1:]], 1)
+
+        embedder.compare_with(self.anchors_NL)
+        return replace(
+            self,
+            score_NL=told(self.score_NL),
+            held_out_NL=told(self.held_out_NL),
+            evaluation={name: told(texts_NL) for name, texts_NL in self.evaluation.items()},
+        )
 
     @property
     def evaluation_NL(self) -> Tensor:
@@ -233,7 +250,8 @@ def start(
             return_memory_at_once()
         teacher = load_teacher(model.path, **given, precision=target.precision, layerwise=out if layerwise else None)
         _check_asked(recipe, teacher.network.decoder)
-        texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher))
+        anchors = recipe.data.anchors if teacher.network.decoder.pooling else 0
+        texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
         highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := teacher.network.decoder.vocabulary):
             raise ModelError(
@@ -242,6 +260,8 @@ def start(
             )
         if torch.cuda.is_available() and not layerwise:  # wherever the student will run
             teacher.network.to("cuda")
+        if anchors:
+            texts = texts.answered(teacher.network)
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     kept = min(MEMORY_BYTES, available_bytes() // 16)
     bank = Bank(
@@ -275,6 +295,10 @@ def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
             not decoder.causal,
             {method: own_text, "budget.decode": recipe.budget.decode, "gate.decode": recipe.gate.decode},
         ),
+        "a model with a head, this one is an embedder": (
+            bool(decoder.pooling),
+            {"target.runtime = torch": recipe.target.runtime == "torch"},
+        ),
         "a classifier, this one is none": (not decoder.classes, {"gate.accuracy_ratio": recipe.gate.accuracy_ratio}),
         "an encoder-decoder, which answers a text": (
             not decoder.encoder,
@@ -291,7 +315,8 @@ def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:
     """What makes windows out of texts, where they are not the text itself."""
     network, data = teacher.network, recipe.data
     if network.decoder.classes:
-        return Labelling.of(teacher.tokenizer, network.configuration[0].label2id)
+        classes = None if network.decoder.pooling else network.configuration[0].label2id
+        return Labelling.of(teacher.tokenizer, classes)
     if not network.decoder.causal:
         return Masking.of(teacher.tokenizer)
     if network.decoder.encoder and not all(source.target for source in (*data.calibration, *data.evaluation)):

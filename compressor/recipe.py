@@ -258,6 +258,9 @@ class DataSection(Section):
     evaluation_tokens: Count = 16384
     """Tokens taken from the evaluation texts, of each the same number; whole windows."""
 
+    anchors: Annotated[int, Field(ge=2)] = 128
+    """Of an embedder, how many other texts every text is compared with; they are taken from the calibration texts."""
+
     @property
     def said_length(self) -> int:
         """Tokens of a window with a target that are for the target."""
@@ -514,7 +517,7 @@ class ToleranceSection(Section):
     perplexity_ratio: Annotated[float, Field(ge=0)] = 0.01
     """Of the student's perplexity over the teacher's."""
     accuracy_ratio: Annotated[float, Field(ge=0)] = 0.01
-    """Of the teacher's accuracy over the student's, where they are classifiers."""
+    """Of the teacher's accuracy over the student's, where they are classifiers, or embedders (see `gate.accuracy_ratio`)."""
     bytes: Annotated[float, Field(ge=0)] = 0.0
     """Of the size of the exported files."""
     prefill: Annotated[float, Field(ge=0)] = 0.1
@@ -529,7 +532,8 @@ class GateSection(Section):
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     """Perplexity of the student over that of the teacher, on the evaluation text."""
     accuracy_ratio: Annotated[float, Field(gt=0)] | None = None
-    """Of a classifier, accuracy of the teacher over that of the student: 1.02 lets it lose a fiftieth."""
+    """Of a classifier, accuracy of the teacher over that of the student: 1.02 lets it lose a fiftieth. An embedder is right
+    where it takes the same one of `data.anchors` texts for the nearest as the teacher."""
     bytes: SizeLimit | None = None
     """Size of the exported files, as in `budget`."""
     prefill: TimeLimit | None = None

@@ -39,7 +39,7 @@ class Timing:
 @dataclass(frozen=True)
 class TextQuality:
     """Perplexity and KL on one evaluation text, and its loss in bits for every byte of the text that was predicted, which
-    compares models whose tokens differ, and scripts. Of classifiers accuracy and F1."""
+    compares models whose tokens differ, and scripts. Of classifiers accuracy and F1, of embedders as in `Row`."""
 
     perplexity: float
     kl: float
@@ -54,7 +54,7 @@ class Row:
 
     role: `teacher` in torch, `reference` the fp32 ONNX export that ratios refer to, `rival`, or `student`, the result.
     kl: KL(teacher || model), nats per token. perplexity and kl are over all texts; `texts` has those of each. accuracy and f1
-    are of classifiers.
+    are of classifiers; of embedders, whose classes are other texts, accuracy is how often the nearest stays the nearest.
     """
 
     name: str
@@ -205,7 +205,7 @@ class GateLine:
     baseline: float | None = None
 
 
-Task = Literal["text-generation", "text2text-generation", "fill-mask", "text-classification"]
+Task = Literal["text-generation", "text2text-generation", "fill-mask", "text-classification", "sentence-similarity"]
 """What a model does, as model hubs call it: only the first two decode."""
 
 

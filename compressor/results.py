@@ -27,7 +27,7 @@ from compressor.search import best, label, spent
 from compressor.stages import key_of
 from compressor.student import Decoder
 from compressor.text import compared, predictions, tokens_digest
-from compressor.transformer import Sides
+from compressor.transformer import NEARNESS, Sides
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
 
@@ -141,7 +141,9 @@ def _size(run: Run, folder: Path) -> int:
 
 def _reading(network: Network, decoder: Deployed) -> Logits:
     """Logits of an exported model, which reads what the network reads."""
-    return lambda ids_L: decoder.logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy())
+    return lambda ids_L: network.told(
+        decoder.logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy())
+    )
 
 
 def _shifted(progress: Callable[..., None], before: int, total: int, done: int, _: int) -> None:
@@ -181,13 +183,13 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
         where = compared(window_L)
         expected_LV = network.window_logits(window_L.numpy()).cpu().numpy()
         with _open(run, folder, exact=True) as exact:
-            found_LV = exact.logits(window_L.numpy())
+            found_LV = teacher.told(exact.logits(window_L.numpy())).numpy(force=True)
             texts = [_text(run, exact, prompt) for prompt in prompts]
         error = _relative_error(found_LV[where], expected_LV[where])
         equal = all(_agrees(run, network, prompt, text) for prompt, text in zip(prompts, texts, strict=True))
         progress(1, 2)
         with _open(run, folder) as deployed:
-            rounded_LV = deployed.logits(window_L.numpy())
+            rounded_LV = teacher.told(deployed.logits(window_L.numpy())).numpy(force=True)
             made = [_text(run, deployed, prompt) for prompt in prompts]
         rounding = _relative_error(rounded_LV[where], expected_LV[where])
         shown = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
@@ -212,8 +214,9 @@ def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[i
     """What a model makes of a prompt: a greedy continuation or answer, the most likely token at every position, or the text's
     class."""
     if not run.teacher.network.decoder.causal:
-        logits = model.window_logits if isinstance(model, Network) else model.logits
-        return torch.as_tensor(logits(prompt_L.numpy())).argmax(-1).tolist()
+        network = run.teacher.network
+        logits = model.window_logits if isinstance(model, Network) else lambda ids_L: network.told(model.logits(ids_L))
+        return logits(prompt_L.numpy()).argmax(-1).tolist()
     eos = run.teacher.tokenizer.eos_token_id
     if isinstance(model, Network):
         return model.greedy(prompt_L, SAMPLE_TOKENS, eos)
@@ -231,8 +234,11 @@ def _agrees(run: Run, network: Network, prompt_L: torch.Tensor, text: list[int])
 
 def _named(run: Run, made: list[int]) -> str:
     """What a model made, in words."""
-    network = run.teacher.network
-    return network.configuration[0].id2label[made[0]] if network.decoder.classes else run.teacher.tokenizer.decode(made)
+    network, tokenizer = run.teacher.network, run.teacher.tokenizer
+    if network.decoder.pooling:
+        text_L = network.written(network.seen(run.texts.anchors_NL[made[0]])).cpu()
+        return tokenizer.decode(text_L, skip_special_tokens=True)
+    return network.configuration[0].id2label[made[0]] if network.decoder.classes else tokenizer.decode(made)
 
 
 def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -363,6 +369,8 @@ def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:
 def _task(decoder: Decoder) -> report.Task:
     if decoder.encoder:
         return "text2text-generation"
+    if decoder.pooling:
+        return "sentence-similarity"
     if decoder.classes:
         return "text-classification"
     return "text-generation" if decoder.causal else "fill-mask"
@@ -385,6 +393,9 @@ def _protocol(run: Run) -> str:
         "text2text-generation": "every token of a window's target predicted from the source and the target before it",
         "fill-mask": "some tokens of every window masked, and these predicted from all that is not (pseudo-perplexity)",
         "text-classification": "one text in each, as much of it as fits, and its class predicted",
+        "sentence-similarity": "one text in each, as much of it as fits, and the nearest of "
+        f"{len(run.texts.anchors_NL)} other texts predicted: logits are cosines over {NEARNESS}, and what is right is what "
+        "the teacher takes for the nearest",
     }[task]
     times = f"Prefill: {target.prefill_tokens} tokens" + {
         "text-generation": " into an empty cache, to the logits of the last. ",

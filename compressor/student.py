@@ -32,6 +32,7 @@ Precision = Literal["float32", "float16"]
 """Of what a deployed student computes, and of all floats that lie beside its codes."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh"]
+Pooling = Literal["first", "mean"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Decoder:
     is of what the sub-layer reads; else the stream itself is normalized. embedding_norm: it is in front of the first one.
     transform: in front of the head there are a square matrix, an activation, that of the feed-forwards if none is named, and
     a norm, unless there is none.
-    classes: of whole texts, whose first token the transform and the head read; 0 is a language model.
+    classes: of whole texts, whose first token the transform and the head read; 0 is a language model. Of an embedder the
+    texts that every text is compared with, one until they are known (`network.Network.compare_with`); they are not deployed.
+    pooling: of an embedder, what becomes of a text's tokens: the first one's vector, or the mean of all. normalized: the
+    embedding is of length 1.
     biases: which of q, k, v, o, gate, up, down, transform and head have one.
     rope_frequencies: inverse frequencies, [head_dim / 2], none without rotary positions; rope_scale multiplies cos and sin.
     local_frequencies: in their place in local attentions.
@@ -75,7 +79,7 @@ class Decoder:
     buckets (see `buckets`); distance_reach: tokens from which on all distances are one.
     encoder: what reads the text that this decoder answers; every block has an attention across to it, the embedding is one.
     prefix: of the names of an encoder's tensors. start: of a decoder with an encoder, the token that every answer begins
-    behind. pad: of encoder-decoders and classifiers, the token that fills up texts and is not seen.
+    behind. pad: of encoder-decoders, classifiers and embedders, the token that fills up texts and is not seen.
     precision: of the students that are exported; torch computes in float32.
     """
 
@@ -100,6 +104,8 @@ class Decoder:
     transform_activation: Activation | None = None
     transform_norm: bool = True
     classes: int = 0
+    pooling: Pooling | None = None
+    normalized: bool = False
     activation: Activation = "silu"
     gated: bool = True
     biases: tuple[str, ...] = ()
@@ -211,7 +217,7 @@ class Decoder:
         if self.transform:
             shapes["transform"] = (self.hidden, self.hidden)
             shapes |= {"transform.bias": (self.hidden,)} if "transform" in self.biases else {}
-        if self.classes:
+        if self.classes and not self.pooling:
             shapes["head"] = (self.classes, self.hidden)
         if (self.tied or self.classes) and "head" in self.biases:
             shapes["head.bias"] = (self.outputs,)

@@ -53,19 +53,19 @@ class Masking:
 
 @dataclass(frozen=True)
 class Labelling:
-    """Makes windows of a classifier, one a text: special tokens around as much of it as fits, and padding behind.
+    """Makes windows of a classifier or an embedder, one a text: special tokens around as much of it as fits, padding behind.
 
     In place of the first token, where the class is predicted, stands ~class, as of masked tokens (`Masking`).
-    classes: number by name.
+    classes: number by name; None are an embedder's, whose texts have ~0 there until it says which other one is the nearest.
     """
 
     before: tuple[int, ...]
     behind: tuple[int, ...]
     padding: int
-    classes: Mapping[str, int]
+    classes: Mapping[str, int] | None
 
     @classmethod
-    def of(cls, tokenizer: Any, classes: Mapping[str, int]) -> Labelling:
+    def of(cls, tokenizer: Any, classes: Mapping[str, int] | None) -> Labelling:
         """With the special tokens that the tokenizer puts around a text."""
         masking = Masking.of(tokenizer)
         return cls(masking.before, masking.behind, tokenizer.pad_token_id, classes)
@@ -82,6 +82,7 @@ class Labelling:
         Raises:
             DataError: there is no such class.
         """
+        assert self.classes is not None
         known = isinstance(label, int) and not isinstance(label, bool) and label in self.classes.values()
         if not known and label not in self.classes:
             raise DataError(
@@ -230,9 +231,9 @@ def load_tokens(
     Every source is cut into consecutive windows that don't overlap, and what is taken of them is spread evenly over as
     much as is read (`REACH`): a text often begins with one long article. The windows come in an order in which any first
     part, and any part that follows, is spread over the text as well, the sources in turns; one that ends drops out. No
-    special tokens are added but by `marking`. With a `Labelling` every text of a source is a window. So is every row of a
-    source with a target: its text, cut to what is left of the window, and `target_length` tokens of its target (see `Spans`),
-    both with special tokens.
+    special tokens are added but by `marking`. With a `Labelling` every text of a source is a window, a line of a plain one.
+    So is every row of a source with a target: its text, cut to what is left of the window, and `target_length` tokens of its
+    target (see `Spans`), both with special tokens.
 
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
@@ -324,15 +325,14 @@ def tokens_digest(tokens_NL: Tensor) -> str:
 def _windows(
     source: TextSource, tokenizer: Any, sequence_length: int, marking: Marking | None, target_length: int
 ) -> Iterator[list[int]]:
+    classes = marking.classes if isinstance(marking, Labelling) else None
+    if source.label is not None and classes is None:
+        raise DataError(f"{source}: expected a classifier of texts, this model is none; leave label out")
     if isinstance(marking, Labelling):
-        if source.label is None:
-            raise DataError(f"{source}: expected the classes of its texts; name the column that holds them as label")
-        for where, row in _rows(source):
-            ids = tokenizer(row[source.column], add_special_tokens=False, verbose=False)["input_ids"]
-            yield marking(ids, marking.number(row[source.label], where), sequence_length)
+        for text, label in _whole_texts(source, marking):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield marking(ids, label, sequence_length)
         return
-    if source.label is not None:
-        raise DataError(f"{source}: expected a classifier of texts, this is a language model; leave label out")
     if source.target:
         yield from _pairs(source, tokenizer, sequence_length - target_length, target_length)
         return
@@ -344,6 +344,18 @@ def _windows(
         windows = (ids[i : i + length] for i in range(0, whole, length))
         yield from map(marking, windows) if marking else windows
         ids = ids[whole:]
+
+
+def _whole_texts(source: TextSource, marking: Labelling) -> Iterator[tuple[str, int]]:
+    """Texts of a source and their classes, 0 where there are none."""
+    if marking.classes is None:
+        texts = (row[source.column] for _, row in _rows(source)) if source.rows else _file_lines(source)
+        yield from ((text, 0) for text in map(str.strip, texts) if text)
+        return
+    if source.label is None:
+        raise DataError(f"{source}: expected the classes of its texts; name the column that holds them as label")
+    for where, row in _rows(source):
+        yield row[source.column], marking.number(row[source.label], where)
 
 
 def _pairs(source: TextSource, tokenizer: Any, source_length: int, target_length: int) -> Iterator[list[int]]:

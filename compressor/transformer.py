@@ -31,6 +31,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NEARNESS = 0.05
+"""Of texts, the difference of cosines that makes one e times as likely to be the nearest: the temperature at which
+sentence-transformers trains embedders (its `scale` of 20)."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What an encoder made of some texts, and which of their tokens are padding, None where none is."""
@@ -395,7 +400,11 @@ class Sides:
 
 class Transformer(Stack):
     """A language model: token ids [B, L] -> logits [B, L, V]; with an encoder, windows of source and target (`Sides`). Or a
-    classifier: -> [B, classes].
+    classifier: -> [B, classes]; or an embedder: -> [B, D].
+
+    What the head of an embedder has are embeddings of other texts, so that its logits say which of them a text is near:
+    cosines over `NEARNESS`. So what is distilled and scored is how near a text is to others, as in Fang et al. 2021 ("SEED",
+    section 3.2).
 
     checkpointing: a backward pass computes every block once more instead of keeping what is inside it (Chen et al. 2016).
     """
@@ -414,7 +423,10 @@ class Transformer(Stack):
             self.head.weight = self.embedding.weight
 
     def forward(self, ids_BL: Tensor) -> Tensor:
-        logits_BLV = self.logits(self.hidden(ids_BL))
+        hidden_BLD = self.hidden(ids_BL)
+        if self.decoder.pooling:
+            return hidden_BLD[:, 0]
+        logits_BLV = self.logits(hidden_BLD)
         return logits_BLV[:, 0] if self.decoder.classes else logits_BLV
 
     def hidden(self, ids_BL: Tensor, cache: Cache | None = None) -> Tensor:
@@ -422,14 +434,14 @@ class Transformer(Stack):
         an encoder, of its source, see `begin`. Without, windows are read, and what is not their target has zeros."""
         sides = self._sides(ids_BL) if cache is None else None
         (last_BLD,) = deque(self._states(ids_BL, sides, cache), maxlen=1)  # the others need not lie in memory
-        return self.end(last_BLD, sides, ids_BL.shape[1])
+        return self.end(last_BLD, sides, ids_BL.shape[1], self.blank(ids_BL))
 
     def every_hidden(self, ids_BL: Tensor) -> list[Tensor]:
         """Hidden states [B, L, D] of the embedding and behind every block, an encoder's first; the last one is what the
         head reads."""
         sides = self._sides(ids_BL)
         *states, last_BLD = self._states(ids_BL, sides)
-        return [*states, self.end(last_BLD, sides, ids_BL.shape[1])]
+        return [*states, self.end(last_BLD, sides, ids_BL.shape[1], self.blank(ids_BL))]
 
     def begin(self, ids_BL: Tensor) -> tuple[Tensor, Cache]:
         """What the text that follows these is begun with: (tokens to be read first, the cache behind which they are)."""
@@ -443,15 +455,26 @@ class Transformer(Stack):
     def _sides(self, ids_BL: Tensor) -> Sides | None:
         return None if self.encoder is None else Sides.of(self.decoder, ids_BL)
 
-    def end(self, x_BLD: Tensor, sides: Sides | None, length: int) -> Tensor:
-        """The stream behind the last block -> what the head reads; of windows of two sides, for all of their `length`."""
+    def end(self, x_BLD: Tensor, sides: Sides | None, length: int, blank_BL: Tensor | None) -> Tensor:
+        """The stream behind the last block -> what the head reads; of windows of two sides, for all of their `length`; of an
+        embedder, in the first place. blank_BL: which tokens are padding, None where none is."""
         x_BLD = self.norm(x_BLD)
+        if self.decoder.pooling:
+            return torch.cat([self._embedding_of(x_BLD, blank_BL)[:, None], x_BLD[:, 1:]], 1)
         if sides is not None:
             x_BLD = sides.widened(x_BLD, length)
         if self.transform is None:
             return x_BLD
         x_BLD = ACTIVATIONS[self.decoder.transform_activation or self.decoder.activation](self.transform(x_BLD))
         return x_BLD if self.transform_norm is None else self.transform_norm(x_BLD)
+
+    def _embedding_of(self, x_BLD: Tensor, blank_BL: Tensor | None) -> Tensor:
+        """Last hidden states of texts -> their embeddings [B, D]."""
+        pooled_BD = x_BLD[:, 0]
+        if self.decoder.pooling == "mean":
+            weight_BL = x_BLD.new_ones(x_BLD.shape[:2]) if blank_BL is None else (~blank_BL).to(x_BLD.dtype)
+            pooled_BD = (weight_BL[:, None] @ x_BLD)[:, 0] / weight_BL.sum(1, keepdim=True)
+        return functional.normalize(pooled_BD, dim=-1) if self.decoder.normalized else pooled_BD
 
     def _states(self, ids_BL: Tensor, sides: Sides | None, cache: Cache | None = None) -> Iterator[Tensor]:
         """The stream in front of the first block and behind every block, an encoder's first."""
@@ -487,6 +510,8 @@ class Transformer(Stack):
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Hidden states -> logits [B, L, V]."""
+        if self.decoder.pooling:
+            return self.head(functional.normalize(hidden_BLD, dim=-1)) / NEARNESS
         logits_BLV, cap = self.head(hidden_BLD), self.decoder.logit_cap
         return logits_BLV if cap is None else cap * torch.tanh(logits_BLV / cap)
 
@@ -500,7 +525,7 @@ class Transformer(Stack):
         return self.embedded(ids_BL, cache.length if cache else 0), context
 
     def blank(self, ids: Tensor) -> Tensor | None:
-        """Which tokens of a classifier's texts are padding; None where none is."""
+        """Which tokens of a classifier's or an embedder's texts are padding; None where none is."""
         return _some(ids == self.decoder.pad) if self.decoder.classes else None
 
 

@@ -310,7 +310,7 @@ def test_labels_and_classifiers_belong_together(folders, tiny_folder, labelled, 
     with pytest.raises(DataError, match="expected the classes of its texts; name the column that holds them as label"):
         pipeline.compress(recipe(folders["bert"]), tmp_path / "1")
     data = {"calibration": [{"file": str(labelled), "label": "class"}]}
-    with pytest.raises(DataError, match="expected a classifier of texts, this is a language model; leave label out"):
+    with pytest.raises(DataError, match="expected a classifier of texts, this model is none; leave label out"):
         pipeline.compress(recipe(tiny_folder, data=data), tmp_path / "2")
     with pytest.raises(RecipeError, match="expected a file of JSON lines"):
         recipe(tiny_folder, data={"calibration": [{"file": "a.txt", "label": "class"}]})

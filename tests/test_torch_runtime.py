@@ -143,8 +143,8 @@ def test_transformers_reads_a_folder_without_pruning(tiny_folder, name, windows,
     with torch.no_grad():
         theirs = model(windows[20:21, :40]).logits[0].float().numpy()
     with TorchDecoder(tmp_path / "out") as ours:
-        # Linear8bitLt reads float16, in which codes at the edge flip
-        assert error(ours.logits(windows[20, :40].numpy()), theirs) < (0.1 if name == "int8row" else 0.01)
+        # Linear8bitLt reads float16, in which codes at the edge flip; with AVX512-BF16 Linear4bit computes in bfloat16
+        assert error(ours.logits(windows[20, :40].numpy()), theirs) < (0.1 if name == "int8row" else 0.03)
 
 
 def test_a_whole_run(tiny_folder, tmp_path):

@@ -32,6 +32,7 @@ from compressor.export.layers import (
     mixture,
     norm,
     past_inputs,
+    pooled,
     product,
     transform,
     whole_mask,
@@ -52,6 +53,9 @@ START, PAD = "decoder_start_token_id", "pad_token_id"
 
 CACHES = {None: "", "decoder": ".decoder", "cross": ".encoder"}
 """What stands behind a cache's number, by the part that the attention belongs to."""
+
+HIDDEN, EMBEDDING = "last_hidden_state", "sentence_embedding"
+"""Outputs of an encoder and of an embedder, under optimum's and sentence-transformers' names."""
 
 KEEP = "num_logits_to_keep"
 """Input with a default (an initializer that may be overridden), int64 scalar: logits of so many last positions; 0 is all."""
@@ -92,7 +96,7 @@ def decoder_model(
     past_key_values.{i}.key and .value [B, kv_heads_i, past, head_dim] floats, i numbers the attentions that are left: the
     names that ONNX Runtime GenAI, optimum and transformers.js expect, which know no gaps; `KEEP`, which need not be fed.
     Outputs: logits [B, S, V] floats, or of the last positions only (`KEEP`), [B, classes] of a classifier; present.{i}.key
-    and .value.
+    and .value. Of an embedder `HIDDEN` [B, S, D], behind the last norm, and `EMBEDDING` [B, D].
     Floats are `decoder.floats`, as vectors have to be.
 
     With an encoder these caches are past_key_values.{i}.decoder.key and so on, all tokens that are fed count, and in the
@@ -111,6 +115,10 @@ def decoder_model(
     mask = mask or whole_mask(b, ids, None if first else past_length(b, past.values()))
     table = matrices(("embedding",))
     x = blocks(b, ids, mask, decoder, table, plan, matrices, vectors, past, source)
+    if decoder.pooling:
+        b.output(x, HIDDEN, ["batch_size", "sequence", decoder.hidden])
+        b.output(pooled(b, x, mask, decoder), EMBEDDING, ["batch_size", decoder.hidden])
+        return b.model()
     if decoder.causal:
         x = last(b, x, b.default(KEEP, np.array(0, np.int64)))
     if decoder.classes:
@@ -147,7 +155,7 @@ def encoder_model(
     ids = b.input("input_ids", ir.DataType.INT64, ["batch_size", "source"])
     mask = b.input("attention_mask", ir.DataType.INT64, ["batch_size", "source"])
     x = blocks(b, ids, mask, decoder.encoder, matrices(("embedding",)), plan, matrices, vectors)
-    b.output(x, "last_hidden_state", ["batch_size", "source", decoder.hidden])
+    b.output(x, HIDDEN, ["batch_size", "source", decoder.hidden])
     return b.model()
 
 

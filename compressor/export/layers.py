@@ -676,6 +676,20 @@ def transform(b: GraphBuilder, x: ir.Value, decoder: Decoder, vectors: Mapping[s
     return norm(b, x, "transform_norm", decoder, vectors) if decoder.transform_norm else x
 
 
+def pooled(b: GraphBuilder, x: ir.Value, mask: ir.Value, decoder: Decoder) -> ir.Value:
+    """Last hidden states [B, S, D] and a mask [B, S] -> embeddings [B, D]."""
+    if decoder.pooling == "mean":
+        weight = b.op(
+            "Unsqueeze", [b.floating(mask, np.dtype(np.int64), "pooled.mask"), b.integers(1)], "pooled.weight"
+        )
+        total = b.op("ReduceSum", [weight, b.integers(2)], "pooled.total", keepdims=1)
+        x = b.op("MatMul", [b.op("Div", [weight, total], "pooled.share"), x], "pooled.mean")
+        x = b.op("Squeeze", [x, b.integers(1)], "pooled.out")
+    else:
+        x = b.op("Gather", [x, b.small("first", np.array(0, np.int64))], "pooled.out", axis=1)
+    return b.op("LpNormalization", [x], "pooled.normalized", axis=-1, p=2) if decoder.normalized else x
+
+
 def product(b: GraphBuilder, x: ir.Value, name: str, vectors: Mapping[str, np.ndarray]) -> ir.Value:
     """x times the transpose of a matrix that no plan changes, and its bias."""
     x = b.ms("FusedMatMul", [x, b.tensor(name, vectors[name])], f"{name}.product", transB=1)

@@ -21,7 +21,17 @@ import onnxruntime as ort
 from compressor.errors import RuntimeTargetError
 from compressor.export.exact import exact_graph
 from compressor.export.files import DATA_FILE, has_encoder, store
-from compressor.export.graph import ENCODER_FILE, FIRST_FILE, GRAPH_FILE, KEEP, NEXT_FILE, PAD, START, stack_model
+from compressor.export.graph import (
+    ENCODER_FILE,
+    FIRST_FILE,
+    GRAPH_FILE,
+    HIDDEN,
+    KEEP,
+    NEXT_FILE,
+    PAD,
+    START,
+    stack_model,
+)
 from compressor.export.layers import Store
 from compressor.export.layout import Stored
 from compressor.plan import Action, Formats, Site
@@ -199,7 +209,7 @@ class _Runner:
 
 def _handed_on(output: str) -> str | None:
     """The input of the next run that an output is, if it is one."""
-    if output == "last_hidden_state":
+    if output == HIDDEN:
         return "encoder_hidden_states"
     return output.replace("present", "past_key_values", 1) if output.startswith("present.") else None
 
@@ -275,7 +285,7 @@ class OnnxDecoder(_Runner):
         return found.reshape(-1, found.shape[-1])[-keep:].astype(np.float32, copy=False), longer
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids [S] -> logits [S, V], or [1, classes]."""
+        """Token ids [S] -> logits [S, V], or [1, classes], or of an embedder the embedding [1, D]."""
         return self.prefill(ids)[0]
 
     def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
