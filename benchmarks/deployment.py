@@ -11,11 +11,11 @@ Rivals, made from the recipe's teacher and kept in the first run's folder, under
     *.gguf           llama.cpp (needs llama-cpp-python); made of the teacher by llama.cpp's own tools, and given here
 
 Bytes are those of the files that the weights are read from. Perplexity and KL(teacher || model) on the recipe's evaluation
-texts, window by window, and of embedders and classifiers how often they are right, as in a run's report. Times: prefill and decode of the recipe's workload, the models open one at a time, in turns over
-`--rounds`, medians of these. `of bandwidth`: bytes of a token's weights over the time of a token, as a share of the bandwidth
-with which torch sums a large array, which takes its turns, too. OpenMP's waiting is left as it is: with the passive one of
-the other benchmarks llama.cpp decodes five times slower. A prefill ends with the logits of the last token, but for
-GenAI's graph, which has those of every token.
+texts, window by window, and of embedders and classifiers how often they are right, as in a run's report. Times: prefill and
+decode of the recipe's workload, the models open one at a time, in turns over `--rounds`, medians of these. `of bandwidth`:
+bytes of a token's weights over the time of a token, as a share of the bandwidth with which torch sums a large array, which
+takes its turns, too. OpenMP's waiting is left as it is: with the passive one of the other benchmarks llama.cpp decodes five
+times slower. A prefill ends with the logits of the last token, but for GenAI's graph, which has those of every token.
 """
 
 from __future__ import annotations
