@@ -258,15 +258,16 @@ def _pooling(path: str | Path, files: Mapping[str, bytes]) -> dict[str, Any]:
         return {"pooling": "mean", "normalized": True}
     kinds = [module["type"].rpartition(".")[2] for module in json.loads(files["modules.json"])]
     said = json.loads(files.get("1_Pooling/config.json", b"{}"))
-    modes = [mode for mode, chosen in said.items() if mode.startswith("pooling_mode_") and chosen]
-    known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modes not in [
-        [m] for m in known
-    ]:
+    # one mode by name as version 5 of sentence-transformers has it, or a switch for each
+    switches = [key.removeprefix("pooling_mode_") for key in said if key.startswith("pooling_mode_") and said[key]]
+    modes = [said["pooling_mode"]] if "pooling_mode" in said else switches
+    known = {"cls": "first", "cls_token": "first", "mean": "mean", "mean_tokens": "mean"}
+    expected = kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+    if not expected or len(modes) != 1 or modes[0] not in known:
         raise ModelError(
             f"model.path = {str(path)!r}: expected modules Transformer, Pooling and perhaps Normalize, with the mean of all "
             f"tokens or the first one's vector; modules.json has {', '.join(kinds)}, 1_Pooling/config.json "
-            f"{', '.join(modes) or 'nothing'}"
+            f"{', '.join(map(str, modes)) or 'nothing'}"
         )
     return {"pooling": known[modes[0]], "normalized": "Normalize" in kinds}
 

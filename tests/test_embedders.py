@@ -37,13 +37,14 @@ LENGTH = 48
 embedders = pytest.mark.parametrize("name", POOLINGS)
 
 
-def write_modules(folder: Path, pooling: str, *others: str) -> None:
-    """What sentence-transformers writes beside a model."""
+def write_modules(folder: Path, pooling: str, *others: str, named: bool = False) -> None:
+    """What sentence-transformers writes beside a model; named: as its version 5 does."""
     kinds = ["Transformer", "Pooling", *others]
     modules = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "modules.json").write_text(json.dumps(modules))
     modes = {f"pooling_mode_{mode}": mode == pooling for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    modes = {"pooling_mode": pooling.partition("_")[0]} if named else modes
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
 
 
@@ -59,7 +60,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         encoder_tokenizer(pad_token_id=config.pad_token_id).save_pretrained(made[name])
         if name != "modernbert":
             others = () if name == "distilbert" else ("Normalize",)
-            write_modules(made[name], {"mean": "mean_tokens", "first": "cls_token"}[pooling], *others)
+            tokens = {"mean": "mean_tokens", "first": "cls_token"}[pooling]
+            write_modules(made[name], tokens, *others, named=name in ("roberta", "xlm-roberta"))
     return made
 
 
@@ -240,7 +242,7 @@ def test_what_an_embedder_is_not(folders, lines, tmp_path):
 @pytest.mark.parametrize(
     ("pooling", "others", "said"),
     [
-        ("max_tokens", [], "1_Pooling/config.json pooling_mode_max_tokens"),
+        ("max_tokens", [], "1_Pooling/config.json max_tokens"),
         ("mean_tokens", ["Dense"], "modules.json has Transformer, Pooling, Dense"),
     ],
 )
