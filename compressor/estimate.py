@@ -16,7 +16,7 @@ from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
-from compressor.student import Decoder, full_plan
+from compressor.student import Decoder
 
 EFFICIENCY = 0.6
 """Share of a plain matrix product's speed that a whole forward pass reaches."""
@@ -44,8 +44,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     for site in sites:
         sizes = [site.size_bytes(action) for action in menu[site.name]]
         lines.append(SiteLine(site.name, site.kind, site.units, site.parameters, len(sizes), min(sizes), max(sizes)))
-    fixed = runtime(recipe.target.runtime).fixed_bytes(decoder)
-    reference, limit = fp32_bytes(recipe, decoder), recipe.budget.bytes
+    target = runtime(recipe.target.runtime)
+    fixed, reference, limit = target.fixed_bytes(decoder), target.fp32_bytes(decoder), recipe.budget.bytes
     return DryRun(
         model=model.path,
         sites=tuple(lines),
@@ -55,13 +55,6 @@ def dry_run(recipe: Recipe) -> DryRun:
         stages=tuple(_estimates(recipe, decoder, menu, layerwise)),
         layerwise=layerwise,
     )
-
-
-def fp32_bytes(recipe: Recipe, decoder: Decoder) -> int:
-    """An upper bound of the size in bytes of the teacher exported in fp32, close to it."""
-    plan = full_plan(decoder, "fp32", "fp32")
-    fixed = runtime(recipe.target.runtime).fixed_bytes(decoder)
-    return fixed + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
 
 
 def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
@@ -106,10 +99,12 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
     weights = 4 * sum(site.parameters for site in decoder.sites())
     data, distill = recipe.data, recipe.distill
     streams = 4 * decoder.hidden * (distill.tokens or data.calibration_tokens)
-    reference = 4 * recipe.search.tokens * (decoder.hidden if layerwise else decoder.vocabulary)
-    logits = 4 * 4 * data.sequence_length * decoder.vocabulary
+    predictions = recipe.search.tokens // (data.sequence_length if decoder.classes else 1)
+    outputs = data.anchors if decoder.pooling else decoder.outputs
+    reference = 4 * predictions * (decoder.hidden if layerwise else outputs)
+    logits = 4 * 4 * (1 if decoder.classes else data.sequence_length) * outputs
     teacher, student = (0, tables + block) if layerwise else (weights, weights)
-    deployed = student if layerwise else 2 * fp32_bytes(recipe, decoder)
+    deployed = student if layerwise else 2 * runtime(recipe.target.runtime).fp32_bytes(decoder)
     return {
         "statistics": teacher + block + max(moments + streams, logits),
         "sensitivity": teacher + 2 * block + 3 * moments,

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor import actions, gate, page, report, results
 from compressor.bank import MEMORY_BYTES, Bank
 from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
-from compressor.estimate import fp32_bytes, layer_by_layer
+from compressor.estimate import layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import PLAN_FILE, save_folder
@@ -398,7 +398,7 @@ def measure_latency(run: Run) -> Latency:
     found = stages.value("latency", key, make)
     measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
     model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
-    size = found["bytes"].get("fp32") or fp32_bytes(run.recipe, decoder)
+    size = found["bytes"].get("fp32") or runtime(target.runtime).fp32_bytes(decoder)
     return Latency(model, size, measured.get("fp32", Milliseconds(nan, nan)), folders)
 
 

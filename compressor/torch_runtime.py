@@ -29,7 +29,7 @@ from compressor.model import network_from_config
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
-from compressor.student import Decoder, Precision, Student
+from compressor.student import Decoder, Precision, Student, full_plan
 from compressor.transformer import Attention, Cache, Context, FeedForward, Norm
 
 FILE = "model.safetensors"
@@ -72,6 +72,12 @@ def fixed_bytes(decoder: Decoder) -> int:
     matrices = [matrix for site in decoder.sites() for matrix in site.matrices]
     stored = sum(4 * prod(shape) for shape in vectors.values())
     return stored + HEADER_BYTES * (6 * len(matrices) + len(vectors) + 1)
+
+
+def fp32_bytes(decoder: Decoder) -> int:
+    """An upper bound of `exported_bytes` of a model as it is given."""
+    plan = full_plan(decoder, "fp32", "fp32")
+    return fixed_bytes(decoder) + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
 
 
 def exported_bytes(folder: Path) -> int:

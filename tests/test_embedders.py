@@ -53,8 +53,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """A model folder of every configuration; of modernbert without sentence-transformers' files."""
     made = {}
     for name, pooling in POOLINGS.items():
-        kind, changes = CONFIGS[name.removeprefix("xlm-")]
-        config = getattr(transformers, "XLMRobertaConfig" if name == "xlm-roberta" else kind)(**changes)
+        kind, changes = CONFIGS[name]
+        config = getattr(transformers, kind)(**changes)
         made[name] = tmp_path_factory.mktemp(name)
         write_model(transformers.AutoModel, config, made[name])
         encoder_tokenizer(pad_token_id=config.pad_token_id).save_pretrained(made[name])

@@ -53,6 +53,7 @@ CONFIGS = {
     "bert": ("BertConfig", BERT),
     "bert-untied": ("BertConfig", BERT | {"tie_word_embeddings": False, "hidden_act": "gelu_new"}),
     "roberta": ("RobertaConfig", BERT | {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRobertaConfig", BERT | {"pad_token_id": 1}),
     "distilbert": ("DistilBertConfig", DISTIL | {"max_position_embeddings": 130, "initializer_range": 0.15}),
     "modernbert": ("ModernBertConfig", MODERN),
     "modernbert-biased": (

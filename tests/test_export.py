@@ -22,6 +22,7 @@ from compressor.export import (
     export_random,
     exported_bytes,
     fixed_bytes,
+    fp32_bytes,
     layout,
     open_session,
     read_student,
@@ -251,6 +252,13 @@ def test_round_trip_is_exact_and_size_is_as_promised(seed, tmp_path):
     assert_same(made, read_student(tmp_path, decoder, plan))
     promised = fixed_bytes(decoder) + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
     assert exported_bytes(tmp_path) <= promised
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_size_in_fp32_is_known_beforehand(tied, tmp_path):
+    decoder = tiny(tied=tied)
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    assert 0 <= fp32_bytes(decoder) / exported_bytes(tmp_path) - 1 < 0.002
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -115,7 +115,7 @@ def test_a_run_goes_on_in_the_other_way(runs, tiny_folder, tmp_path):
 def test_what_takes_the_whole_model_is_left_out_of_the_report(runs):
     out, report = runs[1]
     reference, teacher = report.row("reference"), report.row("teacher")
-    assert reference.size_bytes == pytest.approx(runs[0][1].row("reference").size_bytes, rel=0.06)
+    assert reference.size_bytes == pytest.approx(runs[0][1].row("reference").size_bytes, rel=0.03)
     assert reference.prefill_ms is None and reference.perplexity is None and teacher.prefill_ms is None
     assert report.row("student").decode_ms is not None
     assert [sample.teacher for sample in report.samples] == [None, None]

@@ -25,7 +25,7 @@ from compressor.export.layers import Matrices
 from compressor.export.layout import Stored, layout
 from compressor.plan import Action, Format, Plan, Site, aligned
 from compressor.quantize import STORED_PARTS, Weight
-from compressor.student import Decoder, Lazy, Precision, Student
+from compressor.student import Decoder, Lazy, Precision, Student, full_plan
 
 DATA_FILE = "model.onnx_data"
 
@@ -130,7 +130,6 @@ def fixed_bytes(decoder: Decoder) -> int:
     That is the norm gains and the graph. A graph is a sum of what each site writes, so its bound is the sum of the
     bounds of attention, feed-forward and tables, each in the format whose nodes take most.
     """
-    vectors = sum(aligned(decoder.floats.itemsize * prod(shape)) for shape in decoder.vectors().values())
     base = _graph_bytes(decoder)
     alone = ("fp32", "fp16", "w4b256", "w3b256", "w5b256")
     formats = {"table": alone, "attention": (*alone, "int8", "w3b256+w3b128", "w3b256+w5b256"), "ffn": (*alone, "int8")}
@@ -139,7 +138,18 @@ def fixed_bytes(decoder: Decoder) -> int:
     }
     # 64: the length prefixes of graph and model may each take a byte more than in `base`, and names of a skipped
     # block's neighbours differ by a few characters; what a dropped site saves is far more
-    return vectors + base + sum(growth.values()) + 64
+    return _vector_bytes(decoder) + base + sum(growth.values()) + 64
+
+
+def fp32_bytes(decoder: Decoder) -> int:
+    """An upper bound of `exported_bytes` of a model as it is given, close to it."""
+    plan = full_plan(decoder, "fp32", "fp32")
+    matrices = sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
+    return _vector_bytes(decoder) + _graph_bytes(decoder) + matrices
+
+
+def _vector_bytes(decoder: Decoder) -> int:
+    return sum(aligned(decoder.floats.itemsize * prod(shape)) for shape in decoder.vectors().values())
 
 
 def _graph_bytes(decoder: Decoder, attention: str = "fp32", ffn: str = "fp32", table: str = "fp32") -> int:
