@@ -73,26 +73,26 @@ def load_teacher(
         kind = _transformers_class(decoder_of(config))
         # in their own type they are mapped from the checkpoint's files
         options |= {"dtype": "auto" if layerwise else torch.float32, "output_loading_info": True}
-        pooling = getattr(config, POOLING, None)
+        options |= {} if gguf else {"config": config}
         model, found = kind.from_pretrained(path, **safe, **options)
     except (MemoryError, torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each have their own tree of errors
         raise _cannot_load(path, gguf, error) from error
     config = model.config
-    if pooling:
-        setattr(config, POOLING, pooling)
-    if missing := sorted(key for key in found["missing_keys"] if not (pooling and key.startswith("pooler."))):
-        raise _cannot_load(path, gguf, f"{len(missing)} weights are missing, such as {missing[0]}")
     if gguf:  # the weights are plain floats now
         del config.quantization_config
     decoder = replace(decoder_of(config), precision=precision)
-    if more := blocks_beyond(decoder, config, found["unexpected_keys"]):
+    # modules of an embedder are called as those of others are, but for the first name
+    prefix = f"{model.base_model_prefix}." if decoder.pooling else ""
+    if missing := sorted(key for key in found["missing_keys"] if not (prefix and key.startswith("pooler."))):
+        raise _cannot_load(path, gguf, f"{len(missing)} weights are missing, such as {missing[0]}")
+    if more := blocks_beyond(decoder, config, [f"{prefix}{key}" for key in found["unexpected_keys"]]):
         raise _cannot_load(
             path, gguf, f"there are weights of more blocks than the {decoder.layers} of config.json: {more}"
         )
     generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
-    network, ends = _empty(decoder, (config, generation)), {}
+    network = _empty(decoder, (config, generation))
     if not decoder.causal:
         network.mask_token = tokenizer.cls_token_id if decoder.classes else tokenizer.mask_token_id
         if network.mask_token is None:
@@ -107,12 +107,11 @@ def load_teacher(
             f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
             f"{tokenizer.pad_token_id}; correct one of the two"
         )
-    state = model.state_dict()
-    if decoder.pooling:  # its modules are those of others without their first name
-        state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in state.items()}
-        ends = {"head.weight": torch.zeros(1, decoder.hidden)}
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     given = weights_of(state, config, decoder)
-    weights = (_on_disk(given, layerwise) if layerwise else dict(given)) | ends
+    weights = _on_disk(given, layerwise) if layerwise else dict(given)
+    if decoder.pooling:
+        weights["head.weight"] = torch.zeros(decoder.classes, decoder.hidden)
     if decoder.tied:
         weights["head.weight"] = weights["embedding.weight"]
     elif weights["head.weight"].data_ptr() == weights["embedding.weight"].data_ptr():  # tied all the same
