@@ -203,6 +203,26 @@ def test_prefill_and_steps_give_the_logits_of_the_whole(seed, formats, tolerance
         assert np.array_equal(model.step(IDS[-1], before)[0], parts[-1]), "a step changed the cache it was given"
 
 
+def test_caches_are_written_in_place_and_grow(tmp_path, monkeypatch):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    monkeypatch.setattr(runtime, "ROOM", 2)
+    ids = np.random.default_rng(0).integers(0, decoder.vocabulary, 24)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        whole = model.logits(ids)
+        logits, cache = model.prefill(ids[:4])
+        memory, moved = next(iter(cache.values.values())).data_ptr(), []
+        for token in ids[4:12]:
+            logits, cache = model.step(token, cache)
+            here = next(iter(cache.values.values())).data_ptr()
+            moved.append(here != memory)
+            memory = here
+        assert moved == [False, False, True, False, False, False, True, False]
+        assert distance(logits, whole[11]) < 1e-5
+        logits, cache = model.extend(ids[12:], cache)  # many at once behind a cache
+        assert cache.length == len(ids) and distance(logits, whole[12:]) < 1e-5
+
+
 def test_the_logits_of_the_last_tokens_alone_are_those_of_the_whole(tmp_path):
     decoder = tiny()
     export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)

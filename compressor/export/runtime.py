@@ -43,6 +43,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PLACED = ("MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention")
 """Operators that a device has to run itself; without a word, ONNX Runtime gives to the CPU what it has no kernel for."""
 
+ROOM = 64
+"""Positions that a cache has room for beyond those that are asked for, at least."""
+
 REMEDY = "install onnxruntime-gpu instead of onnxruntime on a machine with a GPU, or set target.device: cpu"
 
 
@@ -133,7 +136,12 @@ def refused_formats(
 
 class _Runner:
     """A session and what its runs hand on: what comes out as `present.*` goes in as `past_key_values.*`, and the
-    `last_hidden_state` of an encoder as `encoder_hidden_states`."""
+    `last_hidden_state` of an encoder as `encoder_hidden_states`.
+
+    in_place: caches lie in buffers with room for more and are written there, as ONNX Runtime GenAI does it:
+    `past_key_values.*` and `present.*` are the same memory. So where the mask says how many tokens there are; not on CUDA,
+    where it was not tried.
+    """
 
     def __init__(
         self,
@@ -150,7 +158,8 @@ class _Runner:
         self._inputs = {value.name: (value.shape, value.type) for value in self._session.get_inputs()}
         self._caches = {name: value for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         self._can_keep = KEEP in (value.name for value in self._session.get_overridable_initializers())
-        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._outputs = {value.name: _handed_on(value.name) for value in self._session.get_outputs()}
+        self.in_place = bool(self._caches) and self._device == "cpu" and "attention_mask" in self._inputs
 
     def past(self, length: int, rng: np.random.Generator | None = None) -> dict[str, ort.OrtValue]:
         """Cache inputs for `length` positions: zeros, or random."""
@@ -172,7 +181,8 @@ class _Runner:
         """Feed `array` [1, S, ...] as input `name`; (first output that is not handed on, in host memory; the others, as
         inputs of the next run).
 
-        past: what earlier runs gave, of which this one takes what it has inputs for.
+        past: what earlier runs gave, of which this one takes what it has inputs for; caches are written in place where that
+            can be.
         keep: logits of so many last positions, all if it is 0 or if the graph is an older one that cannot choose.
         """
         if self._session is None:
@@ -180,6 +190,7 @@ class _Runner:
         binding = self._session.io_binding()
         binding.bind_cpu_input(name, array)
         length = past_length + array.shape[1]
+        past = self._with_room(past, length)
         if "attention_mask" in self._inputs:
             binding.bind_cpu_input("attention_mask", np.ones((1, length), np.int64))
         if "cache_position" in self._inputs:
@@ -189,12 +200,27 @@ class _Runner:
         for key, value in past.items():
             if key in self._inputs:
                 binding.bind_ortvalue_input(key, value)
-        for output in self._outputs:
-            binding.bind_output(output, self._device if _handed_on(output) else "cpu")
+        for output, into in self._outputs.items():
+            if into and self.in_place:
+                binding.bind_ortvalue_output(output, past[into])
+            else:
+                binding.bind_output(output, self._device if into else "cpu")
         self._session.run_with_iobinding(binding)
-        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        first = next((value for output, value in results.items() if not _handed_on(output)), None)
-        return first, {into: value for output, value in results.items() if (into := _handed_on(output))}
+        results = list(zip(self._outputs.values(), binding.get_outputs(), strict=True))
+        first = next((value for into, value in results if not into), None)
+        # of memory that was given, it is the value that was given that holds it
+        return first, {into: past[into] if self.in_place else value for into, value in results if into}
+
+    def _with_room(self, past: Mapping[str, ort.OrtValue], length: int) -> Mapping[str, ort.OrtValue]:
+        """Caches that are written in place, with room for so many positions: the same ones or copies."""
+        if not self.in_place or past[next(iter(self._caches))].shape()[2] >= length:
+            return past
+        room = length + max(ROOM, length // 2)
+        arrays = {name: past[name].numpy() for name in self._caches}
+        wider = {
+            name: np.pad(array, ((0, 0), (0, 0), (0, room - array.shape[2]), (0, 0))) for name, array in arrays.items()
+        }
+        return {**past, **self.values(wider)}
 
     def close(self) -> None:
         """Free the weights and end the session's threads."""
@@ -216,7 +242,8 @@ def _handed_on(output: str) -> str | None:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the `length` tokens seen so far, in the device's memory."""
+    """Keys and values of the `length` tokens seen so far, in the device's memory. What follows them may be written behind
+    them there: of two texts that go on from one cache, the second overwrites the first."""
 
     length: int
     values: dict[str, ort.OrtValue]
@@ -270,10 +297,14 @@ class OnnxDecoder(_Runner):
 
     def prefill(self, ids: np.ndarray, keep: int = 0) -> tuple[np.ndarray, Cache]:
         """Token ids [S] -> (logits [S, V], or of the `keep` last positions only, cache)."""
-        return self.extend(ids, Cache(0, self.past(0)), keep)
+        return self.extend(ids, self._empty(len(ids)), keep)
+
+    def _empty(self, tokens: int) -> Cache:
+        """In front of so many tokens."""
+        return Cache(0, self.past(tokens + ROOM if self.in_place else 0))
 
     def step(self, token: int, cache: Cache) -> tuple[np.ndarray, Cache]:
-        """One more token -> (logits [V], the longer cache); `cache` stays as it is."""
+        """One more token -> (logits [V], the longer cache); `cache` stays what it is."""
         logits, cache = self.extend(np.array([token]), cache)
         return logits[0], cache
 
@@ -315,7 +346,7 @@ class OnnxDecoder(_Runner):
         ids = rng.integers(0, vocabulary, max(prefill_tokens, context))
         if not self.writes:
             return BenchCalls(lambda: self.logits(ids[:prefill_tokens]), lambda: self.logits(ids[:1]), self.close)
-        cache = self.prefill(ids[:context], keep=1)[1] if context else Cache(0, self.past(0))
+        cache = self.prefill(ids[:context], keep=1)[1] if context else self._empty(1)
         return BenchCalls(
             lambda: self.prefill(ids[:prefill_tokens], keep=1), lambda: self.step(int(ids[0]), cache), self.close
         )
@@ -448,7 +479,8 @@ def site_stack(
         name = "x"
         many = rng.standard_normal((1, prefill_tokens, decoder.hidden), np.float32).astype(decoder.floats)
     one, across = many[:, :1], site.part == "cross"
-    empty, filled = first.past(0), runner.past(prefill_tokens if across else context, rng)
+    empty = first.past(prefill_tokens if first.in_place else 0)
+    filled = runner.past(prefill_tokens if across else context + int(runner.in_place), rng)
     if across:
         mask = np.ones(many.shape[:2], np.int64)
         source = runner.values({"encoder_attention_mask": mask, "encoder_hidden_states": many})
