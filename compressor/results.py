@@ -280,8 +280,10 @@ def _rows(
 
 
 def _tokens_a_byte(run: Run, predicted_NL: torch.Tensor) -> float | None:
-    """Tokens for every byte of their text; None where that is empty."""
-    size = sum(len(written.encode()) for written in run.teacher.tokenizer.batch_decode(predicted_NL))
+    """Tokens for every byte of their text; None where that is empty. A byte of a letter that a window cuts in two is decoded
+    to U+FFFD, which has three."""
+    written = "".join(run.teacher.tokenizer.batch_decode(predicted_NL))
+    size = len(written.encode()) - 2 * written.count("\ufffd")
     return predicted_NL.numel() / size if size else None
 
 

@@ -28,7 +28,7 @@ from compressor.student import full_plan
 from compressor.text import Masking, load_tokens, predictions
 from eval.perplexity import compare
 from tests import test_families, test_sequences
-from tests.conftest import TEXT
+from tests.conftest import TEXT, check_golden
 from tests.test_distill import check_whole_cache
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
@@ -209,6 +209,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         assert error(again(ids_L[None])[0].numpy(), deployed) < 0.05
     limit = fixed_bytes(network.decoder) + sum(s.size_bytes(plan[s.name]) for s in network.decoder.sites())
     assert exported_bytes(tmp_path / "onnx") <= limit
+    check_golden(f"encoder: {name}", before, tmp_path / "onnx")
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

@@ -19,6 +19,7 @@ from compressor.plan import DROP, Action, Plan
 from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
+from tests.conftest import check_golden
 
 LLAMA = {
     "vocab_size": 256,
@@ -242,6 +243,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
         assert error(again(ids_L[None])[0].numpy(), deployed) < 0.05
     limit = fixed_bytes(network.decoder) + sum(site.size_bytes(plan[site.name]) for site in network.decoder.sites())
     assert exported_bytes(tmp_path / "onnx") <= limit
+    check_golden(f"decoder: {name}", before, tmp_path / "onnx")
 
 
 @families

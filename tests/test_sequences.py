@@ -30,7 +30,7 @@ from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from compressor.text import Spans, load_tokens, plain, predictions
-from tests.conftest import TEXT
+from tests.conftest import TEXT, check_golden
 from tests.test_distill import check_whole_cache
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
@@ -264,6 +264,7 @@ def test_a_compressed_student_is_scored_recovered_exported_and_loaded(folders, n
     with torch.no_grad():
         assert error(again(window_L[None])[0, said_L].numpy(), deployed) < 0.05
     assert exported_bytes(tmp_path / "onnx") <= limit(network.decoder, plan)
+    check_golden(f"sequence: {name}", before, tmp_path / "onnx")
 
 
 @sequences

@@ -1,13 +1,17 @@
 """Windows of tokens: exact, spread over the text, in turns."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from compressor import text
 from compressor.errors import DataError
+from compressor.model import Teacher
 from compressor.recipe import TextSource
+from compressor.results import _tokens_a_byte
 from compressor.text import load_tokens, tokens_digest
 
 
@@ -98,6 +102,19 @@ def test_no_more_is_read_than_needed(tmp_path, monkeypatch):
     assert load_tokens([TextSource(file=str(path))], words, 10, 5).shape == (2, 5)
     with pytest.raises(ValueError, match="not"):
         load_tokens([TextSource(file=str(path))], words, 15, 5)
+
+
+def test_other_scripts(tiny, tiny_folder, tmp_path):
+    """Texts of letters of two and three bytes, which windows of single bytes cut in two, and what they take a byte."""
+    lines = ["今天天气很好，我们去公园散步。", "في البدء كانت الكلمة", "Съешь же ещё этих мягких булок"]
+    path = tmp_path / "scripts.jsonl"
+    path.write_text("".join(json.dumps({"said": line * 9}, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    windows_NL = load_tokens([TextSource(file=str(path), column="said")], tokenizer, 8 * 64, 64)
+    found = "".join(tokenizer.batch_decode(windows_NL))
+    assert "天气很好" in found and "كانت" in found and "булок" in found and "\ufffd" in found
+    run = SimpleNamespace(teacher=Teacher(tiny, tokenizer, str(tiny_folder)))
+    assert _tokens_a_byte(run, windows_NL) == pytest.approx(1.0, rel=0.02)
 
 
 def test_unreadable_files(tmp_path):
