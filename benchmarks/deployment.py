@@ -26,7 +26,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +37,15 @@ from compressor import pipeline
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.files import write_json_atomic
 from compressor.measure import Target, cores, opened, time_models, versions
-from compressor.network import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
+from compressor.results import reading
 from compressor.stages import Stages
 from compressor.student import Decoder
 from compressor.text import predictions
 from eval.memory import peak_growth_bytes
-from eval.perplexity import Logits, Quality, compare
+from eval.perplexity import Quality, compare
 
 SUMMED = 1 << 30
 """Bytes of the array whose sum says what memory gives."""
@@ -236,13 +235,8 @@ def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
     windows_NL, network = run.texts.evaluation_NL.numpy(), run.teacher.network
     with run.stages.timed("quality") as report, ExitStack() as stack:
         models = {name: stack.enter_context(engine.logits(windows_NL.shape[1])) for name, engine in engines.items()}
-        read = {name: partial(as_the_network, network, logits) for name, logits in models.items()}
+        read = {name: reading(network, logits) for name, logits in models.items()}
         return compare(network.window_logits, read, windows_NL, report, predictions, network.decoder.classes)
-
-
-def as_the_network(network: Network, logits: Logits, ids_L: np.ndarray) -> torch.Tensor:
-    """Logits of a model that is given what the network reads of a window."""
-    return network.told(logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy()))
 
 
 def use(engine: Engine) -> None:

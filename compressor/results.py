@@ -111,7 +111,7 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
         for keys in together:
             with ExitStack() as opened_now:
                 decoders = {key: opened_now.enter_context(_open(run, folders[key])) for key in keys}
-                models = {key: _reading(run.teacher.network, decoder) for key, decoder in decoders.items()}
+                models = {key: reading(run.teacher.network, decoder.logits) for key, decoder in decoders.items()}
                 for name, text_NL in texts.items():
                     shown = partial(_shifted, progress, done, windows)
                     told = compare(teacher, models, text_NL.numpy(), shown, predictions, classes)
@@ -139,11 +139,9 @@ def _size(run: Run, folder: Path) -> int:
     return runtime(run.target.runtime).exported_bytes(folder)
 
 
-def _reading(network: Network, decoder: Deployed) -> Logits:
-    """Logits of an exported model, which reads what the network reads."""
-    return lambda ids_L: network.told(
-        decoder.logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy())
-    )
+def reading(network: Network, logits: Callable[[np.ndarray], np.ndarray]) -> Logits:
+    """Logits of a deployed model, which is given what the network reads of a window."""
+    return lambda ids_L: network.told(logits(network.seen(network.written(torch.from_numpy(ids_L))).cpu().numpy()))
 
 
 def _shifted(progress: Callable[..., None], before: int, total: int, done: int, _: int) -> None:

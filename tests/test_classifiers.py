@@ -77,13 +77,19 @@ def labelled(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def windows(folders, labelled) -> dict[str, torch.Tensor]:
-    """Windows [24, LENGTH] of the labelled texts, by configuration: their padding differs."""
+    """Windows [24, LENGTH] of the labelled texts, by configuration."""
+    return windows_of(folders, TextSource(file=str(labelled), label="class"), 24, CLASSES)
+
+
+def windows_of(
+    folders: dict[str, Path], source: TextSource, count: int, classes: dict[str, int] | None
+) -> dict[str, torch.Tensor]:
+    """Windows [count, LENGTH] of whole texts, by configuration: their padding differs."""
     made = {}
-    for name in NAMES:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folders[name])
-        marking = Labelling.of(tokenizer, CLASSES)
-        source = TextSource(file=str(labelled), label="class")
-        made[name] = load_tokens([source], tokenizer, 24 * LENGTH, LENGTH, marking=marking)
+    for name, folder in folders.items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        marking = Labelling.of(tokenizer, classes)
+        made[name] = load_tokens([source], tokenizer, count * LENGTH, LENGTH, marking=marking)
     return made
 
 

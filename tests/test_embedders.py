@@ -27,13 +27,13 @@ from compressor.student import full_plan
 from compressor.text import Labelling, load_tokens
 from compressor.transformer import NEARNESS
 from tests.conftest import TEXT
+from tests.test_classifiers import LENGTH, windows_of
 from tests.test_distill import check_whole_cache
 from tests.test_encoders import CLS, CONFIGS, PAD, SEP, encoder_tokenizer, mixed_plan
 from tests.test_families import error, write_model
 from tests.test_pipeline import recipe
 
 POOLINGS = {"bert": "mean", "roberta": "first", "xlm-roberta": "mean", "distilbert": "first", "modernbert": "mean"}
-LENGTH = 48
 embedders = pytest.mark.parametrize("name", POOLINGS)
 
 
@@ -77,13 +77,8 @@ def lines(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def windows(folders, lines) -> dict[str, torch.Tensor]:
-    """Windows [32, LENGTH] of the texts, by configuration: their padding differs."""
-    made = {}
-    for name in POOLINGS:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folders[name])
-        marking = Labelling.of(tokenizer, None)
-        made[name] = load_tokens([TextSource(file=str(lines))], tokenizer, 32 * LENGTH, LENGTH, marking=marking)
-    return made
+    """Windows [32, LENGTH] of the texts, by configuration."""
+    return windows_of(folders, TextSource(file=str(lines)), 32, None)
 
 
 def theirs(folder: Path, name: str, ids_NL: torch.Tensor) -> torch.Tensor:
