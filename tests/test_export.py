@@ -223,6 +223,22 @@ def test_caches_are_written_in_place_and_grow(tmp_path, monkeypatch):
         assert cache.length == len(ids) and distance(logits, whole[12:]) < 1e-5
 
 
+def test_texts_that_take_turns_keep_their_own_caches_and_logits(tmp_path):
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
+    rng = np.random.default_rng(0)
+    with OnnxDecoder(tmp_path, threads=1) as model:
+        texts = [rng.integers(0, decoder.vocabulary, 12) for _ in range(2)]
+        whole = [model.logits(ids) for ids in texts]
+        caches = [model.prefill(ids[:4], keep=1)[1] for ids in texts]
+        for place in (4, 6, 8):
+            for number, ids in enumerate(texts):
+                logits, _ = model.extend(ids[place : place + 2], caches[number], keep=1)
+                assert distance(logits[0], whole[number][place + 1]) < 1e-5
+                logits, caches[number] = model.extend(ids[place : place + 2], caches[number])
+                assert distance(logits, whole[number][place : place + 2]) < 1e-5
+
+
 def test_the_logits_of_the_last_tokens_alone_are_those_of_the_whole(tmp_path):
     decoder = tiny()
     export_onnx(student(decoder, uniform(decoder, "fp32")), tmp_path)
