@@ -25,18 +25,22 @@ from typing import Protocol
 import numpy as np
 
 from compressor.plan import Action, Site
-from eval.timing import CacheFlusher, Timing, interleave
+from eval.timing import CacheFlusher, interleave
 
 COPIES = {"attention": (2, 6), "ffn": (2, 6), "embedding": (1, 2), "head": (1, 2)}
 """Short and long stack by kind of site; tables are so large that two of them dwarf the cost of a run."""
 
 PHASES = ("prefill", "decode")
 
+REPEATS = {"prefill": 7, "decode": 21}
+"""Calls that are timed of a stack; decoding takes a tenth of the time, and other work disturbs it as long."""
+
 STEADY = 0.15
-"""Quartile range, as a fraction of the median, above which a measurement is repeated."""
+"""Quartile range, as a fraction of the median, above which an entry is measured again, when all others have been: other work
+on a machine comes in bursts, of which some outlast an entry."""
 
 ATTEMPTS = 3
-"""Measurements of one entry at most; the steadiest counts."""
+"""Measurements of one entry at most; of each phase the steadiest counts."""
 
 
 class Stack(Protocol):
@@ -70,6 +74,16 @@ class Entry:
     decode_ms: float
     prefill_spread: float
     decode_spread: float
+
+    @property
+    def steady(self) -> bool:
+        return max(self.prefill_spread, self.decode_spread) <= STEADY
+
+    def steadier(self, other: Entry) -> Entry:
+        """Of each phase what was measured with the smaller spread, here or there."""
+        prefill = min(self, other, key=lambda entry: entry.prefill_spread)
+        decode = min(self, other, key=lambda entry: entry.decode_spread)
+        return Entry(prefill.prefill_ms, decode.decode_ms, prefill.prefill_spread, decode.decode_spread)
 
 
 NOTHING = Entry(0.0, 0.0, 0.0, 0.0)
@@ -114,20 +128,23 @@ class LatencyTable:
         wanted: Iterable[tuple[Site, Action]],
         make_stack: MakeStack,
         *,
-        repeats: int = 7,
         flush: Callable[[], object] | None = None,
         progress: Callable[[int, int, str], object] = lambda done, of, key: None,
     ) -> None:
-        """Measure what is missing of `wanted`; saved entry by entry, so that a kill loses one.
+        """Measure what is missing of `wanted`, and what was not `STEADY` of it once more when all of it was; saved entry by
+        entry, so that a kill loses one.
 
         flush: empties the caches of the device, ahead of every decode; those of the processor if None.
         progress: called with (entries done, entries to do, key) before each.
         """
         missing, flush = self.missing(wanted), flush or CacheFlusher()
-        for done, (key, (site, action)) in enumerate(missing.items()):
-            progress(done, len(missing), key)
-            self._entries[key] = measure_entry(site, action, make_stack, flush, repeats)
-            self._save()
+        for _ in range(ATTEMPTS):
+            for done, (key, (site, action)) in enumerate(missing.items()):
+                progress(done, len(missing), key)
+                entry = measure_entry(site, action, make_stack, flush)
+                self._entries[key] = entry.steadier(self._entries.get(key, entry))
+                self._save()
+            missing = {key: pair for key, pair in missing.items() if not self._entries[key].steady}
 
     def sum_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
         """Sum of the entries of a plan, before `rest` and `scale`."""
@@ -186,9 +203,7 @@ def entry_key(site: Site, action: Action) -> str:
     return " ".join((kind, *shapes, action.format, *share))
 
 
-def measure_entry(
-    site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object], repeats: int
-) -> Entry:
+def measure_entry(site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object]) -> Entry:
     """Time a short and a long stack in alternation. `before` runs ahead of every decode, to empty the caches."""
     short_copies, long_copies = COPIES[site.kind]
     stacks = [make_stack(site, action, copies) for copies in (short_copies, long_copies)]
@@ -199,7 +214,8 @@ def measure_entry(
                 slopes.append(0.0)
                 spreads.append(0.0)
                 continue
-            short, long = steadiest([getattr(stack, phase) for stack in stacks], repeats, flush)
+            calls = [getattr(stack, phase) for stack in stacks]
+            short, long = interleave(calls, repeats=REPEATS[phase], before=flush)
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
             slopes.append(max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies)))
             spreads.append(max(short.spread, long.spread))
@@ -208,18 +224,6 @@ def measure_entry(
     finally:
         for stack in stacks:
             stack.close()
-
-
-def steadiest(calls: Sequence[Callable[[], object]], repeats: int, before: Callable[[], object] | None) -> list[Timing]:
-    """Time `calls` in alternation, again while other work on the machine makes them vary; the steadiest round."""
-    best: list[Timing] = []
-    for _ in range(ATTEMPTS):
-        timings = interleave(calls, repeats=repeats, before=before)
-        if not best or max(t.spread for t in timings) < max(t.spread for t in best):
-            best = timings
-        if max(t.spread for t in best) <= STEADY:
-            break
-    return best
 
 
 def fit_line(sums_ms: Sequence[float], measured_ms: Sequence[float]) -> tuple[float, float]:

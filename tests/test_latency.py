@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from compressor.plan import DROP, Action, Matrix, Plan, Site
@@ -117,6 +118,27 @@ def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path, stacks):
     again.measure(wanted, stacks)
     assert {action.keep for _, action, _ in stacks.made} == {48, 64}
     assert again.entry(*wanted[0]).prefill_ms == pytest.approx(16)
+
+
+def test_what_was_disturbed_is_measured_again_behind_all_others(tmp_path, stacks):
+    wanted = [(ffn(0), Action(keep, "w4")) for keep in (16, 32, 48)]
+    table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
+    noise, clock, undisturbed = np.random.default_rng(0), stacks.clock, stacks.__call__
+
+    def disturbed(site: Site, action: Action, copies: int):
+        stack, busy = undisturbed(site, action, copies), action.keep == 32 and len(stacks.made) < 5
+
+        def prefill(quiet=stack.prefill) -> None:
+            quiet()
+            clock.now_ms += 500 * noise.random() * busy
+
+        stack.prefill = prefill
+        return stack
+
+    table.measure(wanted, disturbed)
+    assert [action.keep for _, action, _ in stacks.made] == [16, 16, 32, 32, 48, 48, 32, 32]
+    assert [table.entry(*pair).prefill_ms for pair in wanted] == pytest.approx([16, 32, 48])
+    assert LatencyTable(tmp_path / "table.json", {"cpu": "x"}).entry(*wanted[1]).steady
 
 
 def test_environments_do_not_share_entries(tmp_path, stacks):
