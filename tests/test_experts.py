@@ -241,7 +241,7 @@ def test_an_expert_takes_its_share_of_the_time(stacks):  # noqa: F811
     assert entry_key(one, action) == f"{entry_key(dense, action)} 0.25" and entry_key(shared, action) == entry_key(
         dense, action
     )
-    ours, theirs = (measure_entry(site, action, stacks, lambda: None, repeats=3) for site in (one, dense))
+    ours, theirs = (measure_entry(site, action, stacks, lambda: None) for site in (one, dense))
     assert ours.prefill_ms == pytest.approx(theirs.prefill_ms)
     assert ours.decode_ms == pytest.approx(0.25 * theirs.decode_ms)
     calls = site_stack(decoder, one, action, 2, prefill_tokens=64, context=5, threads=1)
