@@ -188,7 +188,7 @@ def rivals(teacher: Path, out: Path, device: str, decoder: Decoder) -> dict[str,
     import onnxruntime.quantization
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
-    fp32, dynamic, int4 = out / "stages" / "anchor-fp32", out / "rivals" / "dynamic", out / "rivals" / "genai-int4"
+    fp32, dynamic, int4 = out / "stages" / "fp32", out / "rivals" / "dynamic", out / "rivals" / "genai-int4"
     if not dynamic.exists():
         draft = dynamic.with_name("dynamic.draft")
         draft.mkdir(parents=True, exist_ok=True)

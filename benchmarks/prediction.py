@@ -4,7 +4,7 @@
 
 The plans are of the recipe's menu, each with formats and widths of its own, so that they differ in size and not only in
 order; their weights are random. They are timed as reports time models: one open at a time, in turns. The table is the one of
-the run in OUT, made if it isn't there; the two whole models that scale it are timed once more, in turns with the plans, since
+the run in OUT, made if it isn't there; the whole models that scale it are timed once more, in turns with the plans, since
 a machine is not as fast today as when the table was made. Prints a line a plan; writes OUT/prediction.json.
 """
 
@@ -26,7 +26,7 @@ from compressor import pipeline
 from compressor.export import export_random, exported_bytes
 from compressor.files import write_json_atomic
 from compressor.measure import opened, time_models
-from compressor.plan import Action, Plan, Site
+from compressor.pipeline import mixed_plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
@@ -39,19 +39,19 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--plans", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     latency = pipeline.measure_latency(run)
     decoder, folder = run.teacher.network.decoder, options.out / "prediction"
-    plans = {f"plan {n}": drawn(decoder.sites(), run.menu, np.random.default_rng(n)) for n in range(options.plans)}
+    plans = {f"plan {n}": mixed_plan(run.menu, decoder.sites(), np.random.default_rng(n)) for n in range(options.plans)}
     try:
         for name, plan in plans.items():
             export_random(decoder, plan, folder / name)
         with run.stages.timed("timing") as report:
             models = {name: partial(opened, folder / name, run.target) for name in plans}
-            models |= {name: partial(opened, anchor, run.target) for name, anchor in latency.anchors.items()}
+            models |= {name: partial(opened, latency.folders[name], run.target) for name in latency.anchors}
             times = time_models(models, rounds=options.rounds, progress=report)
         model, rows = latency.scaled_by(times), []
         for name, plan in plans.items():
@@ -66,18 +66,6 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     print_table(rows)
     write_json_atomic(options.out / "prediction.json", rows)
-
-
-def drawn(sites: Sequence[Site], menu: Mapping[str, Sequence[Action]], rng: np.random.Generator) -> Plan:
-    """Every site's action by a weight of its format and of its width, which are drawn once a plan."""
-    formats = sorted({action.format for actions in menu.values() for action in actions})
-    by_format = dict(zip(formats, rng.dirichlet(np.full(len(formats), 0.5)), strict=True))
-    narrowness = rng.exponential(2.0)
-    chosen = []
-    for site in sites:
-        weights_A = np.array([by_format[a.format] * np.exp(narrowness * a.keep / site.units) for a in menu[site.name]])
-        chosen.append((site.name, menu[site.name][rng.choice(len(weights_A), p=weights_A / weights_A.sum())]))
-    return Plan(tuple(chosen))
 
 
 def print_table(rows: Sequence[Mapping[str, str | float]]) -> None:

@@ -43,6 +43,14 @@ def save_folder(student: Student, teacher: Teacher, folder: Path, where: Runtime
     write_text_atomic(folder / PLAN_FILE, student.plan.to_json())
 
 
+def save_random(plan: Plan, teacher: Teacher, folder: Path, where: RuntimeName = "onnx") -> None:
+    """Write a model of a plan's shape with random weights, that can be timed and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher.network.save_configuration(folder)
+    runtime(where).save_random(plan, teacher.network, folder)
+    write_text_atomic(folder / PLAN_FILE, plan.to_json())
+
+
 def _save_tokenizer(tokenizer, folder: Path) -> None:
     """As transformers saves it, but a class that only its version 5 knows goes by the name that it had before, which
     transformers.js knows, too."""

@@ -97,7 +97,7 @@ class Times:
 def time_models(
     models: Mapping[str, Callable[[], AbstractContextManager[BenchCalls]]],
     *,
-    rounds: int = 3,
+    rounds: int = 5,
     prefills: int = 4,
     decodes: int = 24,
     progress: Callable[[int, int, str], None] = lambda done, total, message: None,

@@ -323,7 +323,8 @@ def _budget_part(report: Report) -> str:
         if line.measured is not None and line.predicted:
             error = f"{100 * (line.measured / line.predicted - 1):+.1f}%"
         kept = "yes" if line.fits else "**no**"
-        rows.append((what, show(line.limit), show(line.predicted), show(line.measured), error, kept))
+        predicted = show(line.predicted) + (f" ± {line.error / line.predicted:.1%}" if line.error else "")
+        rows.append((what, show(line.limit), predicted, show(line.measured), error, kept))
     head = ("budget", "limit", "predicted", "measured", "measured against predicted", "kept")
     return "### Budget: predicted and measured\n\n" + table(head, rows)
 

@@ -8,7 +8,7 @@ the last one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import nan
@@ -27,7 +27,7 @@ from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetE
 from compressor.estimate import layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
-from compressor.folder import PLAN_FILE, save_folder
+from compressor.folder import save_folder, save_random
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import (
     Target,
@@ -40,7 +40,7 @@ from compressor.measure import (
 )
 from compressor.model import Teacher, load_teacher, read_decoder
 from compressor.network import Network
-from compressor.plan import PARTS, ActionMenu, Plan
+from compressor.plan import PARTS, ActionMenu, Plan, Site
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.recovery import distill, on_policy, reinforce
@@ -69,6 +69,9 @@ from compressor.text import (
 from eval.latency import LatencyModel, LatencyTable, Milliseconds
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
+
+ANCHORS = 4
+"""Whole models that scale the latency table."""
 
 
 def compress(
@@ -350,36 +353,41 @@ class Latency:
     """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made; no
     numbers layer by layer, where there is none, and no recipe takes a share of them.
 
-    anchors: folders of the whole models that scale the table, by name.
+    anchors: the plans of the whole models that scale the table, by name; folders: where those lie, and the fp32 export.
     """
 
     model: LatencyModel
     fp32_bytes: int
     fp32_ms: Milliseconds
-    anchors: dict[str, Path]
+    anchors: dict[str, Plan]
+    folders: dict[str, Path]
 
     def scaled_by(self, times: Mapping[str, Times]) -> LatencyModel:
         """The model, scaled anew by what the anchors take now: a machine is not always as fast, nor all of it alike."""
-        plans = {name: Plan.from_json((folder / PLAN_FILE).read_text()) for name, folder in self.anchors.items()}
-        return self.model.table.fit([(plan, times[name].medians) for name, plan in plans.items()], self.model.sites)
+        measured = [(plan, times[name].medians) for name, plan in self.anchors.items()]
+        return self.model.table.fit(measured, self.model.sites)
 
 
 def measure_latency(run: Run) -> Latency:
-    """Measure the table's missing entries, and the whole models that scale it: the teacher in fp32, unless it is too large
-    for memory, and a small plan."""
+    """Measure the table's missing entries, whole models that scale it, and the teacher in fp32, unless it is too large for
+    memory. What scales is like students: random plans of the menu, with random weights."""
     decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
     sites = decoder.sites()
-    anchors = {} if run.teacher.network.layerwise else {"fp32": full_plan(decoder, "fp32", "fp32")}
-    anchors |= {"small": smallest_whole_plan(run.menu, sites)}
-    folders = {name: run.out / "stages" / f"anchor-{name}" for name in anchors}
+    anchors = {
+        f"anchor-{n}": mixed_plan(run.menu, sites, np.random.default_rng([n, len(sites)]))
+        for n in range(1, ANCHORS + 1)
+    }
+    whole = {} if run.teacher.network.layerwise else {"fp32": full_plan(decoder, "fp32", "fp32")}
+    folders = {name: run.out / "stages" / name for name in (*whole, *anchors)}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
-    wanted += [(site, plan[site.name]) for plan in anchors.values() for site in sites]
     table = LatencyTable(run.out / "latency.json", target.environment)
-    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(anchors))
+    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
 
     def make(report_progress) -> dict:
-        for name, plan in anchors.items():
+        for name, plan in whole.items():
             save_folder(run.bank.realize(plan), run.teacher, folders[name], target.runtime)
+        for name, plan in anchors.items():
+            save_random(plan, run.teacher, folders[name], target.runtime)
         stack = partial(
             runtime(target.runtime).site_stack,
             decoder,
@@ -396,18 +404,23 @@ def measure_latency(run: Run) -> Latency:
         }
 
     found = stages.value("latency", key, make)
-    measured = {name: Milliseconds(*found["ms"][name]) for name in anchors}
-    model = table.fit([(anchors[name], measured[name]) for name in anchors], sites)
+    measured = {name: Milliseconds(*found["ms"][name]) for name in folders}
+    model = table.fit([(plan, measured[name]) for name, plan in anchors.items()], sites)
     size = found["bytes"].get("fp32") or runtime(target.runtime).fp32_bytes(decoder)
-    return Latency(model, size, measured.get("fp32", Milliseconds(nan, nan)), folders)
+    return Latency(model, size, measured.get("fp32", Milliseconds(nan, nan)), anchors, folders)
 
 
-def smallest_whole_plan(menu: ActionMenu, sites) -> Plan:
-    """Nothing pruned, everything in the smallest format that it may have."""
-    whole = {site.name: [a for a in menu[site.name] if a.keep == site.units] for site in sites}
-    if empty := [name for name, choices in whole.items() if not choices]:
-        raise RecipeError(f"search: expected 1.0 among the kept fractions of every site; {empty[0]} has none; add 1.0")
-    return Plan(tuple((site.name, min(whole[site.name], key=site.size_bytes)) for site in sites))
+def mixed_plan(menu: ActionMenu, sites: Sequence[Site], rng: np.random.Generator) -> Plan:
+    """Every site's action by a weight of its format and of its width, which are drawn once a plan: so plans differ in what
+    they are made of, and not only in order."""
+    formats = sorted({action.format for actions in menu.values() for action in actions})
+    by_format = dict(zip(formats, rng.dirichlet(np.full(len(formats), 0.5)), strict=True))
+    narrowness = rng.exponential(2.0)
+    chosen = []
+    for site in sites:
+        weights_A = np.array([by_format[a.format] * np.exp(narrowness * a.keep / site.units) for a in menu[site.name]])
+        chosen.append((site.name, menu[site.name][rng.choice(len(weights_A), p=weights_A / weights_A.sum())]))
+    return Plan(tuple(chosen))
 
 
 # The search -----------------------------------------------------------------------------------------------------------
@@ -656,7 +669,7 @@ def export(run: Run, problem: Problem, trials: Searches, student: Student) -> di
     """Write the student where it is deployed from, and what it is compared with beside; folders by row of the report."""
     uniform = next((best(told)[0] for (name, _), told in trials.items() if name == "uniform"), None)
     uniform = uniform or POLICIES["uniform"](problem, 0).ask().plan
-    folders = {} if run.teacher.network.layerwise else {"fp32": run.out / "stages" / "anchor-fp32"}
+    folders = {} if run.teacher.network.layerwise else {"fp32": run.out / "stages" / "fp32"}
     folders |= {"uniform": run.out / "stages" / "uniform", "student": run.out / run.recipe.deployed}
     students = {"uniform": run.bank.realize(uniform), "student": student}
     with run.stages.timed("export") as report_progress:

@@ -72,13 +72,17 @@ class Row:
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """One limit of the budget, in bytes or ms, and what the tables predicted and the machine measured."""
+    """One limit of the budget, in bytes or ms, and what the tables predicted and the machine measured.
+
+    error: standard error of what was predicted, as far as the latency table knows it.
+    """
 
     name: Literal["bytes", "prefill", "decode"]
     limit: float
     predicted: float
     measured: float | None
     fits: bool
+    error: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def collect(
     plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
     weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)
-    times = _times(run, {**folders, **latency.anchors}, weights)
+    times = _times(run, {**folders, **latency.folders}, weights)
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student.plan, folders["student"], weights)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
@@ -301,17 +301,19 @@ def _budget(
     the fp32 export as it is now, and predictions are scaled by all anchors as they are now."""
     budget, student = run.recipe.budget, times["student"].medians
     fp32 = times["fp32"].medians if "fp32" in times else latency.fp32_ms
-    predicted = latency.scaled_by(times).predict(plan)
+    model = latency.scaled_by(times)
+    predicted, error = model.predict(plan), model.error(plan)
     entries = [
-        ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size),
-        ("prefill", budget.prefill, fp32.prefill, predicted.prefill, student.prefill),
-        ("decode", budget.decode, fp32.decode, predicted.decode, student.decode),
+        ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size, 0.0),
+        ("prefill", budget.prefill, fp32.prefill, predicted.prefill, student.prefill, error.prefill),
+        ("decode", budget.decode, fp32.decode, predicted.decode, student.decode, error.decode),
     ]
     lines = []
-    for name, limit, reference, expected, measured in entries:
+    for name, limit, reference, expected, measured, known_to in entries:
         if limit is not None:
             most = limit.resolve(reference)
-            lines.append(report.BudgetLine(name, most, expected, measured, measured <= most))  # type: ignore[arg-type]
+            line = report.BudgetLine(name, most, expected, measured, measured <= most, known_to)  # type: ignore[arg-type]
+            lines.append(line)
     return tuple(lines)
 
 

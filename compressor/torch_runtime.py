@@ -29,7 +29,7 @@ from compressor.model import network_from_config
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
-from compressor.student import Decoder, Precision, Student, full_plan
+from compressor.student import Decoder, Lazy, Precision, Student, full_plan
 from compressor.transformer import Attention, Cache, Context, FeedForward, Norm
 
 FILE = "model.safetensors"
@@ -102,6 +102,31 @@ def save_model(student: Student, network: Network, folder: Path) -> None:
     config = folder / "config.json"
     if config.is_file() and (told := _quantization_config(student, network, names)):
         write_text_atomic(config, json.dumps(json.loads(config.read_text()) | told, indent=2))
+
+
+def save_random(plan: Plan, network: Network, folder: Path) -> None:
+    """Write weights of a plan's shape that are random, for timing. network: the teacher's."""
+    decoder, random = network.decoder, _seeded()
+
+    def made(site: Site, action: Action, name: str) -> Weight:
+        matrix, format = next(pair for pair in site.stored(action) if pair[0].name == name)
+        return _random(matrix.shape(action.keep, site.units), format, matrix.bias, random)
+
+    vectors = {name: torch.ones(decoder.vectors()[name]) for name in decoder.vectors_of(plan)}
+    save_model(Student(decoder, plan, Lazy(decoder.sites(), plan, made), vectors), network, folder)
+
+
+def _random(shape: tuple[int, int], format: Format, bias: bool, random: torch.Generator) -> Weight:
+    """A matrix of a plausible size."""
+    rows, columns = shape
+    added = torch.zeros(rows) if bias else None
+    if format.kind == "float":
+        return replace(quantize(0.05 * torch.randn(shape, generator=random), format), bias=added)
+    if format.rowwise:
+        codes = torch.randint(-127, 128, shape, generator=random, dtype=torch.int8)
+        return Weight(format, codes=codes, scales=torch.full((rows, 1), 5e-4), bias=added)
+    codes = torch.randint(16, shape, generator=random, dtype=torch.uint8)
+    return Weight(format, codes=codes, scales=torch.full((rows, -(-columns // format.block)), 0.1), bias=added)
 
 
 def _names(network: Network, decoder: Decoder) -> dict[str, str]:
@@ -374,9 +399,8 @@ def site_stack(
 
     def made(name: str) -> nn.Module:
         matrix, format = stored[name]
-        rows, columns = matrix.shape(action.keep, site.units)
-        weight = quantize(0.05 * torch.randn(rows, columns, generator=random), format)
-        return linear(replace(weight, bias=torch.zeros(rows) if matrix.bias else None), decoder.precision, device)
+        weight = _random(matrix.shape(action.keep, site.units), format, matrix.bias, random)
+        return linear(weight, decoder.precision, device)
 
     stack: list[Callable[[Tensor, Context], Tensor]] = []
     for copy in range(copies):

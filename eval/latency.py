@@ -8,6 +8,9 @@ Knows nothing of runtimes: whoever measures hands over a callable that makes a s
 An entry is the slope between a short and a long stack of one site, so that what a run costs by itself cancels:
     entry = (t(long copies) - t(short copies)) / (long - short)
 
+Other work on a machine comes in bursts, some of which outlast an entry. So the table is gone through in passes, until what
+an entry was measured in each of them agrees; its time is their median.
+
 An expert runs for `Site.share` of the tokens on average: its prefill is that of so many tokens (whoever makes the stack sees
 to it), its decoding the share of a token's time that is the chance that it runs at all. What routing takes falls to `rest`.
 """
@@ -17,8 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import hypot
 from pathlib import Path
 from typing import Protocol
 
@@ -35,12 +40,15 @@ PHASES = ("prefill", "decode")
 REPEATS = {"prefill": 7, "decode": 21}
 """Calls that are timed of a stack; decoding takes a tenth of the time, and other work disturbs it as long."""
 
-STEADY = 0.15
-"""Quartile range, as a fraction of the median, above which an entry is measured again, when all others have been: other work
-on a machine comes in bursts, of which some outlast an entry."""
+PASSES = (3, 6)
+"""How often an entry is measured, at least and at most."""
 
-ATTEMPTS = 3
-"""Measurements of one entry at most; of each phase the steadiest counts."""
+PRECISION = 0.05
+"""Standard error, as a fraction of an entry, above which it is measured once more."""
+
+ASSUMED = {"rest": 0.1, "scale": 0.3, "measured": 0.03}
+"""Deviations that `fit_line` assumes: of `rest` from nothing and of a measured time from the line, as fractions of the time,
+and of `scale` from 1."""
 
 
 class Stack(Protocol):
@@ -68,25 +76,51 @@ class Milliseconds:
 
 @dataclass(frozen=True)
 class Entry:
-    """Milliseconds of one site under one action, and the spread (see `Timing`) of its measurements."""
+    """Milliseconds of one site under one action, one of every pass that measured them."""
 
-    prefill_ms: float
-    decode_ms: float
-    prefill_spread: float
-    decode_spread: float
+    prefill: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
 
     @property
-    def steady(self) -> bool:
-        return max(self.prefill_spread, self.decode_spread) <= STEADY
+    def prefill_ms(self) -> float:
+        return float(np.median(self.prefill))
 
-    def steadier(self, other: Entry) -> Entry:
-        """Of each phase what was measured with the smaller spread, here or there."""
-        prefill = min(self, other, key=lambda entry: entry.prefill_spread)
-        decode = min(self, other, key=lambda entry: entry.decode_spread)
-        return Entry(prefill.prefill_ms, decode.decode_ms, prefill.prefill_spread, decode.decode_spread)
+    @property
+    def decode_ms(self) -> float:
+        return float(np.median(self.decode))
+
+    @property
+    def error(self) -> Milliseconds:
+        """Standard error of both times."""
+        return Milliseconds(*(_standard_error(measured) for measured in (self.prefill, self.decode)))
+
+    @property
+    def passes(self) -> int:
+        """Those that measured any of it."""
+        return max(len(self.prefill), len(self.decode))
+
+    @property
+    def open_phases(self) -> tuple[str, ...]:
+        """Those that have to be measured once more."""
+        return tuple(phase for phase in PHASES if not _settled(getattr(self, phase)))
+
+    def with_pass(self, found_ms: Mapping[str, float]) -> Entry:
+        """What was measured, and one pass more of some phases."""
+        return Entry(*((*getattr(self, phase), *([found_ms[phase]] if phase in found_ms else [])) for phase in PHASES))
 
 
-NOTHING = Entry(0.0, 0.0, 0.0, 0.0)
+def _standard_error(measured_ms: Sequence[float]) -> float:
+    return float(np.std(measured_ms, ddof=1) / len(measured_ms) ** 0.5) if len(measured_ms) > 1 else 0.0
+
+
+def _settled(measured_ms: Sequence[float]) -> bool:
+    least, most = PASSES
+    if least <= len(measured_ms) < most:
+        return _standard_error(measured_ms) <= PRECISION * float(np.median(measured_ms))
+    return len(measured_ms) >= most
+
+
+NOTHING = Entry((0.0,), (0.0,))
 """What a dropped sub-layer takes."""
 
 
@@ -101,11 +135,14 @@ class LatencyTable:
     def __init__(self, path: Path, environment: Mapping[str, str | int | float | None]):
         self._path = Path(path)
         self.environment = dict(environment)
-        self._environment_key = hashlib.sha256(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()[:16]
+        named = json.dumps({"form": "passes", **self.environment}, sort_keys=True)
+        self._environment_key = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._entries: dict[str, Entry] = {}
         if self._path.exists():
             stored = json.loads(self._path.read_text()).get(self._environment_key, {"entries": {}})
-            self._entries = {key: Entry(**entry) for key, entry in stored["entries"].items()}
+            self._entries = {
+                key: Entry(*(tuple(entry[phase]) for phase in PHASES)) for key, entry in stored["entries"].items()
+            }
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -119,9 +156,10 @@ class LatencyTable:
         return NOTHING if action.keep == 0 else self._entries[entry_key(site, action)]
 
     def missing(self, wanted: Iterable[tuple[Site, Action]]) -> dict[str, tuple[Site, Action]]:
-        """Those that have to be measured, one for each key: sites of the same shape share an entry."""
+        """Those that have to be measured, for the first time or once more, one for each key: sites of the same shape share an
+        entry."""
         pairs = {entry_key(site, action): (site, action) for site, action in wanted if action.keep}
-        return {key: pair for key, pair in pairs.items() if key not in self._entries}
+        return {key: pair for key, pair in pairs.items() if self._entries.get(key, Entry()).open_phases}
 
     def measure(
         self,
@@ -131,25 +169,33 @@ class LatencyTable:
         flush: Callable[[], object] | None = None,
         progress: Callable[[int, int, str], object] = lambda done, of, key: None,
     ) -> None:
-        """Measure what is missing of `wanted`, and what was not `STEADY` of it once more when all of it was; saved entry by
-        entry, so that a kill loses one.
+        """Measure what is missing of `wanted`, pass by pass; saved entry by entry, so that a kill loses one measurement.
 
         flush: empties the caches of the device, ahead of every decode; those of the processor if None.
-        progress: called with (entries done, entries to do, key) before each.
+        progress: called with (measurements done, measurements to do as far as is known, key) before each.
         """
-        missing, flush = self.missing(wanted), flush or CacheFlusher()
-        for _ in range(ATTEMPTS):
-            for done, (key, (site, action)) in enumerate(missing.items()):
-                progress(done, len(missing), key)
-                entry = measure_entry(site, action, make_stack, flush)
-                self._entries[key] = entry.steadier(self._entries.get(key, entry))
+        wanted, flush, done = list(wanted), flush or CacheFlusher(), 0
+        while missing := self.missing(wanted):
+            to_do = done + sum(max(1, PASSES[0] - self._entries.get(key, Entry()).passes) for key in missing)
+            for key, (site, action) in missing.items():
+                progress(done, to_do, key)
+                before = self._entries.get(key, Entry())
+                self._entries[key] = before.with_pass(
+                    measure_entry(site, action, make_stack, flush, before.open_phases)
+                )
                 self._save()
-            missing = {key: pair for key, pair in missing.items() if not self._entries[key].steady}
+                done += 1
 
     def sum_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
         """Sum of the entries of a plan, before `rest` and `scale`."""
         entries = [self.entry(site, plan[site.name]) for site in sites]
         return Milliseconds(sum(e.prefill_ms for e in entries), sum(e.decode_ms for e in entries))
+
+    def error_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
+        """Standard error of `sum_ms`: sites that share an entry share its error."""
+        used = Counter(entry_key(site, plan[site.name]) for site in sites if plan[site.name].keep)
+        errors = [(times, self._entries[key].error) for key, times in used.items()]
+        return Milliseconds(*(hypot(*(n * getattr(e, phase) for n, e in errors)) for phase in PHASES))
 
     def fit(self, anchors: Sequence[tuple[Mapping[str, Action], Milliseconds]], sites: Sequence[Site]) -> LatencyModel:
         """Fit `rest` and `scale` to whole models: (plan, its measured milliseconds)."""
@@ -188,6 +234,11 @@ class LatencyModel:
             self.rest.prefill + self.scale.prefill * total.prefill, self.rest.decode + self.scale.decode * total.decode
         )
 
+    def error(self, plan: Mapping[str, Action]) -> Milliseconds:
+        """Standard error of `predict`, as far as it comes from the table's entries."""
+        total = self.table.error_ms(plan, self.sites)
+        return Milliseconds(self.scale.prefill * total.prefill, self.scale.decode * total.decode)
+
     def site_ms(self, site: Site, action: Action) -> Milliseconds:
         """What one site contributes to `predict`: the additive cost that a search can plan with."""
         entry = self.table.entry(site, action)
@@ -203,40 +254,47 @@ def entry_key(site: Site, action: Action) -> str:
     return " ".join((kind, *shapes, action.format, *share))
 
 
-def measure_entry(site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object]) -> Entry:
-    """Time a short and a long stack in alternation. `before` runs ahead of every decode, to empty the caches."""
+def measure_entry(
+    site: Site, action: Action, make_stack: MakeStack, before: Callable[[], object], phases: Iterable[str] = PHASES
+) -> dict[str, float]:
+    """Time a short and a long stack in alternation: milliseconds by phase. `before` runs ahead of every decode, to empty the
+    caches."""
     short_copies, long_copies = COPIES[site.kind]
     stacks = [make_stack(site, action, copies) for copies in (short_copies, long_copies)]
+    found = {}
     try:
-        slopes, spreads = [], []
-        for phase, flush in zip(PHASES, (None, before), strict=True):
+        for phase in phases:
             if phase == "decode" and site.part == "encoder":  # it has read the text by then
-                slopes.append(0.0)
-                spreads.append(0.0)
+                found[phase] = 0.0
                 continue
             calls = [getattr(stack, phase) for stack in stacks]
+            flush, share = (before, site.share) if phase == "decode" else (None, 1.0)
             short, long = interleave(calls, repeats=REPEATS[phase], before=flush)
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
-            slopes.append(max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies)))
-            spreads.append(max(short.spread, long.spread))
-        prefill_ms, decode_ms = slopes
-        return Entry(prefill_ms, decode_ms * site.share, *spreads)
+            found[phase] = share * max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies))
+        return found
     finally:
         for stack in stacks:
             stack.close()
 
 
 def fit_line(sums_ms: Sequence[float], measured_ms: Sequence[float]) -> tuple[float, float]:
-    """(rest, scale) that minimize the squared relative errors of measured = rest + scale * sum; neither is negative.
+    """(rest, scale) of measured = rest + scale * sum, both at least 0: the likeliest under the deviations of `ASSUMED`, which
+    tell what whole models whose sums hardly differ leave open.
 
-    One anchor, or anchors whose sums hardly differ, tell only the scale.
+    Raises:
+        ValueError: there is no whole model.
     """
     x, y = np.asarray(sums_ms, float), np.asarray(measured_ms, float)
     if len(x) == 0:
         raise ValueError("at least one whole model must be measured to scale the table")
-    ones = np.ones_like(x) / y
-    only_scale = float((x / y).sum() / ((x / y) ** 2).sum())
-    if x.max() - x.min() < 0.05 * x.max():
-        return 0.0, only_scale
-    rest, scale = np.linalg.lstsq(np.stack([ones, x / y], 1), np.ones_like(x), rcond=None)[0].tolist()
-    return (rest, scale) if rest >= 0 and scale >= 0 else (0.0, only_scale)
+    rest, scale, measured = ASSUMED["rest"] * y.mean(), ASSUMED["scale"], ASSUMED["measured"] * y
+    of_rest = np.array([*(1 / measured), 1 / rest, 0.0])
+    of_scale = np.array([*(x / measured), 0.0, 1 / scale])
+    wanted = np.array([*(y / measured), 0.0, 1 / scale])
+    found = np.linalg.lstsq(np.stack([of_rest, of_scale], 1), wanted, rcond=None)[0].tolist()
+    if found[0] < 0:
+        return 0.0, float(of_scale @ wanted / (of_scale @ of_scale))
+    if found[1] < 0:
+        return float(of_rest @ wanted / (of_rest @ of_rest)), 0.0
+    return found[0], found[1]

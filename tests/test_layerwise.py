@@ -119,7 +119,7 @@ def test_what_takes_the_whole_model_is_left_out_of_the_report(runs):
     assert reference.prefill_ms is None and reference.perplexity is None and teacher.prefill_ms is None
     assert report.row("student").decode_ms is not None
     assert [sample.teacher for sample in report.samples] == [None, None]
-    assert not (out / "stages" / "anchor-fp32").exists()
+    assert not (out / "stages" / "fp32").exists()
     page = (out / "report.md").read_text()
     assert "*student*" in page and "*teacher*" not in page and "nan" not in page
 

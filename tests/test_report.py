@@ -69,7 +69,7 @@ def example() -> Report:
             Row("uniform", "rival", 60.0, 1.5, 80_000_000, Timing(600, 590, 610), Timing(10, 9, 11)),
             Row("student", "student", 25.0, 0.5, 50_000_000, Timing(400, 390, 410), Timing(14, 13, 15), 300_000_000),
         ),
-        (BudgetLine("bytes", 60e6, 49.9e6, 50e6, True), BudgetLine("decode", 15.0, 13.0, 14.0, True)),
+        (BudgetLine("bytes", 60e6, 49.9e6, 50e6, True), BudgetLine("decode", 15.0, 13.0, 14.0, True, 0.26)),
         tuple(trials),
         tuple(plan),
         Recovery(1.6, 1.4, 0.7, trained("kd", "kl", 20, [1.4, *[None] * 19, 0.7])),
@@ -104,7 +104,7 @@ def test_page():
     assert "It is within the budget. The gate passed." in page
     assert "| **student** | 25.0 | 0.500 | 50.0 MB (0.10×) | 400 ms (0.80×) | 14 ms (0.40×) | 300.0 MB |" in page
     assert "| fp32 ONNX | 20.0 | 1e-07 | 500.0 MB | 500 ms | 35 ms | – |" in page
-    assert "| decode per token | 15 ms | 13 ms | 14 ms | +7.7% | yes |" in page
+    assert "| decode per token | 15 ms | 13 ms ± 2.0% | 14 ms | +7.7% | yes |" in page
     assert "Dropped sub-layers: layers.0.ffn, layers.1.ffn, layers.2.ffn." in page
     assert "| actor_critic | 4 | 1.80 | 1.80 | 1.10 | 1.00× | 3 |" in page
     assert "| random | 4 | 4.00 | 3.00 | 2.50 | 2.27× | 4 |" in page

@@ -28,6 +28,7 @@ from compressor.export.runtime import (
 )
 from compressor.files import write_text_atomic
 from compressor.network import Network
+from compressor.plan import Plan
 from compressor.student import Student
 
 GENAI_FILE = "genai_config.json"
@@ -39,6 +40,11 @@ def save_model(student: Student, network: Network, folder: Path) -> None:
     if student.decoder.causal and not student.decoder.encoder:
         genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
         write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
+
+
+def save_random(plan: Plan, network: Network, folder: Path) -> None:
+    """Write a model of a plan's shape with random weights, for timing. network: the teacher's."""
+    export_random(network.decoder, plan, folder)
 
 
 __all__ = [
@@ -58,5 +64,6 @@ __all__ = [
     "read_student",
     "refused_formats",
     "save_model",
+    "save_random",
     "site_stack",
 ]
