@@ -135,7 +135,7 @@ class LatencyTable:
     def __init__(self, path: Path, environment: Mapping[str, str | int | float | None]):
         self._path = Path(path)
         self.environment = dict(environment)
-        named = json.dumps({"form": "passes", **self.environment}, sort_keys=True)
+        named = json.dumps({"form": "passes", **self.environment}, sort_keys=True)  # not what older files hold
         self._environment_key = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._entries: dict[str, Entry] = {}
         if self._path.exists():
