@@ -1,15 +1,15 @@
 """A recorded landscape: some thousand scores of the real model, on which policies are developed in seconds.
 
     python benchmarks/landscape.py record recipes/benchmark-controllers.yaml runs/controllers
-    python benchmarks/landscape.py compare --bits 3.0 --seeds 4 --evaluations 16 --policies dynamic_programming actor_critic
+    python benchmarks/landscape.py compare --bits 2.5 --seeds 4 --evaluations 16 --policies dynamic_programming actor_critic
 
 `record` keeps what the searches of controllers.py had scored, part by part of the scoring text, in landscape.npz beside this
 file. `compare` fits a model to it, says how well it predicts plans that it was not fitted to, and lets policies search on
 it, in place of the real model. What was recorded scores what was recorded.
 
 A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: away from what was recorded it is too
-friendly, and policies go where it is. Most of what is recorded is of 3.0 bits. Figures that count are those of
-controllers.py.
+friendly, and policies go where it is. Most of what is recorded is of 2.5 and of 4.0 bits and
+of budgets on time. Figures that count are those of controllers.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     recording.add_argument("recipe", type=Path)
     recording.add_argument("out", type=Path)
     comparing = commands.add_parser("compare")
-    comparing.add_argument("--bits", type=float, default=3.0)
+    comparing.add_argument("--bits", type=float, default=2.5)
     comparing.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     comparing.add_argument("--seeds", type=int, default=3)
     comparing.add_argument("--evaluations", type=int, default=16)
