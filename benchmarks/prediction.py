@@ -23,13 +23,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 
 from compressor import pipeline
-from compressor.export import export_random, exported_bytes
 from compressor.files import write_json_atomic
+from compressor.folder import save_random
 from compressor.measure import opened, time_models
-from compressor.pipeline import mixed_plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
+from compressor.runtimes import runtime
 from compressor.stages import Stages
 from eval.latency import PHASES
 
@@ -44,11 +44,11 @@ def main() -> None:
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     latency = pipeline.measure_latency(run)
-    decoder, folder = run.teacher.network.decoder, options.out / "prediction"
-    plans = {f"plan {n}": mixed_plan(run.menu, decoder.sites(), np.random.default_rng(n)) for n in range(options.plans)}
+    sites, folder = run.teacher.network.decoder.sites(), options.out / "prediction"
+    plans = {f"plan {n}": pipeline.mixed_plan(run.menu, sites, np.random.default_rng(n)) for n in range(options.plans)}
     try:
         for name, plan in plans.items():
-            export_random(decoder, plan, folder / name)
+            save_random(plan, run.teacher, folder / name, run.target.runtime)
         with run.stages.timed("timing") as report:
             models = {name: partial(opened, folder / name, run.target) for name in plans}
             models |= {name: partial(opened, latency.folders[name], run.target) for name in latency.anchors}
@@ -56,7 +56,10 @@ def main() -> None:
         model, rows = latency.scaled_by(times), []
         for name, plan in plans.items():
             predicted, measured = model.predict(plan), times[name].medians
-            row: dict[str, str | float] = {"plan": name, "MB": exported_bytes(folder / name) / 1e6}
+            row: dict[str, str | float] = {
+                "plan": name,
+                "MB": runtime(run.target.runtime).exported_bytes(folder / name) / 1e6,
+            }
             for phase in PHASES:
                 row[f"{phase} predicted"] = getattr(predicted, phase)
                 row[f"{phase} measured"] = getattr(measured, phase)

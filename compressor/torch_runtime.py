@@ -112,7 +112,8 @@ def save_random(plan: Plan, network: Network, folder: Path) -> None:
         matrix, format = next(pair for pair in site.stored(action) if pair[0].name == name)
         return _random(matrix.shape(action.keep, site.units), format, matrix.bias, random)
 
-    vectors = {name: torch.ones(decoder.vectors()[name]) for name in decoder.vectors_of(plan)}
+    shapes = decoder.vectors()
+    vectors = {name: torch.ones(shapes[name]) for name in decoder.vectors_of(plan)}
     save_model(Student(decoder, plan, Lazy(decoder.sites(), plan, made), vectors), network, folder)
 
 

@@ -22,9 +22,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import hypot
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -83,11 +84,11 @@ class Entry:
 
     @property
     def prefill_ms(self) -> float:
-        return float(np.median(self.prefill))
+        return median(self.prefill)
 
     @property
     def decode_ms(self) -> float:
-        return float(np.median(self.decode))
+        return median(self.decode)
 
     @property
     def error(self) -> Milliseconds:
@@ -106,7 +107,7 @@ class Entry:
 
     def with_pass(self, found_ms: Mapping[str, float]) -> Entry:
         """What was measured, and one pass more of some phases."""
-        return Entry(*((*getattr(self, phase), *([found_ms[phase]] if phase in found_ms else [])) for phase in PHASES))
+        return replace(self, **{phase: (*getattr(self, phase), ms) for phase, ms in found_ms.items()})
 
 
 def _standard_error(measured_ms: Sequence[float]) -> float:
@@ -116,7 +117,7 @@ def _standard_error(measured_ms: Sequence[float]) -> float:
 def _settled(measured_ms: Sequence[float]) -> bool:
     least, most = PASSES
     if least <= len(measured_ms) < most:
-        return _standard_error(measured_ms) <= PRECISION * float(np.median(measured_ms))
+        return _standard_error(measured_ms) <= PRECISION * median(measured_ms)
     return len(measured_ms) >= most
 
 
@@ -159,7 +160,7 @@ class LatencyTable:
         """Those that have to be measured, for the first time or once more, one for each key: sites of the same shape share an
         entry."""
         pairs = {entry_key(site, action): (site, action) for site, action in wanted if action.keep}
-        return {key: pair for key, pair in pairs.items() if self._entries.get(key, Entry()).open_phases}
+        return {key: pair for key, pair in pairs.items() if self._so_far(key).open_phases}
 
     def measure(
         self,
@@ -176,15 +177,17 @@ class LatencyTable:
         """
         wanted, flush, done = list(wanted), flush or CacheFlusher(), 0
         while missing := self.missing(wanted):
-            to_do = done + sum(max(1, PASSES[0] - self._entries.get(key, Entry()).passes) for key in missing)
+            to_do = done + sum(max(1, PASSES[0] - self._so_far(key).passes) for key in missing)
             for key, (site, action) in missing.items():
                 progress(done, to_do, key)
-                before = self._entries.get(key, Entry())
-                self._entries[key] = before.with_pass(
-                    measure_entry(site, action, make_stack, flush, before.open_phases)
-                )
+                before = self._so_far(key)
+                found_ms = measure_entry(site, action, make_stack, flush, before.open_phases)
+                self._entries[key] = before.with_pass(found_ms)
                 self._save()
                 done += 1
+
+    def _so_far(self, key: str) -> Entry:
+        return self._entries.get(key, Entry())
 
     def sum_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
         """Sum of the entries of a plan, before `rest` and `scale`."""
