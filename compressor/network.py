@@ -34,14 +34,14 @@ POSITIONS = 128
 
 def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
     """What the format's kernels do to all that a site reads, as far as it is imitated."""
-    if fmt.kind == "dynamic" and rounding != "none":
+    if fmt.quantizes_input and rounding != "none":
         return fake_row_int8 if fmt.rowwise else fake_dynamic_int8
     return None
 
 
 def _block(fmt: Format, rounding: Rounding) -> int:
     """Channels whose codes share a scale in what a weight-only kernel makes of its input, 0 where that is not imitated."""
-    return fmt.block if fmt.kind == "blockwise" and rounding == "all" else 0
+    return fmt.block if fmt.kind == "blockwise" and not fmt.a8 and rounding == "all" else 0
 
 
 class Network:

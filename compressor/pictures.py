@@ -21,6 +21,8 @@ _FORMAT_COLOURS = {
     ("float", 32): "#1d2b53",
     ("float", 16): "#3b4f8a",
     ("dynamic", 8): "#e69f00",
+    ("a8", 6): "#edb640",  # a pair with int8
+    ("a8", 4): "#f5cf80",
     ("blockwise", 8): "#2c7fb8",
     ("blockwise", 6): "#35a0b8",
     ("blockwise", 5): "#3babaf",
@@ -156,7 +158,8 @@ def _quality_figure(report: Report) -> Figure:
 
 def _colour(name: str) -> str:
     formats = Formats.parse(name)
-    return _FORMAT_COLOURS.get((formats.most.kind, formats.bits), "#999999")
+    kind = "a8" if formats.most.a8 else formats.most.kind
+    return _FORMAT_COLOURS.get((kind, formats.bits), "#999999")
 
 
 COLUMNS = {"attention": "attention: groups kept", "cross": "across: groups kept", "ffn": "feed-forward: channels kept"}

@@ -19,7 +19,8 @@ ALIGNMENT = 64
 """Bytes to which every tensor is aligned in the exported data file."""
 
 FORMAT_NAMES = (
-    "fp32, fp16, int8, w8, w6, w5, w4, w3, w2 (blocks of 32, or w4b64, w4b128 and so on for others), nf4, fp4, int8row"
+    "fp32, fp16, int8, w4a8, w8, w6, w5, w4, w3, w2 (blocks of 32, or w4b64, w4a8b128 and so on for others), nf4, fp4, "
+    "int8row"
 )
 
 FINER = ("k", "v", "down")
@@ -37,7 +38,8 @@ class Format:
         `float`: `bits` 32, or 16 (stored as fp16, computed in the graph's float type);
         `dynamic`: int8 weights, one scale a row; activations quantized at run time, to uint8 with one scale a tensor, or to
         int8 with one scale a row (`rowwise`);
-        `blockwise`: weight-only codes of `bits`, one scale of 8 bits (and zero point) for `block` columns of a row;
+        `blockwise`: weight-only codes of `bits`, one scale of 8 bits (and zero point) for `block` columns of a row; with
+        `a8` they become int8 codes when a session is made, and activations are quantized as for `dynamic`;
         `codebook`: weight-only codes of `bits` into a table of values, one scale for `block` columns of a row;
         `dropped`: there is no weight, the sub-layer is gone.
     """
@@ -47,6 +49,7 @@ class Format:
     bits: int
     block: int = 0
     rowwise: bool = False
+    a8: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Format:
@@ -66,15 +69,22 @@ class Format:
         }
         if name in fixed:
             return fixed[name]
-        match = re.fullmatch(r"w(\d+)(?:b(\d+))?", name)
+        match = re.fullmatch(r"w(\d+)(a8)?(?:b(\d+))?", name)
         if not match:
             raise RecipeError(f"expected a format, got {name!r}; choose among {FORMAT_NAMES}")
-        bits, block = int(match[1]), int(match[2] or 32)
+        bits, a8, block = int(match[1]), match[2] or "", int(match[3] or 32)
         if bits not in (2, 3, 4, 5, 6, 8):
             raise RecipeError(f"format {name!r}: expected 2, 3, 4, 5, 6 or 8 bits, got {bits}")
+        if a8 and bits != 4:
+            raise RecipeError(f"format {name!r}: expected 4 bits with a8, got {bits}; choose w4a8 or int8")
         if block not in (32, 64, 128, 256):
             raise RecipeError(f"format {name!r}: block {block} has no fast kernel; choose among 32, 64, 128, 256")
-        return cls(f"w{bits}" if block == 32 else name, "blockwise", bits, block)
+        return cls(f"w{bits}{a8}" if block == 32 else name, "blockwise", bits, block, a8=bool(a8))
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether its kernels quantize all that a matrix reads, with one scale a tensor or a row."""
+        return self.kind == "dynamic" or self.a8
 
     @property
     def has_zeros(self) -> bool:
@@ -115,6 +125,8 @@ class Format:
         blocks = -(-columns // self.block)
         if self.kind == "codebook":  # beside codes and scales lie the table and what says how to read it
             return [rows * columns // 2, rows * blocks * 4, 16 * 4, 256]
+        if self.a8:
+            return [-(-rows * columns // 2), rows * blocks, rows * 4, -(-rows * blocks // 2)]
         sizes = [rows * blocks * (self.block * width // 8) for width, _ in self.planes.values()]
         sizes += [rows * blocks, rows * 4]
         return [*sizes, rows * -(-blocks * self.kernel_bits // 8)] if self.has_zeros else sizes
@@ -135,15 +147,16 @@ class Formats:
         """`w4+w8` -> w4, but w8 for what is finer; `w4` -> w4 for all.
 
         Raises:
-            RecipeError: a name is none that can be deployed, or a pair has one that quantizes activations.
+            RecipeError: a name is none that can be deployed, or of a pair only one quantizes activations.
         """
         first, plus, second = name.partition("+")
         most = Format.parse(first)
         finer = Format.parse(second) if plus else most
-        if plus and {most.kind, finer.kind} & {"dynamic", "dropped"}:
+        read_alike = (most.quantizes_input, most.rowwise) == (finer.quantizes_input, finer.rowwise)
+        if plus and ("dropped" in (most.kind, finer.kind) or not read_alike):
             raise RecipeError(
-                f"format {name!r}: int8 and int8row quantize what all matrices of a site read, so they stand alone; "
-                "choose pairs such as w4+w8"
+                f"format {name!r}: int8, int8row and w4a8 quantize what all matrices of a site read, so a pair has two that "
+                "do it alike, or none; choose pairs such as w4+w8 or w4a8+int8"
             )
         return cls(most, finer)
 

@@ -3,7 +3,8 @@
 Arithmetic on tensors only; no files, no modules. Shape letters: O output rows, I input columns, G blocks along I.
 
     w_OI = (code_OI - zero_OG) * scale_OG          blockwise, codes and zero points unsigned; scale_OG = level_OG * unit_O,
-                                                   levels unsigned, of 8 bits
+                                                   levels unsigned, of 8 bits; of w4a8 (code - zero) * level is an int8
+                                                   code (Lin et al. 2024, "QServe", section 4.1)
     w_OI = code_OI * scale_O                       dynamic int8, codes signed, symmetric
     w_OI = table[code_OI] * scale_OG               codebook
 
@@ -104,11 +105,12 @@ class Grid:
             return looked_up(w / scales, self.format).view(w_OI.shape)
         return (w / scales).round_().add_(zeros).clamp_(*self.code_range).view(w_OI.shape)
 
-    def stored(self, scales_OG: Tensor) -> Tensor:
-        """The nearest scales that can be stored."""
+    def stored(self, scales_OG: Tensor, groups: slice = slice(None)) -> Tensor:
+        """The nearest scales that can be stored, of some blocks of every row."""
         if self.units is None:
             return scales_OG
-        return (scales_OG / self.units).round_().clamp_(1, TOP_LEVEL).mul_(self.units)
+        top_OG = top_levels(self.format, self.zeros[:, groups])
+        return (scales_OG / self.units).round_().clamp_min_(1).minimum(top_OG).mul_(self.units)
 
     def values(self, codes_OI: Tensor) -> Tensor:
         """What the kernel's arithmetic makes of the codes, float32 [O, I]."""
@@ -152,6 +154,13 @@ class Grid:
             return matrix_OI.unflatten(1, (-1, block)), self.scales.unsqueeze(2), self.zeros.unsqueeze(2)
         scales, zeros = (side.repeat_interleave(block, 1)[:, :columns] for side in (self.scales, self.zeros))
         return matrix_OI, scales, zeros
+
+
+def top_levels(format: Format, zeros_OG: Tensor) -> Tensor:
+    """The largest levels that scales may have beside their zero points."""
+    if not format.a8:
+        return torch.full_like(zeros_OG, TOP_LEVEL)
+    return (127 / torch.maximum(zeros_OG, 2**format.bits - 1 - zeros_OG)).floor_()
 
 
 def codebook(format: Format, like: Tensor) -> Tensor:
@@ -372,8 +381,9 @@ def find_grid(w_OI: Tensor, format: Format, importance_I: Tensor | None = None) 
     scales, zeros = map(torch.cat, zip(*parts, strict=True))
     if format.kind == "codebook":
         return Grid(format, scales, zeros)
-    units = scales.amax(1, keepdim=True) / FIRST_LEVEL
-    return Grid(format, (scales / units).ceil_().clamp_(1, TOP_LEVEL).mul_(units), zeros, units)
+    top_OG = top_levels(format, zeros)
+    units = (scales / (top_OG / TOP_LEVEL * FIRST_LEVEL)).amax(1, keepdim=True)
+    return Grid(format, (scales / units).ceil_().clamp_min_(1).minimum(top_OG).mul_(units), zeros, units)
 
 
 def _clipped(w_OI: Tensor, format: Format, importance_I: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -539,7 +549,7 @@ def _descended(w_IO: Tensor, moment_II: Tensor, grid: Grid, multiples_IO: Tensor
         curved_iO = moment_ii @ multiples_iO
         step_O = (multiples_iO * slope_iO).sum(0) / (multiples_iO * curved_iO).sum(0).clamp_min(1e-30)
         step_O = torch.where(step_O < scale_O, step_O, 0.0)  # a scale stays above 0
-        step_O = scale_O - grid.stored((scale_O - step_O)[:, None])[:, 0]
+        step_O = scale_O - grid.stored((scale_O - step_O)[:, None], slice(group, group + 1))[:, 0]
         scale_O -= step_O
         slope_iO.sub_(curved_iO * step_O).div_(scale_O)
         rounded, curvature_i = grid.rounder(group), moment_ii.diagonal().tolist()

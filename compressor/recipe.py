@@ -329,13 +329,13 @@ class SearchSection(Section):
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: FormatNames = (
-        *("fp32", "int8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
+        *("fp32", "int8", "w4a8+int8", "w4a8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
         *("nf4", "fp4", "int8row"),
     )
     """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w8 is
-    w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w6, w5 and w3 take so many bits
-    in the file, and the time and the memory of w8 and w4; for the seconds that a session takes to open, some seven bytes a
-    weight."""
+    w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w4a8 takes the bytes of w4 in the
+    file, and the time and the memory of int8: the fastest prefill. w6, w5 and w3 take so many bits in the file, and the time
+    and the memory of w8 and w4. For the seconds that a session takes to open, all four take some six bytes a weight."""
     embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
@@ -363,8 +363,10 @@ class SearchSection(Section):
     @classmethod
     def _gathered(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         found = [Formats.parse(name) for name in names]
-        if any(formats.most.kind == "dynamic" for formats in found):
-            raise ValueError("int8 quantizes activations, and an embedding has none; choose among fp32, fp16, w8, w4")
+        if quantizing := [formats.name for formats in found if formats.most.quantizes_input]:
+            raise ValueError(
+                f"{quantizing[0]} quantizes activations, and an embedding has none; choose among fp32, fp16, w8, w4"
+            )
         if pairs := [formats.name for formats in found if not formats.alike]:
             raise ValueError(
                 f"an embedding is one matrix, {pairs[0]} is for two kinds; choose among fp32, fp16, w8, w4"

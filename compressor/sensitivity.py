@@ -121,7 +121,7 @@ class _SubLayer:
             losses = {}
             for name, w_OI in self.full.items():
                 losses[name] = self._weigh(name, variant[name].dequantize() - w_OI)
-                if format.kind == "dynamic":
+                if format.quantizes_input:
                     variance = self.statistics.rounding_variance(self._input(name), format.rowwise)
                     losses[name] += 0.5 * self.statistics.fisher(name) * variance * w_OI.square().sum(1)
             self._quantized[format] = losses

@@ -40,7 +40,8 @@ from compressor.student import Decoder, Student
 from eval.memory import peak_growth_bytes
 
 TABLES = ("fp32", "fp16", "w8", "w6", "w4", "w4b64", "w4b128", "w3", "w2")
-FORMATS = (*TABLES, "int8", "w4b64+w8", "w2+w4", "w3+w5", "fp32+w8")
+ROUNDED = ("int8", "w4a8", "w4a8b64+int8")
+FORMATS = (*TABLES, *ROUNDED, "w4b64+w8", "w2+w4", "w3+w5", "fp32+w8")
 
 
 def tiny(tied: bool = True, layers: int = 3, hidden: int = 96) -> Decoder:
@@ -84,7 +85,7 @@ def student(decoder: Decoder, plan: Plan, seed: int = 0) -> Student:
 
 
 def reference(student: Student, ids: list[int]) -> np.ndarray:
-    """Logits [S, V] of the dequantized weights, head by head; int8 sites see quantized activations."""
+    """Logits [S, V] of the dequantized weights, head by head; sites in `ROUNDED` see quantized activations."""
     d, weights = student.decoder, {name: weight.dequantize() for name, weight in student.matrices.items()}
 
     def norm(x_SD, gain_D):
@@ -112,7 +113,7 @@ def reference(student: Student, ids: list[int]) -> np.ndarray:
         action = student.plan[site.name]
         if site.layer is None or action.keep == 0:
             continue
-        see = (lambda x: fake_dynamic_int8(x[None])[0]) if action.format == "int8" else (lambda x: x)
+        see = (lambda x: fake_dynamic_int8(x[None])[0]) if action.format in ROUNDED else (lambda x: x)
         y = see(norm(x, student.vectors[f"{site.name}.norm"]))
         if site.kind == "attention":
             x = x + attend(y, site.name, action, see)
@@ -153,7 +154,7 @@ def test_mixed_plans_match_the_reference(seed, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "int8"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ROUNDED])
 def test_half_precision(name, tied, tmp_path):
     """Near what float32 gives; and what is read back is, in float32, what was stored."""
     decoder, plan = tiny(tied), uniform(tiny(tied), name)
@@ -321,10 +322,11 @@ def test_a_tied_table_is_stored_once(tmp_path):
         assert sizes[1] - sizes[0] >= table
 
 
-def test_unsigned_int8_is_the_same_grid(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ROUNDED)
+def test_unsigned_int8_is_the_same_grid(name, tmp_path, monkeypatch):
     """As on processors whose int8 products saturate."""
     decoder = tiny()
-    plan = uniform(decoder, "int8")
+    plan = uniform(decoder, name)
     made = student(decoder, plan)
     export_onnx(made, tmp_path / "signed")
     monkeypatch.setattr(layout, "int8_products_are_exact", lambda: False)
@@ -337,6 +339,17 @@ def test_unsigned_int8_is_the_same_grid(tmp_path, monkeypatch):
     if layout.int8_products_are_exact():
         with OnnxDecoder(tmp_path / "signed", threads=1) as model:
             assert distance(unsigned, model.logits(IDS)) < 1e-5
+
+
+def test_codes_of_w4a8_are_made_when_a_session_is(tmp_path):
+    """Nothing of it is left to a run, whether blocks divide the columns or not."""
+    decoder = tiny()
+    export_onnx(student(decoder, uniform(decoder, "w4a8b64+int8")), tmp_path)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert "DynamicQuantizeLinear" in kinds and not kinds & {"DequantizeLinear", "QuantizeLinear"}
 
 
 def test_an_export_replaces_the_earlier_one_and_leaves_no_drafts(tmp_path):
@@ -412,7 +425,7 @@ def test_genai_reads_the_folder(seed, tiny_folder, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     teacher = load_teacher(tiny_folder)
     network = teacher.network
-    plan = dict(drawn(network.decoder, seed, ("w8", "w6", "w5", "w4", "w3"))) | {
+    plan = dict(drawn(network.decoder, seed, ("w8", "w6", "w5", "w4", "w4a8", "w3"))) | {
         "layers.0.attention": DROP,
         "layers.1.attention": Action(1, "w6"),
         "layers.2.attention": Action(2, "w3+w5"),
@@ -443,7 +456,7 @@ def test_a_model_with_random_weights_has_the_shape_and_size_of_the_plan(tmp_path
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_formats_without_a_kernel_are_found(precision, monkeypatch):
-    dynamic = {"int8"} if precision == "float16" else set()
+    dynamic = set(ROUNDED) if precision == "float16" else set()
     assert refused_formats("ffn", FORMATS, "cpu", precision).keys() == dynamic
     assert not refused_formats("embedding", ("fp32", "fp16", "w8", "w4b256", "w2"), "cpu", precision)
 

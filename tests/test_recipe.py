@@ -150,12 +150,20 @@ def test_a_missing_key_says_what_it_means():
             "search.embedding_formats = ['int8']: int8 quantizes activations",
         ),
         (
+            {"search": {"embedding_formats": ["w4", "w4a8b64"]}},
+            "search.embedding_formats = ['w4', 'w4a8b64']: w4a8b64 quantizes activations",
+        ),
+        (
             {"search": {"embedding_formats": ["w4+w8"]}},
             "search.embedding_formats = ['w4+w8']: an embedding is one matrix",
         ),
         (
             {"search": {"formats": ["w4", "int8+w8"]}},
-            "search.formats[1] = 'int8+w8': format 'int8+w8': int8 and int8row",
+            "search.formats[1] = 'int8+w8': format 'int8+w8': int8, int8row and w4a8",
+        ),
+        (
+            {"search": {"formats": ["w4a8+int8row"]}},
+            "search.formats[0] = 'w4a8+int8row': format 'w4a8+int8row': int8, int8row and w4a8",
         ),
         (
             {"search": {"formats": ["w4+w7"]}},
@@ -324,7 +332,7 @@ def test_menu():
 
 def test_menu_goes_from_large_to_small_and_has_no_doubles():
     for site in (EMBEDDING, ATTENTION, FFN):
-        names = ["w2", "w4b32", "w4", "int8", "w4b32+w8", "w4+w8", "w2+w2b32", "w2+w8"]
+        names = ["w2", "w4b32", "w4", "int8", "w4b32+w8", "w4+w8", "w2+w2b32", "w2+w8", "w4a8", "w4a8+int8"]
         (actions,) = menu(Search(formats=names), [site]).values()
         sizes = [site.size_bytes(action) for action in actions]
         assert sizes == sorted(sizes, reverse=True) and len(set(actions)) == len(actions)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,13 +96,13 @@ def store(data: BinaryIO, name: str, array: np.ndarray) -> ir.ExternalTensor:
     """Write an array of a graph into the data file beside it."""
     data.seek(aligned(data.tell()))
     tensor = _external(name, array.dtype, array.shape, data.tell())
-    data.write(np.ascontiguousarray(array).data)
+    data.write(ir.tensor(array).tobytes() if tensor.dtype == ir.DataType.UINT4 else np.ascontiguousarray(array).data)
     return tensor
 
 
 def _external(name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> ir.ExternalTensor:
-    length = int(np.prod(shape)) * dtype.itemsize
     kind = ir.DataType.from_numpy(dtype)
+    length = ceil(prod(shape) * kind.itemsize)
     return ir.ExternalTensor(DATA_FILE, offset, length, kind, shape=ir.Shape(shape), name=name)
 
 
@@ -132,7 +132,9 @@ def fixed_bytes(decoder: Decoder) -> int:
     """
     base = _graph_bytes(decoder)
     alone = ("fp32", "fp16", "w4b256", "w3b256", "w5b256")
-    formats = {"table": alone, "attention": (*alone, "int8", "w3b256+w3b128", "w3b256+w5b256"), "ffn": (*alone, "int8")}
+    rounding = ("int8", "w4a8b256")
+    pairs = ("w3b256+w3b128", "w3b256+w5b256", "w4a8b256+w4a8b128")
+    formats = {"table": alone, "attention": (*alone, *rounding, *pairs), "ffn": (*alone, *rounding, *pairs)}
     growth = {
         kind: max(_graph_bytes(decoder, **{kind: name}) for name in names) - base for kind, names in formats.items()
     }

@@ -6,7 +6,7 @@ function, which the whole model and the latency table's stacks share, so that wh
     float       FusedMatMul(transB) on [O, I]; of other floats than the graph's through a Cast, which ONNX Runtime folds when
                 the session is made
     blockwise   MatMulNBits, accuracy_level 4 (activations in int8 blocks); embedding: GatherBlockQuantized
-    int8        DynamicQuantizeLinear (shared by the matrices that read one input), MatMulIntegerToFloat; float32 graphs only
+    int8, w4a8  DynamicQuantizeLinear (shared by the matrices that read one input), MatMulIntegerToFloat; float32 graphs only
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from compressor.export import layout
 from compressor.export.layout import Stored
 from compressor.plan import Action, Format, Formats
 from compressor.student import Decoder, Experts
@@ -140,6 +141,18 @@ class GraphBuilder:
             self._codes[name] = self.node(FUNCTIONS, function, planes, [f"{name}.codes"], {})[0]
         return self._codes[name]
 
+    def int8_codes(self, name: str, block: int, w: Mapping[str, ir.Value]) -> tuple[ir.Value, ir.Value | None]:
+        """Of matrix `name` in 4 bits: codes [I, O] in 8, which the kernel reads, and their zero point, if they need one."""
+        exact = layout.int8_products_are_exact()
+        zero = self.small("int8.zero", np.array(0, np.int8) if exact else np.array(128, np.uint8))
+        if name not in self._codes:
+            function = f"Int8Codes{block}"
+            if function not in self._functions:
+                self._functions[function] = int8_codes_function(function, block)
+            stored = [w["codes"], w["levels"], w["zeros"], zero]
+            self._codes[name] = self.node(FUNCTIONS, function, stored, [f"{name}.codes8"], {})[0]
+        return self._codes[name], None if exact else zero
+
     def model(self, facts: Mapping[str, str] = MappingProxyType({})) -> ir.Model:
         """facts: metadata, which a session gives back."""
         graph = ir.Graph(
@@ -154,31 +167,52 @@ class GraphBuilder:
         return ir.Model(graph, ir_version=IR_VERSION, functions=functions, metadata_props=dict(facts))
 
 
+class Arithmetic:
+    """Nodes of a function of the graph's own, on constants: ONNX Runtime does them when the session is made."""
+
+    def __init__(self) -> None:
+        self._nodes: list[ir.Node] = []
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: Attribute | ir.TensorProtocol) -> ir.Value:
+        self._nodes.append(ir.node(kind, list(inputs), attributes))
+        self._nodes[-1].outputs[0].name = f"{kind}.{len(self._nodes)}"
+        return self._nodes[-1].outputs[0]
+
+    def constant(self, number: int, dtype: type[np.generic]) -> ir.Value:
+        return self.op("Constant", value=ir.tensor(np.array(number, dtype)))
+
+    def function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
+        graph = ir.Graph(inputs, [output], nodes=self._nodes, opset_imports={"": OPSETS[""]}, name=name)
+        return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+
+
 def codes_function(name: str, format: Format) -> ir.Function:
-    """Planes of codes -> codes [O, G, M] as the kernel reads them: `quantize.unpack_codes`, as far as the kernel's bytes.
-    Arithmetic on constants, which ONNX Runtime does when the session is made."""
-    nodes: list[ir.Node] = []
-
-    def op(kind: str, *inputs: ir.Value, **attributes: Attribute | ir.TensorProtocol) -> ir.Value:
-        nodes.append(ir.node(kind, list(inputs), attributes))
-        nodes[-1].outputs[0].name = f"{kind}.{len(nodes)}"
-        return nodes[-1].outputs[0]
-
-    def byte(number: int) -> ir.Value:
-        return op("Constant", value=ir.tensor(np.array(number, np.uint8)))
+    """Planes of codes -> codes [O, G, M] as the kernel reads them: `quantize.unpack_codes`, as far as the kernel's bytes."""
+    f = Arithmetic()
 
     def shifted(x: ir.Value, by: int) -> ir.Value:
-        return op("BitShift", x, byte(abs(by)), direction="LEFT" if by > 0 else "RIGHT") if by else x
+        if not by:
+            return x
+        return f.op("BitShift", x, f.constant(abs(by), np.uint8), direction="LEFT" if by > 0 else "RIGHT")
 
     planes = {part: ir.Value(name=part) for part in format.planes}
     whole = []
     for part, (width, place) in format.planes.items():
         fields = [shifted(planes[part], place - width * i) for i in range(format.kernel_bits // width)]
-        whole.append(op("BitwiseAnd", op("Concat", *fields, axis=-1), byte(format.mask(part))))
-    graph = ir.Graph(
-        list(planes.values()), [op("BitwiseOr", *whole)], nodes=nodes, opset_imports={"": OPSETS[""]}, name=name
-    )
-    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+        whole.append(f.op("BitwiseAnd", f.op("Concat", *fields, axis=-1), f.constant(format.mask(part), np.uint8)))
+    return f.function(name, list(planes.values()), f.op("BitwiseOr", *whole))
+
+
+def int8_codes_function(name: str, block: int) -> ir.Function:
+    """(codes [O, I], levels and zero points [O, G], the zero point of what is made) -> codes [I, O] of 8 bits,
+    (code - zero point) * level. Of DequantizeLinear ONNX Runtime folds only what leads into QuantizeLinear; float16, which
+    holds all of these numbers, takes half of the memory."""
+    f = Arithmetic()
+    codes, levels, zeros, zero = inputs = [ir.Value(name=part) for part in ("codes", "levels", "zeros", "zero")]
+    scales = f.op("Cast", levels, to=ir.DataType.FLOAT16.value)
+    whole_OI = f.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=block)
+    whole_IO = f.op("Transpose", whole_OI, perm=[1, 0])
+    return f.function(name, inputs, f.op("QuantizeLinear", whole_IO, f.constant(1, np.float16), zero))
 
 
 # -- matrices --
@@ -196,6 +230,11 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
     if weight.format.kind == "dynamic":
         codes, scale, zero = b.quantized(x)
         inputs = [codes, w["codes"], scale, w["scales"], zero, w.get("zeros"), w.get("bias")]
+        return b.ms("MatMulIntegerToFloat", _given(inputs), output)
+    if weight.format.a8:
+        codes, scale, zero = b.quantized(x)
+        own, own_zero = b.int8_codes(name, weight.format.block, w)
+        inputs = [codes, own, scale, w["units"], zero, own_zero, w.get("bias")]
         return b.ms("MatMulIntegerToFloat", _given(inputs), output)
     return b.ms(
         "MatMulNBits",

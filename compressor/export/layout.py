@@ -6,6 +6,8 @@ Knows formats and numpy, neither graphs nor files.
     blockwise   codes [O, G, block * bits / 8] uint8, levels [O, G] uint8, units [O, 1] float32, zeros [O, ceil(G * bits / 8)]
                 uint8; the scales that the kernel reads, levels * units, are computed when a session is made, and so are
                 its codes where these are of 3, 5 or 6 bits, in two tensors: `low` and `high`
+    w4a8        codes [O, I] uint4, levels [O, G] uint8, zeros [O, G] uint4, units [O] floats; the int8 codes that the kernel
+                reads are computed when a session is made
     int8        codes [I, O] int8, scales [O] floats; where int8 products saturate, codes uint8 and zeros [O] = 128
 
 and a bias [O] floats where there is one; floats are what the graph computes in, float32 or float16.
@@ -22,7 +24,10 @@ import torch
 from onnx import TensorProto, helper
 
 from compressor.plan import Format
-from compressor.quantize import Weight
+from compressor.quantize import Weight, pack_codes, pack_rows
+
+UINT4 = helper.tensor_dtype_to_np_dtype(TensorProto.UINT4)
+"""A byte an element in memory, half of one in a file."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Stored:
                 # the same grid, shifted: (code + 128 - 128) * scale
                 arrays["codes"] = (arrays["codes"].astype(np.int16) + 128).astype(np.uint8)
                 arrays["zeros"] = np.full(rows, 128, np.uint8)
+        if weight.format.a8:
+            assert weight.codes is not None and weight.zeros is not None
+            arrays |= {"codes": weight.codes.numpy().astype(UINT4), "zeros": weight.zeros.numpy().astype(UINT4)}
+            arrays["units"] = arrays["units"].reshape(rows)
         arrays |= {part: arrays[part].astype(floats, copy=False) for part in ("scales", "bias") if part in arrays}
         return cls(weight.format, rows, columns, arrays)
 
@@ -68,6 +77,8 @@ class Stored:
         for part, (dtype, shape) in layout(format, rows, columns, bias, floats).items():
             if part in ("scales", "units"):
                 arrays[part] = np.full(shape, (0.1 if part == "scales" else 1e-3) / 2**format.bits, dtype)
+            elif dtype == UINT4:
+                arrays[part] = rng.integers(16, size=shape, dtype=np.uint8).astype(dtype)
             elif np.issubdtype(dtype, np.floating):
                 arrays[part] = (rng.random(shape, np.float32) * 0.1 - 0.05).astype(dtype)
             else:
@@ -82,6 +93,11 @@ class Stored:
                 arrays["codes"] = (arrays["codes"].astype(np.int16) - 128).astype(np.int8)
             arrays["codes"] = arrays["codes"].T
             arrays["scales"] = arrays["scales"].reshape(self.rows, 1)
+        if self.format.a8:
+            codes, zeros = (torch.from_numpy(arrays[part].astype(np.uint8)) for part in ("codes", "zeros"))
+            arrays["codes"] = pack_codes(codes, self.format)["codes"].numpy()
+            arrays["zeros"] = pack_rows(zeros, self.format.bits).numpy()
+            arrays["units"] = arrays["units"].reshape(self.rows, 1)
         # copies: the arrays may be read-only views of a mapped file
         tensors = {part: torch.from_numpy(np.array(array, order="C")) for part, array in arrays.items()}
         tensors |= {part: tensors[part].float() for part in ("scales", "bias") if part in tensors}
@@ -101,6 +117,13 @@ def layout(
             return shapes | {"codes": (np.dtype(np.int8), (columns, rows)), "scales": (floats, (rows,))}
         return shapes | {"codes": (byte, (columns, rows)), "scales": (floats, (rows,)), "zeros": (byte, (rows,))}
     blocks = -(-columns // format.block)
+    if format.a8:
+        shapes |= {
+            "codes": (UINT4, (rows, columns)),
+            "levels": (byte, (rows, blocks)),
+            "zeros": (UINT4, (rows, blocks)),
+        }
+        return shapes | {"units": (np.dtype(np.float32), (rows,))}
     shapes |= {name: (byte, (rows, blocks, format.block * width // 8)) for name, (width, _) in format.planes.items()}
     shapes |= {"levels": (byte, (rows, blocks)), "units": (np.dtype(np.float32), (rows, 1))}
     return shapes | ({"zeros": (byte, (rows, -(-blocks * format.kernel_bits // 8)))} if format.has_zeros else {})
