@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compressor.plan import DROP, Action, ActionMenu, Site
+from compressor.plan import DROP, Action, ActionMenu, Formats, Site
 from compressor.recipe import SearchSection
 
 
@@ -21,12 +21,15 @@ def _actions(search: SearchSection, site: Site) -> tuple[Action, ...]:
         keeps, formats = {site.units}, search.embedding_formats
     else:
         keeps, formats = kept_units(search, site), search.formats
-    actions = {Action(keep, fmt) if keep else DROP for keep in keeps for fmt in formats if _divides(site, keep, fmt)}
+    actions = {Action(keep, fmt) if keep else DROP for keep in keeps for fmt in formats if _possible(site, keep, fmt)}
     return tuple(sorted(actions, key=lambda action: (-site.size_bytes(action), -action.keep, action.format)))
 
 
-def _divides(site: Site, keep: int, name: str) -> bool:
-    """Whether a format's blocks divide what the site's matrices read, as the kernels of codebooks want it."""
+def _possible(site: Site, keep: int, name: str) -> bool:
+    """Whether a site can have a format: no attention one that splits its input, and of codebooks the blocks must divide what
+    the matrices read."""
+    if site.kind == "attention" and Formats.parse(name).splits_input:
+        return False
     stored = site.stored(Action(keep, name))
     return all(
         matrix.shape(keep, site.units)[1] % format.block == 0 for matrix, format in stored if format.kind == "codebook"

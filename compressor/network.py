@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from compressor.plan import Action, Format, Formats, Site
 from compressor.quantize import Weight, as_floats, fake_dynamic_int8, fake_row_int8
 from compressor.student import Forced
-from compressor.transformer import Cache, Linear, Sides, Transformer
+from compressor.transformer import Cache, Linear, Rounder, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
 
@@ -32,8 +32,8 @@ POSITIONS = 128
 """Whose logits are worked on at once: those of a long window over many tokens would take more memory than all else."""
 
 
-def _rounder(fmt: Format, rounding: Rounding) -> Callable[[Tensor], Tensor] | None:
-    """What the format's kernels do to all that a site reads, as far as it is imitated."""
+def _rounder(fmt: Format, rounding: Rounding) -> Rounder:
+    """What the format's kernels do to what they read, as far as it is imitated."""
     if fmt.quantizes_input and rounding != "none":
         return fake_row_int8 if fmt.rowwise else fake_dynamic_int8
     return None
@@ -256,7 +256,9 @@ class Network:
                 self.model.head.block = _block(formats.most, rounding)
             return
         sub_layer = self.module(site.name)
-        sub_layer.dropped, sub_layer.rounding = action.keep == 0, _rounder(formats.most, rounding)
+        sub_layer.dropped = action.keep == 0
+        sub_layer.rounding = _rounder(formats.most, rounding)
+        sub_layer.last_rounding = _rounder(formats.of(site.matrices[-1].name), rounding)
         for matrix, format in site.stored(action):
             given, linear = weights[matrix.name], self.module(matrix.name)
             wanted = matrix.shape(action.keep, site.units)

@@ -147,18 +147,20 @@ class Formats:
         """`w4+w8` -> w4, but w8 for what is finer; `w4` -> w4 for all.
 
         Raises:
-            RecipeError: a name is none that can be deployed, or of a pair only one quantizes activations.
+            RecipeError: a name is none that can be deployed, or a pair has one that has no part.
         """
         first, plus, second = name.partition("+")
         most = Format.parse(first)
         finer = Format.parse(second) if plus else most
-        read_alike = (most.quantizes_input, most.rowwise) == (finer.quantizes_input, finer.rowwise)
-        if plus and ("dropped" in (most.kind, finer.kind) or not read_alike):
-            raise RecipeError(
-                f"format {name!r}: int8, int8row and w4a8 quantize what all matrices of a site read, so a pair has two that "
-                "do it alike, or none; choose pairs such as w4+w8 or w4a8+int8"
-            )
+        if plus and any(format.kind == "dropped" or format.rowwise for format in (most, finer)):
+            raise RecipeError(f"format {name!r}: none and int8row stand alone; choose pairs such as w4+w8 or w4a8+int8")
         return cls(most, finer)
+
+    @property
+    def splits_input(self) -> bool:
+        """Whether only one of them quantizes what it reads, so that matrices that read one thing would differ in it: no
+        attention has such a pair."""
+        return self.most.quantizes_input != self.finer.quantizes_input
 
     @property
     def name(self) -> str:

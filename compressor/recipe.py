@@ -329,12 +329,13 @@ class SearchSection(Section):
     rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: FormatNames = (
-        *("fp32", "int8", "w4a8+int8", "w4a8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64", "w2b64+w4b64", "w2", "w2b64"),
-        *("nf4", "fp4", "int8row"),
+        *("fp32", "int8", "int8+w8", "w4a8+int8", "w4a8+w8", "w4a8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64"),
+        *("w2b64+w4b64", "w2", "w2b64", "nf4", "fp4", "int8row"),
     )
     """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w8 is
     w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w4a8 takes the bytes of w4 in the
-    file, and the time and the memory of int8: the fastest prefill. w6, w5 and w3 take so many bits in the file, and the time
+    file, and the time and the memory of int8: the fastest prefill. What reads outliers suffers in both; of w4a8+w8 the down
+    projection doesn't, and only feed-forwards have such a pair. w6, w5 and w3 take so many bits in the file, and the time
     and the memory of w8 and w4. For the seconds that a session takes to open, all four take some six bytes a weight."""
     embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
@@ -358,6 +359,16 @@ class SearchSection(Section):
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
     """Folder of an earlier run. Of the same model, texts and menu, at another budget say: what it scored is told to every
     policy before the search, and costs nothing. Of others: what its agent learned about families of actions starts ours."""
+
+    @field_validator("formats")
+    @classmethod
+    def _attended(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if all(Formats.parse(name).splits_input for name in names):
+            raise ValueError(
+                f"only one format of {names[0]} quantizes what it reads, which only feed-forwards can have; add one for "
+                "attentions, such as w4a8+int8"
+            )
+        return names
 
     @field_validator("embedding_formats")
     @classmethod

@@ -144,17 +144,29 @@ class Linear(nn.Linear):
         return super().forward(fake_block_int8(x, self.block) if self.block else x)
 
 
+Rounder = Callable[[Tensor], Tensor] | None
+
+
+def seen(x: Tensor, rounding: Rounder, blank_BM: Tensor | None) -> Tensor:
+    """What a kernel leaves of x [B, M, I]; padding is nothing to it."""
+    if rounding is None:
+        return x
+    return rounding(x if blank_BM is None else x.masked_fill(blank_BM[..., None], 0.0))
+
+
 class SubLayer(nn.Module):
     """Attention, feed-forward or mixture with the norms around it; what it gives is added to the residual stream.
 
     name: None is a feed-forward without norms, an expert. norms_stream: see `Decoder.norms_stream`. dropped: it gives
-    nothing. rounding: what is done to all that its matrices read, to imitate a kernel of int8; None is nothing.
+    nothing. rounding, last_rounding: what is done to what its matrices read, and to what the last one reads, to imitate a
+    kernel of int8; None is nothing.
     """
 
     def __init__(self, decoder: Decoder, name: str | None):
         super().__init__()
         self.norms_stream, self.dropped = name is not None and decoder.norms_stream(name), False
-        self.rounding: Callable[[Tensor], Tensor] | None = None
+        self.rounding: Rounder = None
+        self.last_rounding: Rounder = None
         self.norm = Norm.of(decoder) if name else None
         self.post_norm = Norm.of(decoder) if name and decoder.post_norm else None
 
@@ -170,19 +182,13 @@ class SubLayer(nn.Module):
         """x: the stream in front of it."""
         if self.dropped:
             return torch.zeros_like(x_BLD)
-        added_BLD = self.inner(self.seen(self.read(x_BLD), context.blank_BM), context)
+        added_BLD = self.inner(seen(self.read(x_BLD), self.rounding, context.blank_BM), context)
         return added_BLD if self.post_norm is None else self.post_norm(added_BLD)
 
     def weights(self, read_BLD: Tensor) -> Tensor:
         """The measure in which each of its sites' outputs is added, token by token, [B, L, sites]; 0 where a token does not
         reach the site."""
         return read_BLD.new_ones(*read_BLD.shape[:2], 1)
-
-    def seen(self, x: Tensor, blank_BM: Tensor | None) -> Tensor:
-        """What a kernel leaves of x [B, M, I]; padding is nothing to it."""
-        if self.rounding is None:
-            return x
-        return self.rounding(x if blank_BM is None else x.masked_fill(blank_BM[..., None], 0.0))
 
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
@@ -225,7 +231,7 @@ class Attention(SubLayer):
         return matrix(x_BLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def _written(self, mixed_BHLK: Tensor, context: Context) -> Tensor:
-        return self.o(self.seen(mixed_BHLK.transpose(1, 2).flatten(2), context.blank_BM))
+        return self.o(seen(mixed_BHLK.transpose(1, 2).flatten(2), self.last_rounding, context.blank_BM))
 
 
 class Cross(Attention):
@@ -238,7 +244,7 @@ class Cross(Attention):
         assert source is not None, "attention across without a source"
 
         def make() -> tuple[Tensor, Tensor]:
-            read_BSD = self.seen(source.hidden_BSD, source.blank_BS)
+            read_BSD = seen(source.hidden_BSD, self.rounding, source.blank_BS)
             return self._heads(self.k, read_BSD), self._heads(self.v, read_BSD)
 
         k, v = make() if context.cache is None else context.cache.of_source(self.layer, make)
@@ -267,7 +273,7 @@ class FeedForward(SubLayer):
     def inner(self, x_BLD: Tensor, context: Context) -> Tensor:
         activate = ACTIVATIONS[self.activation]
         inner = activate(self.up(x_BLD)) if self.gate is None else activate(self.gate(x_BLD)) * self.up(x_BLD)
-        return self.down(self.seen(inner, context.blank_BM))
+        return self.down(seen(inner, self.last_rounding, context.blank_BM))
 
 
 class SharedExpert(FeedForward):
@@ -313,7 +319,8 @@ class Mixture(SubLayer):
     @staticmethod
     def _given(expert: SubLayer, x_nD: Tensor, window_n: Tensor, context: Context) -> Tensor:
         """What an expert gives for tokens of some windows; where it rounds, as if every window ran alone."""
-        counts = window_n.unique_consecutive(return_counts=True)[1].tolist() if expert.rounding else [len(x_nD)]
+        rounds = expert.rounding or expert.last_rounding
+        counts = window_n.unique_consecutive(return_counts=True)[1].tolist() if rounds else [len(x_nD)]
         return torch.cat([expert(x_pD[None], context)[0] for x_pD in x_nD.split(counts)])
 
 

@@ -34,7 +34,7 @@ from compressor.export.graph import KEEP
 from compressor.export.runtime import check_placement, check_provider
 from compressor.folder import save_folder
 from compressor.model import load_teacher
-from compressor.plan import ALIGNMENT, DROP, Action, Format, Plan
+from compressor.plan import ALIGNMENT, DROP, Action, Format, Formats, Plan
 from compressor.quantize import Weight, fake_dynamic_int8, round_to_nearest, store_float
 from compressor.student import Decoder, Student
 from eval.memory import peak_growth_bytes
@@ -42,6 +42,8 @@ from eval.memory import peak_growth_bytes
 TABLES = ("fp32", "fp16", "w8", "w6", "w4", "w4b64", "w4b128", "w3", "w2")
 ROUNDED = ("int8", "w4a8", "w4a8b64+int8")
 FORMATS = (*TABLES, *ROUNDED, "w4b64+w8", "w2+w4", "w3+w5", "fp32+w8")
+SPLIT = ("w4a8+w6", "w3+int8")
+"""Of feed-forwards alone."""
 
 
 def tiny(tied: bool = True, layers: int = 3, hidden: int = 96) -> Decoder:
@@ -50,8 +52,10 @@ def tiny(tied: bool = True, layers: int = 3, hidden: int = 96) -> Decoder:
 
 
 def uniform(decoder: Decoder, name: str, table: str | None = None) -> Plan:
+    """One format everywhere, int8 in attentions that cannot have it."""
     table = table or (name if name in TABLES else "w8")
-    return Plan(tuple((s.name, Action(s.units, name if s.layer is not None else table)) for s in decoder.sites()))
+    formats = {"embedding": table, "head": table, "attention": "int8" if name in SPLIT else name, "ffn": name}
+    return Plan(tuple((s.name, Action(s.units, formats[s.kind])) for s in decoder.sites()))
 
 
 def drawn(decoder: Decoder, seed: int, formats: tuple[str, ...] = FORMATS) -> Plan:
@@ -62,7 +66,8 @@ def drawn(decoder: Decoder, seed: int, formats: tuple[str, ...] = FORMATS) -> Pl
         elif rng.random() < 0.2:
             actions.append((site.name, DROP))
         else:
-            actions.append((site.name, Action(rng.randint(1, site.units), rng.choice(formats))))
+            possible = (*formats, *SPLIT) if formats is FORMATS and site.kind == "ffn" else formats
+            actions.append((site.name, Action(rng.randint(1, site.units), rng.choice(possible))))
     return Plan(tuple(actions))
 
 
@@ -85,7 +90,7 @@ def student(decoder: Decoder, plan: Plan, seed: int = 0) -> Student:
 
 
 def reference(student: Student, ids: list[int]) -> np.ndarray:
-    """Logits [S, V] of the dequantized weights, head by head; sites in `ROUNDED` see quantized activations."""
+    """Logits [S, V] of the dequantized weights, head by head; what int8's kernels read is quantized."""
     d, weights = student.decoder, {name: weight.dequantize() for name, weight in student.matrices.items()}
 
     def norm(x_SD, gain_D):
@@ -113,14 +118,18 @@ def reference(student: Student, ids: list[int]) -> np.ndarray:
         action = student.plan[site.name]
         if site.layer is None or action.keep == 0:
             continue
-        see = (lambda x: fake_dynamic_int8(x[None])[0]) if action.format in ROUNDED else (lambda x: x)
+        formats = Formats.parse(action.format)
+        see, see_last = (
+            (lambda x: fake_dynamic_int8(x[None])[0]) if format.quantizes_input else (lambda x: x)
+            for format in (formats.most, formats.finer if site.kind == "ffn" else formats.most)
+        )
         y = see(norm(x, student.vectors[f"{site.name}.norm"]))
         if site.kind == "attention":
             x = x + attend(y, site.name, action, see)
         else:
             gate = y @ weights[f"{site.name}.gate"].T
             up = y @ weights[f"{site.name}.up"].T
-            x = x + see(gate * torch.sigmoid(gate) * up) @ weights[f"{site.name}.down"].T
+            x = x + see_last(gate * torch.sigmoid(gate) * up) @ weights[f"{site.name}.down"].T
     return (norm(x, student.vectors["norm"]) @ weights["embedding" if d.tied else "head"].T).numpy()
 
 
@@ -132,7 +141,7 @@ IDS = [3, 129, 0, 77, 5, 5, 18, 64, 2, 101, 40]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", (*FORMATS, *SPLIT))
 def test_every_format_matches_the_reference(name, tied, tmp_path):
     made = student(tiny(tied), uniform(tiny(tied), name))
     export_onnx(made, tmp_path)

@@ -73,20 +73,24 @@ def test_dropped_sub_layers_pass_the_residual_stream_by_and_come_back(tiny, wind
     assert torch.equal(logits(tiny, windows[:1]), before)
 
 
-def test_int8_quantizes_what_the_linears_read(tiny, windows):
+@pytest.mark.parametrize(("format", "read", "last"), [("int8", 1, 1), ("w4a8+w8", 1, 0), ("w8+int8", 0, 1)])
+def test_int8_quantizes_what_the_linears_read(tiny, windows, format, read, last):
+    def seen_as(quantized, x):
+        return fake_dynamic_int8(x) if quantized else x
+
     site, seen = tiny.sites["layers.0.ffn"], {}
     with tiny.watch_inputs(lambda name, x: seen.setdefault(name, x)):
         logits(tiny, windows[:2])
     plain = dict(seen)
     seen.clear()
-    tiny.install(site, Action(site.units, "int8"), as_floats(full_matrices(tiny, site.name)))
+    tiny.install(site, Action(site.units, format), as_floats(full_matrices(tiny, site.name)))
     with tiny.watch_inputs(lambda name, x: seen.setdefault(name, x)):
         logits(tiny, windows[:2])
-    assert torch.equal(seen["layers.0.ffn.in"], fake_dynamic_int8(plain["layers.0.ffn.in"]))
+    assert torch.equal(seen["layers.0.ffn.in"], seen_as(read, plain["layers.0.ffn.in"]))
     gate, up = (
         torch.nn.functional.linear(seen["layers.0.ffn.in"], tiny.matrix(f"layers.0.ffn.{n}")) for n in ("gate", "up")
     )
-    expected = fake_dynamic_int8(torch.nn.functional.silu(gate) * up)
+    expected = seen_as(last, torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(seen["layers.0.ffn.out"], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(seen["layers.0.attention.in"], plain["layers.0.attention.in"])
 

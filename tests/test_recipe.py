@@ -158,12 +158,12 @@ def test_a_missing_key_says_what_it_means():
             "search.embedding_formats = ['w4+w8']: an embedding is one matrix",
         ),
         (
-            {"search": {"formats": ["w4", "int8+w8"]}},
-            "search.formats[1] = 'int8+w8': format 'int8+w8': int8, int8row and w4a8",
+            {"search": {"formats": ["w4a8+w8", "int8+w8"]}},
+            "search.formats = ['w4a8+w8', 'int8+w8']: only one format of w4a8+w8 quantizes",
         ),
         (
             {"search": {"formats": ["w4a8+int8row"]}},
-            "search.formats[0] = 'w4a8+int8row': format 'w4a8+int8row': int8, int8row and w4a8",
+            "search.formats[0] = 'w4a8+int8row': format 'w4a8+int8row': none and int8row stand alone",
         ),
         (
             {"search": {"formats": ["w4+w7"]}},
@@ -328,6 +328,12 @@ def test_menu():
     assert actions["layers.0.attention"] == (Action(3, "fp32"), Action(3, "w4"))
     halves = (Action(768, "fp32"), Action(1536, "w4"), Action(768, "w4"))
     assert actions["layers.0.ffn"] == (Action(1536, "fp32"), *halves, DROP)
+
+
+def test_attentions_have_no_format_that_splits_their_input():
+    actions = menu(Search(formats=["w4a8+w8", "w4a8"], ffn_keep=[1], attention_keep=[1]), (ATTENTION, FFN))
+    assert [action.format for action in actions["layers.0.attention"]] == ["w4a8"]
+    assert [action.format for action in actions["layers.0.ffn"]] == ["w4a8+w8", "w4a8"]
 
 
 def test_menu_goes_from_large_to_small_and_has_no_doubles():

@@ -132,9 +132,8 @@ def fixed_bytes(decoder: Decoder) -> int:
     """
     base = _graph_bytes(decoder)
     alone = ("fp32", "fp16", "w4b256", "w3b256", "w5b256")
-    rounding = ("int8", "w4a8b256")
-    pairs = ("w3b256+w3b128", "w3b256+w5b256", "w4a8b256+w4a8b128")
-    formats = {"table": alone, "attention": (*alone, *rounding, *pairs), "ffn": (*alone, *rounding, *pairs)}
+    blocks = (*alone, "int8", "w4a8b256", "w3b256+w3b128", "w3b256+w5b256", "w4a8b256+w4a8b128")
+    formats = {"table": alone, "attention": blocks, "ffn": (*blocks, "w4a8b256+w6b256")}
     growth = {
         kind: max(_graph_bytes(decoder, **{kind: name}) for name in names) - base for kind, names in formats.items()
     }

@@ -146,11 +146,9 @@ class GraphBuilder:
         exact = layout.int8_products_are_exact()
         zero = self.small("int8.zero", np.array(0, np.int8) if exact else np.array(128, np.uint8))
         if name not in self._codes:
-            function = f"Int8Codes{block}"
-            if function not in self._functions:
-                self._functions[function] = int8_codes_function(function, block)
+            self._functions["Int8Codes"] = int8_codes_function("Int8Codes")
             stored = [w["codes"], w["levels"], w["zeros"], zero]
-            self._codes[name] = self.node(FUNCTIONS, function, stored, [f"{name}.codes8"], {})[0]
+            self._codes[name] = self.node(FUNCTIONS, "Int8Codes", stored, [f"{name}.codes8"], {"block_size": block})[0]
         return self._codes[name], None if exact else zero
 
     def model(self, facts: Mapping[str, str] = MappingProxyType({})) -> ir.Model:
@@ -173,7 +171,7 @@ class Arithmetic:
     def __init__(self) -> None:
         self._nodes: list[ir.Node] = []
 
-    def op(self, kind: str, *inputs: ir.Value, **attributes: Attribute | ir.TensorProtocol) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value, **attributes: Attribute | ir.TensorProtocol | ir.Attr) -> ir.Value:
         self._nodes.append(ir.node(kind, list(inputs), attributes))
         self._nodes[-1].outputs[0].name = f"{kind}.{len(self._nodes)}"
         return self._nodes[-1].outputs[0]
@@ -181,9 +179,11 @@ class Arithmetic:
     def constant(self, number: int, dtype: type[np.generic]) -> ir.Value:
         return self.op("Constant", value=ir.tensor(np.array(number, dtype)))
 
-    def function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
+    def function(
+        self, name: str, inputs: Sequence[ir.Value], output: ir.Value, attributes: Sequence[ir.Attr] = ()
+    ) -> ir.Function:
         graph = ir.Graph(inputs, [output], nodes=self._nodes, opset_imports={"": OPSETS[""]}, name=name)
-        return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+        return ir.Function(FUNCTIONS, name, graph=graph, attributes=attributes)
 
 
 def codes_function(name: str, format: Format) -> ir.Function:
@@ -203,16 +203,18 @@ def codes_function(name: str, format: Format) -> ir.Function:
     return f.function(name, list(planes.values()), f.op("BitwiseOr", *whole))
 
 
-def int8_codes_function(name: str, block: int) -> ir.Function:
-    """(codes [O, I], levels and zero points [O, G], the zero point of what is made) -> codes [I, O] of 8 bits,
+def int8_codes_function(name: str) -> ir.Function:
+    """(codes [O, I], levels and zero points [O, G], the zero point of what is made), `block_size` -> codes [I, O] of 8 bits,
     (code - zero point) * level. Of DequantizeLinear ONNX Runtime folds only what leads into QuantizeLinear; float16, which
     holds all of these numbers, takes half of the memory."""
     f = Arithmetic()
     codes, levels, zeros, zero = inputs = [ir.Value(name=part) for part in ("codes", "levels", "zeros", "zero")]
     scales = f.op("Cast", levels, to=ir.DataType.FLOAT16.value)
-    whole_OI = f.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=block)
+    block_size = ir.RefAttr("block_size", "block_size", ir.AttributeType.INT)
+    whole_OI = f.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=block_size)
     whole_IO = f.op("Transpose", whole_OI, perm=[1, 0])
-    return f.function(name, inputs, f.op("QuantizeLinear", whole_IO, f.constant(1, np.float16), zero))
+    made_IO = f.op("QuantizeLinear", whole_IO, f.constant(1, np.float16), zero)
+    return f.function(name, inputs, made_IO, [ir.Attr("block_size", ir.AttributeType.INT, None)])
 
 
 # -- matrices --
