@@ -14,8 +14,9 @@ Bytes are those of the files that the weights are read from. Perplexity and KL(t
 texts, window by window, and of embedders and classifiers how often they are right, as in a run's report. Times: prefill and
 decode of the recipe's workload, the models open one at a time, in turns over `--rounds`, medians of these. `of bandwidth`:
 bytes of a token's weights over the time of a token, as a share of the bandwidth with which torch sums a large array, which
-takes its turns, too. OpenMP's waiting is left as it is: with the passive one of the other benchmarks llama.cpp decodes five
-times slower. A prefill ends with the logits of the last token, but for GenAI's graph, which has those of every token.
+takes its turns, too. `opens`: least of three times until a model is ready. OpenMP's waiting is left as it is: with the
+passive one of the other benchmarks llama.cpp decodes five times slower. A prefill ends with the logits of the last token, but
+for GenAI's graph, which has those of every token.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -149,6 +151,7 @@ def main() -> None:
         timed = {name: engine.calls for name, engine in engines.items()} | {"memory": summing}
         times = time_models(timed, rounds=options.rounds, progress=report)
     memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
+    opening = {name: min(seconds_to_open(engine) for _ in range(3)) for name, engine in engines.items()}
     bandwidth = SUMMED / (times["memory"].decode.median_ms / 1e3)
     ours = times[first]
     rows = []
@@ -173,6 +176,7 @@ def main() -> None:
                     else {}
                 ),
                 "peak MB": memory[name] / 1e6,
+                "opens s": opening[name],
             }
         )
     print(
@@ -237,6 +241,13 @@ def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
         models = {name: stack.enter_context(engine.logits(windows_NL.shape[1])) for name, engine in engines.items()}
         read = {name: reading(network, logits) for name, logits in models.items()}
         return compare(network.window_logits, read, windows_NL, report, predictions, network.decoder.classes)
+
+
+def seconds_to_open(engine: Engine) -> float:
+    """Until it could run, its file in the page cache."""
+    start = time.perf_counter()
+    with engine.logits(8):
+        return time.perf_counter() - start
 
 
 def use(engine: Engine) -> None:
