@@ -229,15 +229,14 @@ def linear(b: GraphBuilder, x: ir.Value, name: str, weight: Stored, output: str)
             return b.ms("FusedMatMul", [x, values], output, transB=1)
         product = b.ms("FusedMatMul", [x, values], f"{output}.unbiased", transB=1)
         return b.op("Add", [product, w["bias"]], output)
-    if weight.format.kind == "dynamic":
-        codes, scale, zero = b.quantized(x)
-        inputs = [codes, w["codes"], scale, w["scales"], zero, w.get("zeros"), w.get("bias")]
-        return b.ms("MatMulIntegerToFloat", _given(inputs), output)
-    if weight.format.a8:
-        codes, scale, zero = b.quantized(x)
-        own, own_zero = b.int8_codes(name, weight.format.block, w)
-        inputs = [codes, own, scale, w["units"], zero, own_zero, w.get("bias")]
-        return b.ms("MatMulIntegerToFloat", _given(inputs), output)
+    if weight.format.quantizes_input:
+        read, scale, zero = b.quantized(x)
+        if weight.format.a8:
+            codes, own_zero = b.int8_codes(name, weight.format.block, w)
+            own = (codes, scale, w["units"], zero, own_zero)
+        else:
+            own = (w["codes"], scale, w["scales"], zero, w.get("zeros"))
+        return b.ms("MatMulIntegerToFloat", _given([read, *own, w.get("bias")]), output)
     return b.ms(
         "MatMulNBits",
         _given([x, b.codes(name, weight.format, w), b.scales(name, w), w.get("zeros"), None, w.get("bias")]),
