@@ -8,8 +8,8 @@ file. `compare` fits a model to it, says how well it predicts plans that it was 
 it, in place of the real model. What was recorded scores what was recorded.
 
 A surrogate benchmark (Zela et al. 2022, arXiv 2008.09777) is for developing only: away from what was recorded it is too
-friendly, and policies go where it is. Most of what is recorded is of 2.5 and of 4.0 bits and
-of budgets on time. Figures that count are those of controllers.py.
+friendly, and policies go where it is. Most of what is recorded is of 2.5 and of 4.0 bits and of budgets on time. Figures
+that count are those of controllers.py.
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ class SearchSection(Section):
     w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w4a8 takes the bytes of w4 in the
     file, and the time and the memory of int8: the fastest prefill. What reads outliers suffers in both; of w4a8+w8 the down
     projection doesn't, and only feed-forwards have such a pair. w6, w5 and w3 take so many bits in the file, and the time
-    and the memory of w8 and w4. For the seconds that a session takes to open, all four take some six bytes a weight."""
+    and the memory of w8 and w4. For the seconds that a session takes to open, all four take six or seven bytes a weight."""
     embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None

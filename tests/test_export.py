@@ -350,10 +350,11 @@ def test_unsigned_int8_is_the_same_grid(name, tmp_path, monkeypatch):
             assert distance(unsigned, model.logits(IDS)) < 1e-5
 
 
-def test_codes_of_w4a8_are_made_when_a_session_is(tmp_path):
+@pytest.mark.parametrize("name", ["w4a8", "w4a8b64+int8"])
+def test_codes_of_w4a8_are_made_when_a_session_is(name, tmp_path):
     """Nothing of it is left to a run, whether blocks divide the columns or not."""
     decoder = tiny()
-    export_onnx(student(decoder, uniform(decoder, "w4a8b64+int8")), tmp_path)
+    export_onnx(student(decoder, uniform(decoder, name)), tmp_path)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -134,22 +134,32 @@ class GraphBuilder:
         planes = [w[part] for part in format.planes]
         if len(planes) == 1:
             return planes[0]
-        if name not in self._codes:
-            function = f"Codes{format.bits}"
-            if function not in self._functions:
-                self._functions[function] = codes_function(function, format)
-            self._codes[name] = self.node(FUNCTIONS, function, planes, [f"{name}.codes"], {})[0]
-        return self._codes[name]
+        return self._put_together(
+            f"{name}.codes", f"Codes{format.bits}", lambda f: codes_function(f, format), planes, {}
+        )
 
     def int8_codes(self, name: str, block: int, w: Mapping[str, ir.Value]) -> tuple[ir.Value, ir.Value | None]:
         """Of matrix `name` in 4 bits: codes [I, O] in 8, which the kernel reads, and their zero point, if they need one."""
         exact = layout.int8_products_are_exact()
         zero = self.small("int8.zero", np.array(0, np.int8) if exact else np.array(128, np.uint8))
+        stored, attributes = [w["codes"], w["levels"], w["zeros"], zero], {"block_size": block}
+        codes = self._put_together(f"{name}.codes8", "Int8Codes", int8_codes_function, stored, attributes)
+        return codes, None if exact else zero
+
+    def _put_together(
+        self,
+        name: str,
+        function: str,
+        make: Callable[[str], ir.Function],
+        stored: Sequence[ir.Value],
+        attributes: Mapping[str, Attribute],
+    ) -> ir.Value:
+        """What a function of the graph's own makes of a matrix's tensors, called `name`; once, however many nodes read it."""
         if name not in self._codes:
-            self._functions["Int8Codes"] = int8_codes_function("Int8Codes")
-            stored = [w["codes"], w["levels"], w["zeros"], zero]
-            self._codes[name] = self.node(FUNCTIONS, "Int8Codes", stored, [f"{name}.codes8"], {"block_size": block})[0]
-        return self._codes[name], None if exact else zero
+            if function not in self._functions:
+                self._functions[function] = make(function)
+            self._codes[name] = self.node(FUNCTIONS, function, stored, [name], attributes)[0]
+        return self._codes[name]
 
     def model(self, facts: Mapping[str, str] = MappingProxyType({})) -> ir.Model:
         """facts: metadata, which a session gives back."""
