@@ -34,9 +34,10 @@ from seeds import spread  # the script beside this one
 from compressor import pipeline
 from compressor.executor import Reference
 from compressor.files import write_json_atomic
+from compressor.latency import Latency, measure_latency
 from compressor.ledger import Ledger
 from compressor.network import Network
-from compressor.plan import Plan
+from compressor.plan import Plan, menu_json
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recovery.distill import loaded
@@ -67,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
-    latency = pipeline.measure_latency(run)
+    latency = measure_latency(run)
     ways = ["fisher", *(["noise"] if any(name.endswith("/noise") for name in options.policies) else [])]
     sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}
     teacher, decoder = run.teacher.network, run.teacher.network.decoder
@@ -91,7 +92,7 @@ def main() -> None:
     for cell in options.cells:
         limits = limits_of(cell, decoder, latency)
         problems = {way: pipeline.pose(run, found, latency, limits) for way, found in sensitivity.items()}
-        key = key_of(run.bank.key, limits, pipeline.menu_json(run.menu))
+        key = key_of(run.bank.key, limits, menu_json(run.menu))
         curves: dict[str, list[list[float]]] = {}
         final: dict[str, list[dict[str, tuple[float, float]]]] = {}
         plans: dict[str, list[Plan]] = {}
@@ -150,7 +151,7 @@ def quality(network: Network, texts: dict[str, Reference]) -> dict[str, tuple[fl
     return {name: (float(kl_N.mean()), float(np.exp(nll_N.mean()))) for name, (kl_N, nll_N) in found.items()}
 
 
-def limits_of(cell: str, decoder, latency: pipeline.Latency) -> dict[str, float]:
+def limits_of(cell: str, decoder, latency: Latency) -> dict[str, float]:
     """`bits-3.0+decode-0.5` -> limits in bytes and ms."""
     limits = {}
     for part in cell.split("+"):

@@ -149,7 +149,7 @@ def main() -> None:
     quality = score(engines, run)
     with run.stages.timed("timing") as report:
         timed = {name: engine.calls for name, engine in engines.items()} | {"memory": summing}
-        times = time_models(timed, rounds=options.rounds, progress=report)
+        times = time_models(timed, rounds=(options.rounds, options.rounds), progress=report)
     memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
     opening = {name: min(seconds_to_open(engine) for _ in range(3)) for name, engine in engines.items()}
     bandwidth = SUMMED / (times["memory"].decode.median_ms / 1e3)

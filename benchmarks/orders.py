@@ -29,6 +29,7 @@ from torch import Tensor
 from compressor import pipeline
 from compressor.bank import Bank
 from compressor.executor import Reference
+from compressor.latency import measure_latency
 from compressor.plan import Action, Plan, Site
 from compressor.progress import LineProgress
 from compressor.quantize import Weight
@@ -77,7 +78,7 @@ def main() -> None:
     training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}"]
     recipe = Recipe.load(options.recipe, training)  # the text that is trained on is read with the others
     run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", LineProgress(sys.stderr)))
-    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    sensitivity, latency = pipeline.find_sensitivities(run), measure_latency(run)
     teacher = run.teacher.network
     problem = pipeline.pose(run, sensitivity, latency, limits_of(options.cell, teacher.decoder, latency))
     plan = POLICIES["dynamic_programming"](problem, 0).ask().plan

@@ -25,6 +25,7 @@ import numpy as np
 from compressor import pipeline
 from compressor.files import write_json_atomic
 from compressor.folder import save_random
+from compressor.latency import measure_latency, mixed_plan
 from compressor.measure import opened, time_models
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
@@ -43,17 +44,17 @@ def main() -> None:
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
-    latency = pipeline.measure_latency(run)
+    latency = measure_latency(run)
     sites, folder = run.teacher.network.decoder.sites(), options.out / "prediction"
-    plans = {f"plan {n}": pipeline.mixed_plan(run.menu, sites, np.random.default_rng(n)) for n in range(options.plans)}
+    plans = {f"plan {n}": mixed_plan(run.menu, sites, np.random.default_rng(n)) for n in range(options.plans)}
     try:
         for name, plan in plans.items():
             save_random(plan, run.teacher, folder / name, run.target.runtime)
         with run.stages.timed("timing") as report:
             models = {name: partial(opened, folder / name, run.target) for name in plans}
-            models |= {name: partial(opened, latency.folders[name], run.target) for name in latency.anchors}
-            times = time_models(models, rounds=options.rounds, progress=report)
-        model, rows = latency.scaled_by(times), []
+            models |= {name: partial(opened, latency.folders[name], run.target) for name in latency.folders}
+            times = time_models(models, rounds=(options.rounds, options.rounds), progress=report)
+        model, rows = latency.at({name: times[name].medians for name in latency.folders}).model, []
         for name, plan in plans.items():
             predicted, measured = model.predict(plan), times[name].medians
             row: dict[str, str | float] = {

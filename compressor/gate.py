@@ -1,7 +1,7 @@
 """Is a result good enough? A report against limits, and against an earlier report of the same thing; told to people and CI.
 
 Perplexity, accuracy and bytes are compared as they are. Times are noisy: against a limit the fastest round counts, against a
-baseline the ratio to the fp32 export that was timed beside it, and what may be lost grows by the spread of the rounds.
+baseline the ratio to the fp32 export that was timed beside it, and what may be lost grows by what the times are uncertain by.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from compressor.runtimes import RuntimeName, runtime
 from compressor.student import Precision
 from eval.latency import Milliseconds
 from eval.memory import peak_growth_bytes
-from eval.timing import CacheFlusher, time_call
+from eval.timing import CacheFlusher, median_interval, time_call
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,16 @@ class Target:
         }
 
 
+ROUNDS = (5, 12)
+"""Turns of models that are timed, at least and at most."""
+
+STEADY = 0.06
+"""Half of the interval in which a median lies, as a share, with which it is known well enough: two standard errors."""
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds: the median of the rounds' medians, the lowest and the highest of them."""
+    """Milliseconds: the median of the rounds' medians, and where the true one lies (`eval.timing.median_interval`)."""
 
     median_ms: float
     low_ms: float
@@ -75,7 +82,12 @@ class Spread:
 
     @classmethod
     def of(cls, medians_ms: list[float]) -> Spread:
-        return cls(float(np.median(medians_ms)), min(medians_ms), max(medians_ms))
+        return cls(float(np.median(medians_ms)), *median_interval(medians_ms))
+
+    @property
+    def error(self) -> float:
+        """Half of the interval, as a share of the median."""
+        return (self.high_ms - self.low_ms) / 2 / self.median_ms
 
 
 @dataclass(frozen=True)
@@ -97,27 +109,32 @@ class Times:
 def time_models(
     models: Mapping[str, Callable[[], AbstractContextManager[BenchCalls]]],
     *,
-    rounds: int = 5,
+    rounds: tuple[int, int] | None = None,
     prefills: int = 4,
     decodes: int = 24,
     progress: Callable[[int, int, str], None] = lambda done, total, message: None,
 ) -> dict[str, Times]:
     """Prefill and decode times of several models, by name.
 
-    Models are open one at a time, since idle sessions spin; they take turns over `rounds`, so that what else the machine
-    does meets all of them.
+    Models are open one at a time, since idle sessions spin; they take turns, so that what else the machine does meets all of
+    them, until their medians are known to `STEADY`.
 
     Args:
+        rounds: turns, at least and at most; `ROUNDS` if None.
         models: how to open each for timing; see `opened` and `opened_torch`.
     """
     medians: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
-    for turn in range(rounds):
+    least, most = rounds or ROUNDS
+    for turn in range(most):
         for index, (name, open_model) in enumerate(models.items()):
             with open_model() as calls:
                 medians[name][0].append(time_call(calls.prefill, repeats=prefills).median_ms)
                 medians[name][1].append(time_call(calls.decode, repeats=decodes).median_ms)
-            progress(turn * len(models) + index + 1, rounds * len(models), name)
-    return {name: Times(Spread.of(prefill), Spread.of(decode)) for name, (prefill, decode) in medians.items()}
+            progress(turn * len(models) + index + 1, max(turn + 1, least) * len(models), name)
+        times = {name: Times(Spread.of(prefill), Spread.of(decode)) for name, (prefill, decode) in medians.items()}
+        if turn + 1 >= least and all(max(t.prefill.error, t.decode.error) <= STEADY for t in times.values()):
+            break
+    return times
 
 
 @contextmanager

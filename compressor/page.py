@@ -521,7 +521,7 @@ def _measured_part(report: Report) -> str:
         if row.prefill_ms or row.decode_ms
     ]
     if spreads:
-        text += "\n\nRanges of the timings:\n\n" + table(("model", "prefill", "decode, a token"), spreads)
+        text += "\n\nWhere the medians lie:\n\n" + table(("model", "prefill", "decode, a token"), spreads)
     return text
 
 

@@ -8,10 +8,10 @@ the last one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import nan
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,20 +27,13 @@ from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetE
 from compressor.estimate import layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
-from compressor.folder import save_folder, save_random
+from compressor.folder import save_folder
+from compressor.latency import Latency, corrected, measure_latency
 from compressor.ledger import Ledger, comparable_entries
-from compressor.measure import (
-    Target,
-    Times,
-    available_bytes,
-    cache_flusher,
-    opened,
-    return_memory_at_once,
-    time_models,
-)
+from compressor.measure import Target, available_bytes, return_memory_at_once
 from compressor.model import Teacher, load_teacher, read_decoder
 from compressor.network import Network
-from compressor.plan import PARTS, ActionMenu, Plan, Site
+from compressor.plan import PARTS, ActionMenu, Plan, menu_json
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.recovery import distill, on_policy, reinforce
@@ -54,7 +47,7 @@ from compressor.runtimes import runtime
 from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
-from compressor.student import Decoder, Student, full_plan
+from compressor.student import Decoder, Student
 from compressor.text import (
     Labelling,
     Marking,
@@ -66,12 +59,9 @@ from compressor.text import (
     prompts_of,
     tokens_digest,
 )
-from eval.latency import LatencyModel, LatencyTable, Milliseconds
+from eval.latency import PHASES
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
-
-ANCHORS = 4
-"""Whole models that scale the latency table."""
 
 
 def compress(
@@ -100,9 +90,11 @@ def compress(
         run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
         sensitivity = find_sensitivities(run)
         latency = measure_latency(run)
+        latency = corrected(run, latency, lambda latency: obvious_plan(run, sensitivity, latency), most=2)
         problem = pose(run, sensitivity, latency)
         trials = search(run, problem)
-        chosen = choose(run, trials)
+        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, trials))), most=3)
+        chosen = choose(run, within(run, latency, trials))
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
@@ -343,104 +335,21 @@ def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in stored.items()}
 
 
-def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
-    """A menu as JSON, for keys."""
-    return {name: [str(action) for action in choices] for name, choices in menu.items()}
-
-
-@dataclass(frozen=True)
-class Latency:
-    """What every action costs in time, and what the fp32 export takes: bytes on disk, and ms when the table was made; no
-    numbers layer by layer, where there is none, and no recipe takes a share of them.
-
-    anchors: the plans of the whole models that scale the table, by name; folders: where those lie, and the fp32 export.
-    """
-
-    model: LatencyModel
-    fp32_bytes: int
-    fp32_ms: Milliseconds
-    anchors: dict[str, Plan]
-    folders: dict[str, Path]
-
-    def scaled_by(self, times: Mapping[str, Times]) -> LatencyModel:
-        """The model, scaled anew by what the anchors take now: a machine is not always as fast, nor all of it alike."""
-        measured = [(plan, times[name].medians) for name, plan in self.anchors.items()]
-        return self.model.table.fit(measured, self.model.sites)
-
-
-def measure_latency(run: Run) -> Latency:
-    """Measure the table's missing entries, whole models that scale it, and the teacher in fp32, unless it is too large for
-    memory. What scales is like students: random plans of the menu, with random weights."""
-    decoder, target, stages = run.teacher.network.decoder, run.target, run.stages
-    sites = decoder.sites()
-    anchors = {
-        f"anchor-{n}": mixed_plan(run.menu, sites, np.random.default_rng([n, len(sites)]))
-        for n in range(1, ANCHORS + 1)
-    }
-    whole = {} if run.teacher.network.layerwise else {"fp32": full_plan(decoder, "fp32", "fp32")}
-    folders = {name: run.out / "stages" / name for name in (*whole, *anchors)}
-    wanted = [(site, action) for site in sites for action in run.menu[site.name]]
-    table = LatencyTable(run.out / "latency.json", target.environment)
-    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
-
-    def make(report_progress) -> dict:
-        for name, plan in whole.items():
-            save_folder(run.bank.realize(plan), run.teacher, folders[name], target.runtime)
-        for name, plan in anchors.items():
-            save_random(plan, run.teacher, folders[name], target.runtime)
-        stack = partial(
-            runtime(target.runtime).site_stack,
-            decoder,
-            prefill_tokens=target.prefill_tokens,
-            context=target.context,
-            device=target.device,
-            threads=target.threads,
-        )
-        table.measure(wanted, stack, flush=cache_flusher(target.device), progress=report_progress)
-        times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
-        return {
-            "bytes": {name: runtime(target.runtime).exported_bytes(folder) for name, folder in folders.items()},
-            "ms": {name: [t.medians.prefill, t.medians.decode] for name, t in times.items()},
-        }
-
-    found = stages.value("latency", key, make)
-    measured = {name: Milliseconds(*found["ms"][name]) for name in folders}
-    model = table.fit([(plan, measured[name]) for name, plan in anchors.items()], sites)
-    size = found["bytes"].get("fp32") or runtime(target.runtime).fp32_bytes(decoder)
-    return Latency(model, size, measured.get("fp32", Milliseconds(nan, nan)), anchors, folders)
-
-
-def mixed_plan(menu: ActionMenu, sites: Sequence[Site], rng: np.random.Generator) -> Plan:
-    """Every site's action by a weight of its format and of its width, which are drawn once a plan: so plans differ in what
-    they are made of, and not only in order."""
-    formats = sorted({action.format for actions in menu.values() for action in actions})
-    by_format = dict(zip(formats, rng.dirichlet(np.full(len(formats), 0.5)), strict=True))
-    narrowness = rng.exponential(2.0)
-    chosen = []
-    for site in sites:
-        weights_A = np.array([by_format[a.format] * np.exp(narrowness * a.keep / site.units) for a in menu[site.name]])
-        chosen.append((site.name, menu[site.name][rng.choice(len(weights_A), p=weights_A / weights_A.sum())]))
-    return Plan(tuple(chosen))
-
-
 # The search -----------------------------------------------------------------------------------------------------------
 
 
 def pose(
     run: Run, sensitivity: dict[str, np.ndarray], latency: Latency, limits: dict[str, float] | None = None
 ) -> Problem:
-    """The search as numbers; limits: by cost, in bytes and ms, those of the recipe's budget if none are given.
+    """The search as numbers; limits: by cost, in bytes and ms, those of the recipe's budget if none are given, less what
+    times are uncertain by.
 
     Raises:
         BudgetError: no plan fits.
     """
-    decoder, budget = run.teacher.network.decoder, run.recipe.budget
-    references = {
-        "bytes": (budget.bytes, latency.fp32_bytes),
-        "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
-        "decode_ms": (budget.decode, latency.fp32_ms.decode),
-    }
-    limits = limits or {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
+    decoder = run.teacher.network.decoder
+    spare = {"bytes": 0.0, "prefill_ms": latency.margin.prefill, "decode_ms": latency.margin.decode}
+    limits = limits or {name: limit - spare[name] for name, limit in limits_of(run, latency).items()}
     return build_problem(
         decoder.sites(),
         run.menu,
@@ -449,6 +358,22 @@ def pose(
         latency.model,
         limits,
     )
+
+
+def limits_of(run: Run, latency: Latency) -> dict[str, float]:
+    """The recipe's budget by cost, in bytes and ms."""
+    budget = run.recipe.budget
+    references = {
+        "bytes": (budget.bytes, latency.fp32_bytes),
+        "prefill_ms": (budget.prefill, latency.fp32_ms.prefill),
+        "decode_ms": (budget.decode, latency.fp32_ms.decode),
+    }
+    return {name: limit.resolve(reference) for name, (limit, reference) in references.items() if limit}
+
+
+def obvious_plan(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency) -> Plan:
+    """The plan that a search begins with, dynamic programming's."""
+    return POLICIES["dynamic_programming"](pose(run, sensitivity, latency), 0).ask().plan
 
 
 Searches = dict[tuple[str, int], Trials]
@@ -513,13 +438,24 @@ class Finalist:
     recovered_kl: float | None = None
 
 
-def choose(run: Run, trials: Searches) -> list[Finalist]:
+def within(run: Run, latency: Latency, trials: Searches) -> dict[Plan, float]:
+    """The plans that were scored on all of the text and are expected to be fast enough, with what is known of times by now,
+    and their KL, the best first; if none is, the one that misses by least."""
+    limits, over = limits_of(run, latency), {}
+    found = {plan: score.kl for told in trials.values() for plan, score in told if score.part is None}
+    for plan in found:
+        expected = latency.model.predict(plan)
+        over[plan] = max(getattr(expected, phase) / limits.get(f"{phase}_ms", inf) for phase in PHASES)
+    most = max(1.0, min(over.values()))
+    return {plan: kl for plan, kl in sorted(found.items(), key=lambda item: item[1]) if over[plan] <= most}
+
+
+def choose(run: Run, kls: dict[Plan, float]) -> list[Finalist]:
     """The plans that came into question, the student's first: ranks change in recovery, so it is tried, if the recipe asks
-    for more than one."""
+    for more than one. kls: of the search, the best first."""
     vars(run).pop("executor", None)  # its copy of the teacher makes room for the training
-    every, wanted = [trial for told in trials.values() for trial in told], run.recipe.distill
-    kls = {plan: score.kl for plan, score in every if score.part is None}
-    plans = finalists(every, wanted.compared)
+    wanted = run.recipe.distill
+    plans = finalists(kls, wanted.compared)
     if len(plans) < 2:
         return [Finalist(plans[0], kls[plans[0]])]
     found = [

@@ -376,3 +376,8 @@ PARTS = 8
 
 ActionMenu = Mapping[str, tuple[Action, ...]]
 """The actions that each site may take, by site name."""
+
+
+def menu_json(menu: ActionMenu) -> dict[str, list[str]]:
+    """A menu as JSON, for keys."""
+    return {name: [str(action) for action in choices] for name, choices in menu.items()}

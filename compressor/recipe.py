@@ -525,7 +525,7 @@ class ExportSection(Section):
 
 
 class ToleranceSection(Section):
-    """What may be lost against the baseline, as a share of it; for times the spread of the rounds is added."""
+    """What may be lost against the baseline, as a share of it; for times what they are uncertain by is added."""
 
     perplexity_ratio: Annotated[float, Field(ge=0)] = 0.01
     """Of the student's perplexity over the teacher's."""
@@ -552,7 +552,7 @@ class GateSection(Section):
     prefill: TimeLimit | None = None
     """Time of the prefill, as in `budget`."""
     decode: TimeLimit | None = None
-    """Time of one more token, as in `budget`. Of a time the fastest of its rounds counts."""
+    """Time of one more token, as in `budget`. Of a time the lower end of where its true median lies counts."""
     baseline: Annotated[str, AfterValidator(_beside_recipe)] | None = None
     """An earlier run's folder or report.json, against which nothing may be lost."""
     tolerance: ToleranceSection = ToleranceSection()

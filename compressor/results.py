@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -67,7 +67,8 @@ def collect(
     plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
     weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
     quality = _quality(run, folders, weights)
-    times = _times(run, {**folders, **latency.folders}, weights)
+    anchors = {name: latency.wholes[name].digest for name in latency.folders if name in latency.wholes}
+    times = _times(run, {**folders, **latency.folders}, key_of(weights, anchors))
     memory = _memory(run, folders, weights)
     parity, samples = _parity(run, student.plan, folders["student"], weights)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
@@ -148,7 +149,7 @@ def _shifted(progress: Callable[..., None], before: int, total: int, done: int, 
     progress(before + done, total)
 
 
-def _times(run: Run, folders: dict[str, Path], weights: str) -> dict[str, Times]:
+def _times(run: Run, folders: Mapping[str, Path], weights: str) -> dict[str, Times]:
     def make(progress: Callable[..., None]) -> dict[str, dict]:
         whole = not run.teacher.network.layerwise
         models = {"teacher": partial(opened_torch, run.teacher.network, run.target)} if whole else {}
@@ -298,10 +299,10 @@ def _budget(
     run: Run, problem: Problem, latency: Latency, plan: Plan, times: dict[str, Times], size: int
 ) -> tuple[report.BudgetLine, ...]:
     """Predicted beside measured. A machine may have got faster or slower since the table was made, so relative limits are of
-    the fp32 export as it is now, and predictions are scaled by all anchors as they are now."""
+    the fp32 export as it is now, and predictions are at the pace at which models run now."""
     budget, student = run.recipe.budget, times["student"].medians
     fp32 = times["fp32"].medians if "fp32" in times else latency.fp32_ms
-    model = latency.scaled_by(times)
+    model = latency.at({name: times[name].medians for name in latency.folders}).model
     predicted, error = model.predict(plan), model.error(plan)
     entries = [
         ("bytes", budget.bytes, latency.fp32_bytes, problem.cost(problem.indices(plan))["bytes"], size, 0.0),
@@ -409,6 +410,6 @@ def _protocol(run: Run) -> str:
         f"Perplexity and KL: {count} windows of {length} tokens that do not overlap, as many of each evaluation text "
         f"({', '.join(run.texts.evaluation)}), {predicted}; each row but the first as it is deployed, in "
         f"{target.precision}. {times}"
-        "Times: median of three rounds' medians, models in alternation, with the lowest and the highest round. Peak memory: "
+        "Times: median of the rounds' medians, models in alternation, and where the true median lies (93%). Peak memory: "
         f"growth of resident memory in a fresh process over loading, one prefill{' and 8 decoded tokens' if causal else ''}."
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor.ledger import Ledger
 from compressor.plan import PARTS, ActionMenu, Plan, Score, Site
-from eval.latency import LatencyModel
+from eval.prediction import LatencyModel
 from policies import Meter, Policy, Problem, Question
 
 Trials = Sequence[tuple[Plan, Score]]
@@ -127,13 +127,11 @@ def label(policy: str, seed: int, searches: Iterable[tuple[str, int]]) -> str:
     return policy if [name for name, _ in searches].count(policy) == 1 else f"{policy}, seed {seed}"
 
 
-def finalists(trials: Iterable[tuple[Plan, Score]], most: int) -> list[Plan]:
-    """Of the plans scored on all of the text the best, and the next ones that differ from those before on at least a tenth
-    of the sites."""
+def finalists(plans: Iterable[Plan], most: int) -> list[Plan]:
+    """Of plans, best first: the best, and the next ones that differ from those before on at least a tenth of the sites."""
     found: list[Plan] = []
-    for plan, score in sorted(trials, key=lambda trial: trial[1].kl):
-        unlike = all(len(plan.diff(other)) * 10 >= len(plan) for other in found)
-        if score.part is None and unlike and len(found) < most:
+    for plan in plans:
+        if all(len(plan.diff(other)) * 10 >= len(plan) for other in found) and len(found) < most:
             found.append(plan)
     return found
 

@@ -1,9 +1,5 @@
-"""The latency table: milliseconds of every (site shape, action), measured once, and what they predict for a plan.
-
-    T(plan) = rest + scale * sum over sites of entry(site shape, action)
-
-`rest` and `scale` are fitted to whole models measured in the same session, prefill and decode apart.
-Knows nothing of runtimes: whoever measures hands over a callable that makes a stack of sites to be timed.
+"""The latency table: milliseconds of every (site shape, action), measured once. `eval.prediction` says what they make of a
+plan. Knows nothing of runtimes: whoever measures hands over a callable that makes a stack of sites to be timed.
 
 An entry is the slope between a short and a long stack of one site, so that what a run costs by itself cancels:
     entry = (t(long copies) - t(short copies)) / (long - short)
@@ -20,10 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import hypot
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -46,10 +40,6 @@ PASSES = (3, 6)
 
 PRECISION = 0.05
 """Standard error, as a fraction of an entry, above which it is measured once more."""
-
-ASSUMED = {"rest": 0.1, "scale": 0.3, "measured": 0.03}
-"""Deviations that `fit_line` assumes: of `rest` from nothing and of a measured time from the line, as fractions of the time,
-and of `scale` from 1."""
 
 
 class Stack(Protocol):
@@ -148,6 +138,10 @@ class LatencyTable:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+        """All entries and their keys."""
+        return iter(self._entries.items())
+
     def entry(self, site: Site, action: Action) -> Entry:
         """The entry of a measured (site, action).
 
@@ -189,27 +183,6 @@ class LatencyTable:
     def _so_far(self, key: str) -> Entry:
         return self._entries.get(key, Entry())
 
-    def sum_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
-        """Sum of the entries of a plan, before `rest` and `scale`."""
-        entries = [self.entry(site, plan[site.name]) for site in sites]
-        return Milliseconds(sum(e.prefill_ms for e in entries), sum(e.decode_ms for e in entries))
-
-    def error_ms(self, plan: Mapping[str, Action], sites: Sequence[Site]) -> Milliseconds:
-        """Standard error of `sum_ms`: sites that share an entry share its error."""
-        used = Counter(entry_key(site, plan[site.name]) for site in sites if plan[site.name].keep)
-        errors = [(times, self._entries[key].error) for key, times in used.items()]
-        return Milliseconds(*(hypot(*(n * getattr(e, phase) for n, e in errors)) for phase in PHASES))
-
-    def fit(self, anchors: Sequence[tuple[Mapping[str, Action], Milliseconds]], sites: Sequence[Site]) -> LatencyModel:
-        """Fit `rest` and `scale` to whole models: (plan, its measured milliseconds)."""
-        sums = [self.sum_ms(plan, sites) for plan, _ in anchors]
-        fits = [
-            fit_line([getattr(s, phase) for s in sums], [getattr(measured, phase) for _, measured in anchors])
-            for phase in PHASES
-        ]
-        rests, scales = zip(*fits, strict=True)
-        return LatencyModel(self, tuple(sites), Milliseconds(*rests), Milliseconds(*scales))
-
     def _save(self) -> None:
         """Write this environment's entries into the file, by way of a draft beside it."""
         everything = json.loads(self._path.read_text()) if self._path.exists() else {}
@@ -221,40 +194,13 @@ class LatencyTable:
         os.replace(draft, self._path)
 
 
-@dataclass(frozen=True)
-class LatencyModel:
-    """T(plan) = rest + scale * sum of entries, prefill and decode apart. rest in ms, scale without unit."""
-
-    table: LatencyTable
-    sites: tuple[Site, ...]
-    rest: Milliseconds
-    scale: Milliseconds
-
-    def predict(self, plan: Mapping[str, Action]) -> Milliseconds:
-        """Expected milliseconds of a plan."""
-        total = self.table.sum_ms(plan, self.sites)
-        return Milliseconds(
-            self.rest.prefill + self.scale.prefill * total.prefill, self.rest.decode + self.scale.decode * total.decode
-        )
-
-    def error(self, plan: Mapping[str, Action]) -> Milliseconds:
-        """Standard error of `predict`, as far as it comes from the table's entries."""
-        total = self.table.error_ms(plan, self.sites)
-        return Milliseconds(self.scale.prefill * total.prefill, self.scale.decode * total.decode)
-
-    def site_ms(self, site: Site, action: Action) -> Milliseconds:
-        """What one site contributes to `predict`: the additive cost that a search can plan with."""
-        entry = self.table.entry(site, action)
-        return Milliseconds(self.scale.prefill * entry.prefill_ms, self.scale.decode * entry.decode_ms)
-
-
 def entry_key(site: Site, action: Action) -> str:
-    """Shape of the site's matrices under `action`, and format: `ffn 1000x576 1000x576 576x1000 w4`; an expert's share; in
-    front, the part of an encoder-decoder that it belongs to."""
+    """The part of an encoder-decoder that the site belongs to, its kind, the shape of its matrices under `action`, an
+    expert's share, and last the format: `ffn 1000x576 1000x576 576x1000 w4`."""
     kind = f"{site.part} {site.kind}" if site.part else site.kind
     shapes = ("{}x{}".format(*matrix.shape(action.keep, site.units)) for matrix in site.matrices)
     share = () if site.share == 1 else (f"{site.share:g}",)
-    return " ".join((kind, *shapes, action.format, *share))
+    return " ".join((kind, *shapes, *share, action.format))
 
 
 def measure_entry(
@@ -279,25 +225,3 @@ def measure_entry(
     finally:
         for stack in stacks:
             stack.close()
-
-
-def fit_line(sums_ms: Sequence[float], measured_ms: Sequence[float]) -> tuple[float, float]:
-    """(rest, scale) of measured = rest + scale * sum, both at least 0: the likeliest under the deviations of `ASSUMED`, which
-    tell what whole models whose sums hardly differ leave open.
-
-    Raises:
-        ValueError: there is no whole model.
-    """
-    x, y = np.asarray(sums_ms, float), np.asarray(measured_ms, float)
-    if len(x) == 0:
-        raise ValueError("at least one whole model must be measured to scale the table")
-    rest, scale, measured = ASSUMED["rest"] * y.mean(), ASSUMED["scale"], ASSUMED["measured"] * y
-    of_rest = np.array([*(1 / measured), 1 / rest, 0.0])
-    of_scale = np.array([*(x / measured), 0.0, 1 / scale])
-    wanted = np.array([*(y / measured), 0.0, 1 / scale])
-    found = np.linalg.lstsq(np.stack([of_rest, of_scale], 1), wanted, rcond=None)[0].tolist()
-    if found[0] < 0:
-        return 0.0, float(of_scale @ wanted / (of_scale @ of_scale))
-    if found[1] < 0:
-        return float(of_rest @ wanted / (of_rest @ of_rest)), 0.0
-    return found[0], found[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,17 @@ class Timing:
     def of(cls, samples_ms: Sequence[float]) -> Timing:
         low, median, high = np.percentile(samples_ms, (25, 50, 75)).tolist()
         return cls(median, low, high, len(samples_ms))
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.93) -> tuple[float, float]:
+    """The narrowest interval of order statistics that holds the true median with at least this probability, whatever the
+    distribution (the sign test's; Conover, Practical Nonparametric Statistics, section 3.2): of five samples all of their
+    range, of fifteen the fourth to the twelfth; of fewer than five their range, which holds it less often."""
+    count, ordered = len(samples), sorted(samples)
+    cut = 0
+    while 2 * sum(comb(count, k) for k in range(cut + 2)) / 2**count <= 1 - confidence:
+        cut += 1
+    return ordered[cut], ordered[count - 1 - cut]
 
 
 def time_call(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import compressor
-from compressor import Recipe, export, pipeline
+from compressor import Recipe, export, latency, pipeline, results
 from compressor.bank import Bank
 from compressor.errors import (
     BudgetError,
@@ -30,12 +30,14 @@ from compressor.errors import (
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.files import exclusive
+from compressor.latency import mixed_plan
 from compressor.model import load_teacher
-from compressor.plan import Action, Plan
+from compressor.plan import Action, Plan, Score
 from compressor.progress import silent
 from compressor.recovery.cache import TeacherCache
 from compressor.recovery.distill import Imitation, visited
 from compressor.stages import Stages
+from eval.latency import Milliseconds
 from policies.actor_critic import ActorCritic, Memory
 from tests.conftest import TEXT
 
@@ -185,8 +187,13 @@ def test_a_batch_shorter_than_a_window_is_one_window(tiny_folder):
 def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):
     out, report, _ = finished
     monkeypatch.setattr("compressor.recovery.reconstruct._fit", None)
-    for name in ("sensitivities", "Executor", "time_models"):
-        monkeypatch.setattr(pipeline, name, None)  # calling it would fail
+    for module, name in (
+        (pipeline, "sensitivities"),
+        (pipeline, "Executor"),
+        (latency, "time_models"),
+        (results, "time_models"),
+    ):
+        monkeypatch.setattr(module, name, None)  # calling it would fail
     monkeypatch.setattr(export, "site_stack", None)
     monkeypatch.setattr(pipeline.distill, "distill", None)
     again = pipeline.compress(recipe(tiny_folder), out)
@@ -254,6 +261,41 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
         pipeline.search(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})), problem)
+
+
+def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
+    """Among what was scored on all of the text, and by what is known of times when the search has ended."""
+    plans = [Plan((("layers.0.ffn", Action(keep, "w4")),)) for keep in (8, 16, 32, 64)]
+    kls = dict(zip(plans, (0.4, 0.3, 0.2, 0.1), strict=True))
+    trials = {("random", 0): [(plan, Score(kl, 1.0, 8)) for plan, kl in kls.items()]}
+    trials["random", 0].append((Plan((("layers.0.ffn", Action(4, "w4")),)), Score(0.05, 1.0, 8, part=0)))
+    model = SimpleNamespace(predict=lambda plan: Milliseconds(float(plan["layers.0.ffn"].keep), 5.0))
+    known = SimpleNamespace(model=model, fp32_bytes=0, fp32_ms=Milliseconds(40.0, 10.0))
+    for budget, fitting in (
+        ({"prefill": "50%"}, [16, 8]),
+        ({"prefill": "50%", "decode": "6 ms"}, [16, 8]),
+        ({"prefill": "7 ms"}, [8]),
+        ({"bytes": "50%"}, [64, 32, 16, 8]),
+    ):
+        run = SimpleNamespace(recipe=recipe(tiny_folder, budget={"bytes": None, **budget}))
+        found = pipeline.within(run, known, trials)
+        assert [plan["layers.0.ffn"].keep for plan in found] == fitting
+        assert all(found[plan] == kls[plan] for plan in found)
+
+
+def test_under_a_limit_on_time_whole_models_are_measured(finished, tiny_folder, tmp_path):
+    """Once before the search, and what it found; the next call measures nothing."""
+    shutil.copytree(finished[0] / "bank", tmp_path / "bank")
+    wanted = recipe(tiny_folder, budget={"bytes": "45%", "prefill": "10x"}, distill={"steps": 0})
+    report = pipeline.compress(wanted, tmp_path)
+    measured = [json.loads(path.read_text()) for path in sorted((tmp_path / "stages").glob("searched-*.json"))]
+    assert 1 <= len(measured) <= 5 and all(ms > 0 for found in measured for ms in found["value"])
+    line = next(line for line in report.budget if line.name == "prefill")
+    assert line.fits and line.error > 0
+    assert not list((tmp_path / "stages").glob("searched-*/"))
+    assert pipeline.compress(wanted, tmp_path).to_dict() | {"stage_seconds": 0} == report.to_dict() | {
+        "stage_seconds": 0
+    }
 
 
 @pytest.mark.parametrize(
@@ -467,7 +509,7 @@ def test_another_uniform_plan_is_measured_anew(finished, tiny_folder, tmp_path, 
 
     def other(run, problem, trials, student):
         folders = export(run, problem, trials, student)
-        drawn = pipeline.mixed_plan(run.menu, problem.sites, np.random.default_rng(0))
+        drawn = mixed_plan(run.menu, problem.sites, np.random.default_rng(0))
         pipeline.save_folder(run.bank.realize(drawn), run.teacher, folders["uniform"])
         return folders
 
