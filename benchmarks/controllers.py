@@ -65,9 +65,11 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=16)
     parser.add_argument("--memory", type=Path)
     parser.add_argument("--recover", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the recipe")
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
-    run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
+    recipe = Recipe.load(options.recipe, options.set)
+    run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", progress))
     latency = measure_latency(run)
     ways = ["fisher", *(["noise"] if any(name.endswith("/noise") for name in options.policies) else [])]
     sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}

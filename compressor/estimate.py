@@ -10,6 +10,7 @@ import torch
 
 from compressor import actions
 from compressor.errors import RecipeError
+from compressor.latency import ANCHORS
 from compressor.measure import Target, available_bytes
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Formats
@@ -21,8 +22,14 @@ from compressor.student import Decoder
 EFFICIENCY = 0.6
 """Share of a plain matrix product's speed that a whole forward pass reaches."""
 
-SECONDS_PER_ENTRY = 1.0
-"""A latency-table entry: two stacks, opened and timed."""
+SECONDS_PER_ENTRY = 2.5
+"""A latency-table entry: two stacks, opened and timed three to six times."""
+
+SEARCHED = 3
+"""Plans that are timed as whole models under a limit on time: two before the search, mostly one behind it."""
+
+SECONDS_PER_WHOLE = 10.0
+"""A whole model, timed in five rounds."""
 
 QUANTIZE_FLOPS_PER_WEIGHT = 2e4
 """Work of GPTQ on one weight, as products of the same speed."""
@@ -143,10 +150,12 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
         + 2 * forward(search.tokens)
         + QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     )
+    timed = recipe.budget.prefill or recipe.budget.decode
+    wholes = ANCHORS + 1 + (2 * SEARCHED if timed else 0)  # each of these beside another model
     seconds = {
         "statistics": forward(data.calibration_tokens) + 4 * forward(search.tokens),
         "sensitivity": making + noise,
-        "latency": SECONDS_PER_ENTRY * len(shapes) + 20,
+        "latency": SECONDS_PER_ENTRY * len(shapes) + SECONDS_PER_WHOLE * wholes,
         "search": 1.1 * len(search.searches) * search.evaluations * forward(search.tokens) + making,
         "reconstruct": fits * fitting,
         "distill": (6 * steps + asked) * forward(distill.batch_tokens),

@@ -63,6 +63,9 @@ from eval.latency import PHASES
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
 
+CORRECTIONS = 2, 3
+"""Plans that are timed as whole models before the search, and behind it, at most."""
+
 
 def compress(
     recipe: Recipe,
@@ -90,10 +93,10 @@ def compress(
         run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
         sensitivity = find_sensitivities(run)
         latency = measure_latency(run)
-        latency = corrected(run, latency, lambda latency: obvious_plan(run, sensitivity, latency), most=2)
+        latency = corrected(run, latency, lambda latency: obvious_plan(run, sensitivity, latency), CORRECTIONS[0])
         problem = pose(run, sensitivity, latency)
         trials = search(run, problem)
-        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, trials))), most=3)
+        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, trials))), CORRECTIONS[1])
         chosen = choose(run, within(run, latency, trials))
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
         folders = export(run, problem, trials, recovery.student)
