@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compressor import actions, gate, page, report, results
 from compressor.bank import MEMORY_BYTES, Bank
-from compressor.errors import DataError, ModelError, RecipeError, RuntimeTargetError
+from compressor.errors import BudgetError, DataError, ModelError, RecipeError, RuntimeTargetError
 from compressor.estimate import layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
@@ -345,22 +345,22 @@ def pose(
     run: Run, sensitivity: dict[str, np.ndarray], latency: Latency, limits: dict[str, float] | None = None
 ) -> Problem:
     """The search as numbers; limits: by cost, in bytes and ms, those of the recipe's budget if none are given, less what
-    times are uncertain by.
+    times are uncertain by, if any plan fits then.
 
     Raises:
         BudgetError: no plan fits.
     """
     decoder = run.teacher.network.decoder
+    fixed = runtime(run.target.runtime).fixed_bytes(decoder)
+    build = partial(build_problem, decoder.sites(), run.menu, sensitivity, fixed, latency.model)
+    if limits:
+        return build(limits)
+    asked = limits_of(run, latency)
     spare = {"bytes": 0.0, "prefill_ms": latency.margin.prefill, "decode_ms": latency.margin.decode}
-    limits = limits or {name: limit - spare[name] for name, limit in limits_of(run, latency).items()}
-    return build_problem(
-        decoder.sites(),
-        run.menu,
-        sensitivity,
-        runtime(run.target.runtime).fixed_bytes(decoder),
-        latency.model,
-        limits,
-    )
+    try:
+        return build({name: limit - spare[name] for name, limit in asked.items()})
+    except BudgetError:
+        return build(asked)
 
 
 def limits_of(run: Run, latency: Latency) -> dict[str, float]:

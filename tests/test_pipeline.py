@@ -283,6 +283,18 @@ def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
         assert all(found[plan] == kls[plan] for plan in found)
 
 
+def test_what_times_are_uncertain_by_is_left_free(finished, tiny_folder, tmp_path):
+    """As long as any plan fits then."""
+    shutil.copytree(finished[0] / "bank", tmp_path / "bank")
+    wanted = recipe(tiny_folder, budget={"bytes": None, "prefill": "10x"})
+    run = pipeline.start(wanted, tmp_path, False, Stages(tmp_path / "stages", silent))
+    sensitivity, known = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    asked = 10 * known.fp32_ms.prefill
+    for margin, limit in ((0.0, asked), (0.1 * asked, 0.9 * asked), (asked, asked)):
+        uncertain = replace(known, margin=Milliseconds(margin, 0.0))
+        assert pipeline.pose(run, sensitivity, uncertain).limits == {"prefill_ms": pytest.approx(limit)}
+
+
 def test_under_a_limit_on_time_whole_models_are_measured(finished, tiny_folder, tmp_path):
     """Once before the search, and what it found; the next call measures nothing."""
     shutil.copytree(finished[0] / "bank", tmp_path / "bank")
