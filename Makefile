@@ -26,6 +26,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 
 slow: install model
 	$(BIN)/python -m pytest -q -m slow

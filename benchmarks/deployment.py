@@ -221,6 +221,7 @@ def with_plain_products(source: Path, target: Path) -> None:
     for node in list(graph):
         if node.op_type == "FusedMatMul":
             x, weight = node.inputs
+            assert weight is not None and weight.const_value is not None
             name = f"{weight.name}.transposed"
             array = np.ascontiguousarray(weight.const_value.numpy().T)
             graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))

@@ -22,8 +22,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -40,11 +42,11 @@ from compressor.plan import Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recovery.cache import TeacherCache, outcomes
-from compressor.recovery.distill import Imitation, Settings, distill, loaded, visited
+from compressor.recovery.distill import Curve, Imitation, Settings, distill, loaded, visited
 from compressor.recovery.trained import LEARNING_RATES, Trained
 from compressor.report import table
 from compressor.stages import Stages, key_of
-from compressor.student import full_plan
+from compressor.student import Student, full_plan
 
 
 def main() -> None:
@@ -78,8 +80,11 @@ def main() -> None:
 
     def objective(way: str, seed: int, network: Network) -> Imitation:
         name, _, number = way.partition("_")
-        told = {"top": lambda: cache(int(number), seed), "alone": lambda: Alone(teacher, text_NL, int(number))}
-        told["sampled"] = lambda: Sampled(teacher, text_NL, int(number))
+        told: dict[str, Callable[[], Any]] = {
+            "top": lambda: cache(int(number), seed),
+            "alone": lambda: Alone(teacher, text_NL, int(number)),
+            "sampled": lambda: Sampled(teacher, text_NL, int(number)),
+        }
         return Imitation(
             teacher,
             network,
@@ -116,7 +121,7 @@ def main() -> None:
             aim = partial(objective, way, seed)
             report = stages.reporter(f"{way}, seed {seed}")
             train = partial(distill, teacher, student, aim, run.texts.held_out_NL, settings, part, report)
-            told = stages.value(f"{way}-{seed}", key, lambda _, train=train: train()[1].to_dict())
+            told = stages.value(f"{way}-{seed}", key, partial(curve_of, train))
             curves.append([kls["kl"] for _, kls in told["held_out"]])
         row = [way, spread([before for before, _ in curves]), spread([after for _, after in curves])]
         row += on_disk(cache(int(way[4:]), 0), teacher, text_NL) if way.startswith("top_") else ["–", "–"]
@@ -154,6 +159,10 @@ class Sampled(Alone):
         torch.manual_seed(windows[0])
         ids_TK = torch.multinomial(p_TV, self.k, replacement=True)
         return torch.full(ids_TK.shape, 1 / self.k), ids_TK
+
+
+def curve_of(train: Callable[[], tuple[Student, Curve]], _: object) -> dict:
+    return train()[1].to_dict()
 
 
 def on_disk(cache: TeacherCache, teacher: Network, text_NL: Tensor) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -73,7 +74,9 @@ def write_model(folder: Path, tokenizer: str, layers: int, dtype: torch.dtype) -
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="500MB")
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, dtype)
+    model.save_pretrained(folder, max_shard_size="500MB")
     words.save_pretrained(folder)
 
 

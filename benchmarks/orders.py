@@ -49,7 +49,8 @@ class Trained(Bank):
 
     def __init__(self, bank: Bank, student: Student):
         vars(self).update(vars(bank))
-        self._given, self._fits = student, {}
+        self._given = student
+        self._fits: dict[str, dict[str, Weight]] = {}
         gained = bank.teacher.copy()
         for name, vector in student.vectors.items():
             gained.replace_vector(name, vector)

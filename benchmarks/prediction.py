@@ -62,9 +62,12 @@ def main() -> None:
                 "MB": runtime(run.target.runtime).exported_bytes(folder / name) / 1e6,
             }
             for phase in PHASES:
-                row[f"{phase} predicted"] = getattr(predicted, phase)
-                row[f"{phase} measured"] = getattr(measured, phase)
-                row[f"{phase} error"] = row[f"{phase} predicted"] / row[f"{phase} measured"] - 1
+                expected, found = getattr(predicted, phase), getattr(measured, phase)
+                row |= {
+                    f"{phase} predicted": expected,
+                    f"{phase} measured": found,
+                    f"{phase} error": expected / found - 1,
+                }
             rows.append(row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
