@@ -64,7 +64,7 @@ def tokenizer_of(vocabulary: list[str]) -> PreTrainedTokenizerFast:
 def write(model: BertForMaskedLM, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[str]:
     """Sequences that the model finds likely, by sampling masked residues in turns (Wang and Cho 2019)."""
     random = torch.Generator().manual_seed(seed)
-    (first,) = tokenizer.convert_tokens_to_ids(["A"])
+    first = tokenizer.get_vocab()["A"]
     found = []
     for _ in range(0, count, BATCH):
         ids_BL = torch.tensor(tokenizer.encode(CHAIN)).repeat(BATCH, 1)
