@@ -326,7 +326,13 @@ def _budget_part(report: Report) -> str:
         predicted = show(line.predicted) + (f" ± {line.error / line.predicted:.1%}" if line.error else "")
         rows.append((what, show(line.limit), predicted, show(line.measured), error, kept))
     head = ("budget", "limit", "predicted", "measured", "measured against predicted", "kept")
-    return "### Budget: predicted and measured\n\n" + table(head, rows)
+    text = "### Budget: predicted and measured\n\n" + table(head, rows)
+    if any(line.error for line in report.budget):
+        text += (
+            "\n\nTimes are predicted by a table of single sites, corrected by whole models with random weights: random plans, and "
+            "those that a search would take, timed before it, and what it found, timed behind it."
+        )
+    return text
 
 
 def _gate_part(report: Report) -> str:

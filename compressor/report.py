@@ -74,7 +74,7 @@ class Row:
 class BudgetLine:
     """One limit of the budget, in bytes or ms, and what the tables predicted and the machine measured.
 
-    error: standard error of what was predicted, as far as the latency table knows it.
+    error: standard error of what was predicted.
     """
 
     name: Literal["bytes", "prefill", "decode"]
