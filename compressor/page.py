@@ -329,8 +329,8 @@ def _budget_part(report: Report) -> str:
     text = "### Budget: predicted and measured\n\n" + table(head, rows)
     if any(line.error for line in report.budget):
         text += (
-            "\n\nTimes are predicted by a table of single sites, corrected by whole models with random weights: random plans, "
-            "and those that a search would take, timed before it, and what it found, timed behind it."
+            "\n\nTimes are predicted by a table of single sites, corrected by whole models with random weights: random "
+            "plans, and those that a search would take, timed before it, and what it found, timed behind it."
         )
     return text
 
