@@ -60,6 +60,9 @@ class Trained(Bank):
     def pruned(self, site: Site, keep: int) -> dict[str, Tensor]:
         return {matrix.name: self._given.matrices[matrix.name].dequantize() for matrix in site.matrices}
 
+    def has_fit(self, name: str, site: Site) -> bool:
+        return site.name in self._fits
+
     def fit(self, name: str, site: Site, action: Action) -> dict[str, Weight] | None:
         return self._fits.get(site.name)
 
