@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -74,8 +73,7 @@ def write_model(folder: Path, tokenizer: str, layers: int, dtype: torch.dtype) -
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    nn.Module.to(model, dtype)
+    model = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type] # as transformers annotates it
     model.save_pretrained(folder, max_shard_size="500MB")
     words.save_pretrained(folder)
 

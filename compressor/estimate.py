@@ -10,7 +10,7 @@ import torch
 
 from compressor import actions
 from compressor.errors import RecipeError
-from compressor.latency import ANCHORS
+from compressor.latency import ANCHORS, CORRECTIONS
 from compressor.measure import Target, available_bytes
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Formats
@@ -24,9 +24,6 @@ EFFICIENCY = 0.6
 
 SECONDS_PER_ENTRY = 2.5
 """A latency-table entry: two stacks, opened and timed three to six times."""
-
-SEARCHED = 3
-"""Plans that are timed as whole models under a limit on time: two before the search, mostly one behind it."""
 
 SECONDS_PER_WHOLE = 10.0
 """A whole model, timed in five rounds."""
@@ -151,7 +148,8 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
         + QUANTIZE_FLOPS_PER_WEIGHT * parameters / speed
     )
     timed = recipe.budget.prefill or recipe.budget.decode
-    wholes = ANCHORS + 1 + (2 * SEARCHED if timed else 0)  # each of these beside another model
+    searched = CORRECTIONS[0] + 1 if timed else 0  # mostly one is enough behind the search
+    wholes = ANCHORS + 1 + 2 * searched  # each of these beside another model
     seconds = {
         "statistics": forward(data.calibration_tokens) + 4 * forward(search.tokens),
         "sensitivity": making + noise,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from math import nan
 from pathlib import Path
@@ -19,7 +19,7 @@ from compressor.plan import ActionMenu, Plan, Site, menu_json
 from compressor.runtimes import runtime
 from compressor.stages import key_of
 from compressor.student import full_plan
-from eval.latency import PHASES, LatencyTable, Milliseconds
+from eval.latency import NO_TIME, PHASES, LatencyTable, Milliseconds
 from eval.prediction import LatencyModel
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 ANCHORS = 4
 """Random plans among the whole models that correct the table."""
 
-NO_TIME = Milliseconds(0.0, 0.0)
+CORRECTIONS = 2, 3
+"""Searched plans among them: before the search, and behind it, at most."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def measure_latency(run: Run) -> Latency:
         times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
         return {
             "bytes": {name: runtime(target.runtime).exported_bytes(folder) for name, folder in folders.items()},
-            "ms": {name: [t.medians.prefill, t.medians.decode] for name, t in times.items()},
+            "ms": {name: astuple(t.medians) for name, t in times.items()},
         }
 
     key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
@@ -120,11 +121,8 @@ def corrected(run: Run, latency: Latency, propose: Callable[[Latency], Plan], mo
         if plan in latency.wholes.values():
             break
         name = f"searched-{len(latency.wholes) - ANCHORS + 1}"
-        wholes, measured = (
-            {**latency.wholes, name: plan},
-            {**latency.measured, name: _measured(run, latency, plan, name)},
-        )
-        latency = replace(latency, wholes=wholes, measured=measured)
+        measured = {**latency.measured, name: _measured(run, latency, plan, name)}
+        latency = replace(latency, wholes={**latency.wholes, name: plan}, measured=measured)
         latency = replace(latency, margin=latency.model.error(plan))
     return latency
 
@@ -143,7 +141,7 @@ def _measured(run: Run, latency: Latency, plan: Plan, name: str) -> Milliseconds
         then = latency.measured[beside]
         return [getattr(times[name], phase) / getattr(times[beside], phase) * getattr(then, phase) for phase in PHASES]
 
-    before = {key: [ms.prefill, ms.decode] for key, ms in latency.measured.items()}
+    before = {key: astuple(ms) for key, ms in latency.measured.items()}
     key = key_of(run.bank.key, run.target.environment, plan.digest, before)
     return Milliseconds(*run.stages.value(name, key, make))
 

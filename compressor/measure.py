@@ -120,8 +120,8 @@ def time_models(
     them, until their medians are known to `STEADY`.
 
     Args:
-        rounds: turns, at least and at most; `ROUNDS` if None.
         models: how to open each for timing; see `opened` and `opened_torch`.
+        rounds: turns, at least and at most; `ROUNDS` if None.
     """
     medians: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     least, most = rounds or ROUNDS

@@ -28,7 +28,7 @@ from compressor.estimate import layer_by_layer
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
-from compressor.latency import Latency, corrected, measure_latency
+from compressor.latency import CORRECTIONS, Latency, corrected, measure_latency
 from compressor.ledger import Ledger, comparable_entries
 from compressor.measure import Target, available_bytes, return_memory_at_once
 from compressor.model import Teacher, load_teacher, read_decoder
@@ -62,9 +62,6 @@ from compressor.text import (
 from eval.latency import PHASES
 from policies import POLICIES, Problem
 from policies.actor_critic import ActorCritic, Memory
-
-CORRECTIONS = 2, 3
-"""Plans that are timed as whole models before the search, and behind it, at most."""
 
 
 def compress(

@@ -65,6 +65,9 @@ class Milliseconds:
     decode: float
 
 
+NO_TIME = Milliseconds(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Milliseconds of one site under one action, one of every pass that measured them."""

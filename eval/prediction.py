@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compressor.plan import Action, Site
-from eval.latency import PHASES, LatencyTable, Milliseconds, entry_key
+from eval.latency import NO_TIME, PHASES, LatencyTable, Milliseconds, entry_key
 
 DEVIATIONS = {"rest": 0.1, "scale": 0.3, "format": 0.1, "entry": 0.05, "whole": 0.03}
 """Standard deviations, as shares. Of the rest from nothing, of a whole model's time; of a cost from its entry, beside the
@@ -51,19 +51,16 @@ class LatencyModel:
         """
         if not wholes:
             raise ValueError("at least one whole model must be measured to scale the table")
-        keys = [key for key, _ in table]
-        model = cls(tuple(sites), {key: 1 + n for n, key in enumerate(keys)}, {}, {})
-        uses_NK = np.stack([model._uses(plan) for plan, _ in wholes])
-        formats_K = np.array([key.split()[-1] for key in keys])
-        found = {}
+        position = {key: 1 + n for n, (key, _) in enumerate(table)}
+        uses_NK = np.stack([_uses(plan, sites, position) for plan, _ in wholes])
+        formats_K = np.array([key.split()[-1] for key in position])
+        mean, covariance = {}, {}
         for phase in PHASES:
             measured_N = np.array([getattr(ms, phase) for _, ms in wholes])
             entries_K = np.array([getattr(entry, f"{phase}_ms") for _, entry in table])
             errors_K = np.array([getattr(entry.error, phase) for _, entry in table])
-            found[phase] = _posterior(uses_NK, measured_N, entries_K, errors_K, formats_K)
-        return cls(
-            model.sites, model.position, {p: f[0] for p, f in found.items()}, {p: f[1] for p, f in found.items()}
-        )
+            mean[phase], covariance[phase] = _posterior(uses_NK, measured_N, entries_K, errors_K, formats_K)
+        return cls(tuple(sites), position, mean, covariance)
 
     @property
     def rest(self) -> Milliseconds:
@@ -72,28 +69,29 @@ class LatencyModel:
 
     def predict(self, plan: Mapping[str, Action]) -> Milliseconds:
         """Expected milliseconds of a plan."""
-        uses_K = self._uses(plan)
+        uses_K = _uses(plan, self.sites, self.position)
         return Milliseconds(*(float(uses_K @ self.mean[phase]) for phase in PHASES))
 
     def error(self, plan: Mapping[str, Action]) -> Milliseconds:
         """Standard error of `predict`."""
-        uses_K = self._uses(plan)
+        uses_K = _uses(plan, self.sites, self.position)
         return Milliseconds(*(float(uses_K @ self.covariance[phase] @ uses_K) ** 0.5 for phase in PHASES))
 
     def site_ms(self, site: Site, action: Action) -> Milliseconds:
         """What one site contributes to `predict`: the additive cost that a search can plan with."""
         if action.keep == 0:
-            return Milliseconds(0.0, 0.0)
+            return NO_TIME
         position = self.position[entry_key(site, action)]
         return Milliseconds(*(float(self.mean[phase][position]) for phase in PHASES))
 
-    def _uses(self, plan: Mapping[str, Action]) -> np.ndarray:
-        """How often a plan takes the rest, once, and every cost: [1 + K]."""
-        counts = Counter(entry_key(site, plan[site.name]) for site in self.sites if plan[site.name].keep)
-        uses_K = np.zeros(1 + len(self.position))
-        uses_K[0] = 1
-        uses_K[[self.position[key] for key in counts]] = list(counts.values())
-        return uses_K
+
+def _uses(plan: Mapping[str, Action], sites: Sequence[Site], position: Mapping[str, int]) -> np.ndarray:
+    """How often a plan takes the rest, once, and every cost: [1 + K]."""
+    counts = Counter(entry_key(site, plan[site.name]) for site in sites if plan[site.name].keep)
+    uses_K = np.zeros(1 + len(position))
+    uses_K[0] = 1
+    uses_K[[position[key] for key in counts]] = list(counts.values())
+    return uses_K
 
 
 def _posterior(
