@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +150,7 @@ def main() -> None:
     with run.stages.timed("timing") as report:
         timed = {name: engine.calls for name, engine in engines.items()} | {"memory": summing}
         times = time_models(timed, rounds=(options.rounds, options.rounds), progress=report)
-    memory = {name: peak_growth_bytes(use, engine) for name, engine in engines.items()}
+    memory = {name: peak_growth_bytes(use, engine.path, asdict(run.target)) for name, engine in engines.items()}
     opening = {name: min(seconds_to_open(engine) for _ in range(3)) for name, engine in engines.items()}
     bandwidth = SUMMED / (times["memory"].decode.median_ms / 1e3)
     ours = times[first]
@@ -251,9 +251,9 @@ def seconds_to_open(engine: Engine) -> float:
         return time.perf_counter() - start
 
 
-def use(engine: Engine) -> None:
+def use(path: str, target: dict) -> None:
     """What peak memory is measured of: one prefill and eight tokens."""
-    with engine.calls() as calls:
+    with Engine(Path(path), Target(**target)).calls() as calls:
         calls.prefill()
         for _ in range(8):
             calls.decode()

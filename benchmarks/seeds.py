@@ -10,25 +10,25 @@ every seed is kept as `report-seed-N.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compressor.pipeline import compress
 from compressor.plan import Action, Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.report import Report, Row, best_so_far, median_of
 from compressor.search import agreement
 
-FIGURES = {
-    "perplexity": lambda row: row["perplexity"],
-    "KL": lambda row: row["kl"],
-    "MB": lambda row: row["size_bytes"] / 1e6,
-    "prefill ms": lambda row: row["prefill_ms"]["median"],
-    "decode ms": lambda row: row["decode_ms"]["median"],
+FIGURES: dict[str, Callable[[Row], float | None]] = {
+    "perplexity": lambda row: row.perplexity,
+    "KL": lambda row: row.kl,
+    "MB": lambda row: row.size_bytes / 1e6 if row.size_bytes else None,
+    "prefill ms": lambda row: median_of(row.prefill_ms),
+    "decode ms": lambda row: median_of(row.decode_ms),
 }
 
 
@@ -46,19 +46,19 @@ def main() -> None:
                 Recipe.load(options.recipe, [f"search.seed={seed}"]), options.out, progress=LineProgress(sys.stderr)
             )
             shutil.copy(options.out / "report.json", kept)
-        reports.append(json.loads(kept.read_text()))
-    rows: dict[str, list[dict]] = defaultdict(list)
+        reports.append(Report.load(kept))
+    rows: dict[str, list[Row]] = defaultdict(list)
     searches: dict[str, list[float]] = defaultdict(list)
     for report in reports:
-        for row in report["rows"]:
-            rows[row["name"]].append(row)
-        for policy in {trial["policy"] for trial in report["trials"]}:
-            searches[policy].append(min(t["kl"] for t in report["trials"] if t["policy"] == policy))
+        for row in report.rows:
+            rows[row.name].append(row)
+        for policy, curve in best_so_far(report.trials).items():
+            searches[policy].append(curve[-1])
     print(f"| {options.seeds} seeds: mean (lowest to highest) |", " | ".join(FIGURES), "|")
     print("| --- |" + " --- |" * len(FIGURES))
     for name, found in rows.items():
         print("|", name, "|", " | ".join(spread([figure(row) for row in found]) for figure in FIGURES.values()), "|")
-    plans = [Plan(tuple((e["site"], Action(e["keep"], e["format"])) for e in report["plan"])) for report in reports]
+    plans = [Plan(tuple((e.site, Action(e.keep, e.format)) for e in report.plan)) for report in reports]
     print(f"\nSites with the same action in two plans: {agreement(plans):.0%}")
     print("\n| best KL of the search | calibration text |\n| --- | --- |")
     for policy, kls in sorted(searches.items()):

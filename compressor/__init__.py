@@ -17,7 +17,8 @@ executor.py      puts plans into the student, scores them  search.py       polic
 ledger.py        every plan that was scored                recovery/       what brings a student back to its teacher
 export/          the one package that knows ONNX           torch_runtime.py  students in torch, with bitsandbytes
 runtimes.py      these two behind the same functions       folder.py       what is deployed, and back into torch
-measure.py       exported students, timed and weighed      results.py      from measurements to the report
+latency.py       what plans take in time                   measure.py      exported students, timed and weighed
+results.py       from measurements to the report           reference.py    every key of a recipe, as a page
 report.py        what a run found                          page.py         the page and the card
 pictures.py      the plots                                 gate.py         limits, and an earlier report
 estimate.py      what a run would take                     cli.py          the command line
@@ -29,30 +30,59 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.errors import CompressorError, RegressionError
+    from compressor.errors import (
+        BudgetError,
+        ComparisonError,
+        CompressorError,
+        DataError,
+        ModelError,
+        RecipeError,
+        RegressionError,
+    )
+    from compressor.estimate import dry_run
     from compressor.folder import load
     from compressor.gate import compare
     from compressor.pipeline import compress
     from compressor.recipe import Recipe
     from compressor.report import Report
 
-__all__ = ["CompressorError", "Recipe", "RegressionError", "Report", "compare", "compress", "load"]
+__all__ = [
+    "BudgetError",
+    "ComparisonError",
+    "CompressorError",
+    "DataError",
+    "ModelError",
+    "Recipe",
+    "RecipeError",
+    "RegressionError",
+    "Report",
+    "compare",
+    "compress",
+    "dry_run",
+    "load",
+]
 
 _HOMES = {
-    "CompressorError": "compressor.errors",
     "Recipe": "compressor.recipe",
-    "RegressionError": "compressor.errors",
     "Report": "compressor.report",
     "compare": "compressor.gate",
     "compress": "compressor.pipeline",
+    "dry_run": "compressor.estimate",
     "load": "compressor.folder",
-}
+} | {name: "compressor.errors" for name in __all__ if name.endswith("Error")}
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are used: torch and transformers take seconds."""
+    import importlib
+    from importlib.metadata import version
+
+    if name == "__version__":
+        return version("model-compressor")
     if name not in _HOMES:
         raise AttributeError(f"module 'compressor' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "__version__"]

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,8 @@ class DefaultRun(TyperGroup):
     """`compress recipe.yaml` is short for `compress run recipe.yaml`: what names no command is given to `run`."""
 
     def parse_args(self, ctx, args):
-        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        if args and args[0] not in {*self.commands, *own}:
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -36,8 +38,18 @@ class DefaultRun(TyperGroup):
 app = typer.Typer(cls=DefaultRun, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("model-compressor"))
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    show: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Shows the version and ends.")
+    ] = False,
+) -> None:
     """Compresses a language model to a budget: `compress recipe.yaml`."""
 
 
@@ -68,7 +80,7 @@ def run(
         if dry_run:
             from compressor.estimate import dry_run as estimate
 
-            show_dry_run(estimate(loaded))
+            show_dry_run(estimate(loaded, trust_remote_code))
             return
         # both are read by later imports: threads that wait must not keep a core from other processes, and progress is ours
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -84,9 +96,10 @@ def run(
         with shown as progress:
             report = pipeline.compress(loaded, folder, trust_remote_code=trust_remote_code, progress=progress)
 
-        from compressor.page import headline
+        from compressor.page import headline, verdict
 
-        typer.echo(f"{headline(report)}\n{folder / 'report.md'}")
+        said = f"{headline(report)}{verdict(report)}".replace("**", "")
+        typer.echo(f"{said}\n{folder / loaded.deployed}\n{folder / 'report.html'}\n{folder / 'report.md'}")
 
 
 @app.command()
@@ -120,6 +133,12 @@ def check(
             help="What may be lost: perplexity_ratio=2%, accuracy_ratio, bytes, prefill, decode.",
         ),
     ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit", metavar="NAME=LIMIT", help="A further limit, as in a recipe's gate: bytes=60MB, kl=0.1."
+        ),
+    ] = None,
     times: Annotated[
         bool, typer.Option("--times/--no-times", help="Whether times are compared with the baseline's.")
     ] = True,
@@ -139,31 +158,34 @@ def check(
         from compressor.files import write_text_atomic
 
         report = gate.read_report(folder)
-        lines = gate.every_line(report, baseline, dict(map(parse_tolerance, tolerance or ())), times)
+        further = dict(pair("--limit", text, "bytes=60MB") for text in limits or ())
+        lines = gate.every_line(report, baseline, dict(map(parse_tolerance, tolerance or ())), times, further)
         for path, text in ((json_file, gate.as_json), (junit, gate.as_junit)):
             if path is not None:
                 write_text_atomic(path, text(lines, report))
         if benchmark is not None:
             write_text_atomic(benchmark, gate.as_benchmark(report))
-        typer.echo(gate.gate_table(lines) if lines else "nothing to check: the recipe has no gate; name a --baseline")
+        typer.echo(
+            gate.gate_table(lines) if lines else "no limits: the recipe has no gate; name a --baseline or a --limit"
+        )
         gate.require(report, lines)
 
 
 def parse_tolerance(text: str) -> tuple[str, float]:
     """`decode=15%` or `decode=0.15` -> (name, share)."""
-    from compressor.gate import TOLERANCE
-
-    name, _, value = text.partition("=")
-    share = value.strip().removesuffix("%")
+    name, value = pair("--tolerance", text, "decode=15%")
     try:
-        allowed = float(share) / (100 if value.strip().endswith("%") else 1)
+        return name, float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
-        allowed = -1.0
-    if name not in TOLERANCE or allowed < 0:
-        raise RecipeError(
-            f"--tolerance {text}: expected NAME=SHARE such as decode=15%, NAME among {', '.join(TOLERANCE)}"
-        )
-    return name, allowed
+        raise RecipeError(f"--tolerance {text}: expected a share such as decode=15%") from None
+
+
+def pair(option: str, text: str, example: str) -> tuple[str, str]:
+    """`NAME=VALUE` -> (name, value)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"{option} {text}: expected {option} NAME=VALUE, such as {example}")
+    return name.strip(), value.strip()
 
 
 @app.command()
@@ -263,15 +285,13 @@ def show_dry_run(plan: DryRun) -> None:
     sites = Table(title=f"{plan.model}: {len(plan.sites)} sites, {plan.actions} actions", title_justify="left")
     for name in ("site", "units", "parameters", "actions", "smallest", "largest"):
         sites.add_column(name, justify="left" if name == "site" else "right")
+    alike: dict[tuple, list[str]] = {}
     for site in plan.sites:
-        sites.add_row(
-            site.name,
-            str(site.units),
-            f"{site.parameters:,}",
-            str(site.actions),
-            size(site.smallest_bytes),
-            size(site.largest_bytes),
-        )
+        shape = (site.units, site.parameters, site.actions, site.smallest_bytes, site.largest_bytes)
+        alike.setdefault((site.kind, *shape), []).append(site.name)
+    for (kind, units, parameters, actions, smallest, largest), names in alike.items():
+        name = names[0] if len(names) == 1 else f"{len(names)} × {kind}"
+        sites.add_row(name, str(units), f"{parameters:,}", str(actions), size(smallest), size(largest))
     console.print(sites)
     budget = "none" if plan.bytes_budget is None else size(plan.bytes_budget)
     console.print(

@@ -1,7 +1,8 @@
 """Is a result good enough? A report against limits, and against an earlier report of the same thing; told to people and CI.
 
-Perplexity, accuracy and bytes are compared as they are. Times are noisy: against a limit the fastest round counts, against a
-baseline the ratio to the fp32 export that was timed beside it, and what may be lost grows by what the times are uncertain by.
+Perplexity, KL, accuracy, bytes and memory are compared as they are. Times are noisy: against a limit the lower end of where
+the true median lies counts, against a baseline the ratio to the fp32 export that was timed beside it, and what may be lost
+grows by what the times are uncertain by.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from xml.etree import ElementTree
 
 from pydantic import ValidationError
 
-from compressor.errors import ComparisonError, DataError, RegressionError
+from compressor.errors import ComparisonError, DataError, RecipeError, RegressionError
 from compressor.recipe import GateSection, ToleranceSection
 from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
 
@@ -71,9 +72,13 @@ def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ..
     for kind, find in RATIOS.items():
         if (most := getattr(gate, kind)) is not None:
             lines.append(GateLine(kind, most, ratio := find(rows), ratio <= most))
-    if gate.bytes is not None:
-        most, size = gate.bytes.resolve(_measured(reference.size_bytes)), _measured(student.size_bytes)
-        lines.append(GateLine("bytes", most, size, size <= most))
+    if gate.kl is not None:
+        lines.append(GateLine("kl", gate.kl, kl := _measured(student.kl), kl <= gate.kl))
+    for name, limit, role in (("bytes", gate.bytes, "size_bytes"), ("memory", gate.memory, "peak_memory_bytes")):
+        if limit is not None:
+            most = limit.resolve(_measured(getattr(reference, role)) if limit.relative else 0.0)
+            size = _measured(getattr(student, role))
+            lines.append(GateLine(name, most, size, size <= most))  # type: ignore[arg-type]
     for name, limit in (("prefill", gate.prefill), ("decode", gate.decode)):
         if limit is not None:
             time = _timed(getattr(student, f"{name}_ms"))
@@ -93,7 +98,13 @@ def against_baseline(
 
     Raises:
         ComparisonError: the two measured different things; all of them are named.
+        RecipeError: a tolerance is negative, or has no such name.
     """
+    for name, share in tolerance.items():
+        if name not in TOLERANCE or not share >= 0:
+            raise RecipeError(
+                f"tolerance {name} = {share}: expected a share of at least 0 of one of {', '.join(TOLERANCE)}"
+            )
     allowed = {**TOLERANCE, **tolerance}
     if differences := _differences(report, baseline, times):
         raise ComparisonError(
@@ -134,12 +145,21 @@ def every_line(
     baseline: str | Path | Report | None = None,
     tolerance: Mapping[str, float] = TOLERANCE,
     times: bool = True,
+    limits: Mapping[str, Any] | None = None,
 ) -> tuple[GateLine, ...]:
-    """The lines of the run's own recipe, and those against a baseline, if there is one: a report, or where it lies."""
-    if baseline is None:
-        return report.gate
-    earlier = baseline if isinstance(baseline, Report) else read_report(baseline)
-    return (*report.gate, *against_baseline(report, earlier, tolerance, times))
+    """The lines of the run's own recipe, of further limits, as a recipe's `gate` has them, and those against a baseline, if
+    there is one: a report, or where it lies.
+
+    Raises:
+        RecipeError: a limit is none.
+    """
+    lines = report.gate
+    if limits:
+        lines += against_limits(report.rows, GateSection.of_limits(limits))
+    if baseline is not None:
+        earlier = baseline if isinstance(baseline, Report) else read_report(baseline)
+        lines += against_baseline(report, earlier, tolerance, times)
+    return lines
 
 
 def _differences(report: Report, baseline: Report, times: bool) -> list[str]:
@@ -172,7 +192,10 @@ def _measured(value: float | None) -> float:
 
 def _timed(timing: Timing | None) -> Timing:
     if timing is None:
-        raise ComparisonError("expected times in the report, found none; run the recipe to its end")
+        raise ComparisonError(
+            "expected times of the fp32 export and the student in the report, found none: a run layer by layer has no fp32 "
+            "export; leave the times out (--no-times, times=False)"
+        )
     return timing
 
 
@@ -242,12 +265,13 @@ def as_junit(lines: Sequence[GateLine], report: Report) -> str:
     suite = ElementTree.Element("testsuite", name="compress check")
     for line in lines:
         what, show, _ = AXES[line.name]
-        case = ElementTree.SubElement(suite, "testcase", classname="compress.check", name=line.name)
+        against = "limit" if line.baseline is None else "baseline"  # one name may stand in both
+        case = ElementTree.SubElement(suite, "testcase", classname=f"compress.{against}", name=line.name)
         if not line.passed:
             text = f"{what}: expected at most {show(line.limit)}, measured {show(line.measured)}"
             ElementTree.SubElement(case, "failure", message=text)
     if report.parity:
-        case = ElementTree.SubElement(suite, "testcase", classname="compress.check", name="parity")
+        case = ElementTree.SubElement(suite, "testcase", classname="compress.export", name="parity")
         if not report.parity.passed:
             text = f"expected at most {report.parity.tolerance:g}, measured {report.parity.relative_error:.2g}"
             ElementTree.SubElement(case, "failure", message=text)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compressor.files import write_text_atomic
 from compressor.folder import save_folder, save_random
 from compressor.measure import cache_flusher, opened, time_models
 from compressor.plan import ActionMenu, Plan, Site, menu_json
@@ -81,12 +82,8 @@ def measure_latency(run: Run) -> Latency:
     folders = {name: run.out / "stages" / name for name in (*teacher, *anchors)}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     table = LatencyTable(run.out / "latency.json", target.environment)
-
-    def make(report_progress) -> dict:
-        for name, plan in teacher.items():
-            save_folder(run.bank.realize(plan), run.teacher, folders[name], target.runtime)
-        for name, plan in anchors.items():
-            save_random(plan, run.teacher, folders[name], target.runtime)
+    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
+    with stages.timed("latency", key) as report_progress:
         stack = partial(
             runtime(target.runtime).site_stack,
             decoder,
@@ -96,17 +93,30 @@ def measure_latency(run: Run) -> Latency:
             threads=target.threads,
         )
         table.measure(wanted, stack, flush=cache_flusher(target.device), progress=report_progress)
-        times = time_models({name: partial(opened, folder, target) for name, folder in folders.items()})
-        return {
-            "bytes": {name: runtime(target.runtime).exported_bytes(folder) for name, folder in folders.items()},
-            "ms": {name: astuple(t.medians) for name, t in times.items()},
-        }
+        for name, plan in teacher.items():
+            _once(folders[name], key, partial(save_folder, run.bank.realize(plan), run.teacher, where=target.runtime))
+        for name, plan in anchors.items():
+            _once(folders[name], key, partial(save_random, plan, run.teacher, where=target.runtime))
 
-    key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
-    found = stages.value("latency", key, make)
-    measured = {name: Milliseconds(*ms) for name, ms in found["ms"].items()}
-    size = found["bytes"].get("fp32") or runtime(target.runtime).fp32_bytes(decoder)
+    def make(report_progress) -> dict[str, tuple[float, ...]]:
+        models = {name: partial(opened, folder, target) for name, folder in folders.items()}
+        return {name: astuple(t.medians) for name, t in time_models(models, progress=report_progress).items()}
+
+    times = stages.value("whole-models", key, make)
+    measured = {name: Milliseconds(*ms) for name, ms in times.items()}
+    where = runtime(target.runtime)
+    size = where.exported_bytes(folders["fp32"]) if teacher else where.fp32_bytes(decoder)
     return Latency(table, tuple(sites), size, anchors, measured, folders)
+
+
+def _once(folder: Path, key: str, save: Callable[[Path], None]) -> None:
+    """Have a folder saved, unless it was under the same key."""
+    made = folder / "key.txt"
+    if made.is_file() and made.read_text() == key:
+        return
+    made.unlink(missing_ok=True)
+    save(folder)
+    write_text_atomic(made, key)
 
 
 def corrected(run: Run, latency: Latency, propose: Callable[[Latency], Plan], most: int) -> Latency:

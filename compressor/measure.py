@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,7 +46,10 @@ class Target:
         precision: Precision = "float16" if device == "cuda" else "float32"
         if wanted.precision != "auto":
             precision = wanted.precision
-        return cls(wanted.runtime, device, precision, wanted.threads, wanted.workload.prefill, wanted.workload.context)
+        threads = wanted.threads
+        if threads is None and len(_processors()) < (os.cpu_count() or 1):
+            threads = cores()  # ONNX Runtime would start one for every core of the machine
+        return cls(wanted.runtime, device, precision, threads, wanted.workload.prefill, wanted.workload.context)
 
     @property
     def environment(self) -> dict[str, str | int | None]:
@@ -67,6 +70,9 @@ class Target:
 
 ROUNDS = (5, 12)
 """Turns of models that are timed, at least and at most."""
+
+PREFILLS, DECODES = 4, 24
+"""Calls of a model in a turn."""
 
 STEADY = 0.06
 """Half of the interval in which a median lies, as a share, with which it is known well enough: two standard errors."""
@@ -110,8 +116,6 @@ def time_models(
     models: Mapping[str, Callable[[], AbstractContextManager[BenchCalls]]],
     *,
     rounds: tuple[int, int] | None = None,
-    prefills: int = 4,
-    decodes: int = 24,
     progress: Callable[[int, int, str], None] = lambda done, total, message: None,
 ) -> dict[str, Times]:
     """Prefill and decode times of several models, by name.
@@ -128,8 +132,8 @@ def time_models(
     for turn in range(most):
         for index, (name, open_model) in enumerate(models.items()):
             with open_model() as calls:
-                medians[name][0].append(time_call(calls.prefill, repeats=prefills).median_ms)
-                medians[name][1].append(time_call(calls.decode, repeats=decodes).median_ms)
+                medians[name][0].append(time_call(calls.prefill, repeats=PREFILLS))
+                medians[name][1].append(time_call(calls.decode, repeats=DECODES))
             progress(turn * len(models) + index + 1, max(turn + 1, least) * len(models), name)
         times = {name: Times(Spread.of(prefill), Spread.of(decode)) for name, (prefill, decode) in medians.items()}
         if turn + 1 >= least and all(max(t.prefill.error, t.decode.error) <= STEADY for t in times.values()):
@@ -190,12 +194,13 @@ def cache_flusher(device: Device) -> Callable[[], object]:
 
 def peak_memory_bytes(folder: Path, target: Target) -> int:
     """Memory that an exported folder takes at its highest: opened, one prefill, eight decoded tokens."""
-    return peak_growth_bytes(_use, folder, target)
+    return peak_growth_bytes(_use, folder, asdict(target))
 
 
-def _use(folder: Path, target: Target) -> None:
-    with runtime(target.runtime).open_model(folder, target.device, target.threads) as model:
-        model.rehearse(target.prefill_tokens)
+def _use(folder: str, target: dict) -> None:
+    wanted = Target(**target)
+    with runtime(wanted.runtime).open_model(Path(folder), wanted.device, wanted.threads) as model:
+        model.rehearse(wanted.prefill_tokens)
 
 
 def available_bytes() -> int:
@@ -232,8 +237,17 @@ def return_memory_at_once() -> None:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Physical cores that this process may use: what ONNX Runtime has threads for."""
+    siblings = set()
+    for number in _processors():
+        path = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(number))
+    return len(siblings)
+
+
+def _processors() -> set[int]:
+    """Numbers of those that this process may use, a core's threads one by one."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def processor() -> str:

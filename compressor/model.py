@@ -273,10 +273,24 @@ def _pooling(path: str | Path, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 def _cannot_load(path: str | Path, gguf: str | None, why: Exception | str) -> ModelError:
     said = why if isinstance(why, str) else f"transformers says: {_first_line(why)}"
+    if not gguf and not isinstance(why, str):
+        said = f"{_lacking(Path(path))}{said}"
     return ModelError(
         f"model.path = {str(path)!r}{f' with gguf = {gguf!r}' if gguf else ''} cannot be loaded; "
         f"expected a hub id or a local folder with config.json, tokenizer and weights; {said}"
     )
+
+
+def _lacking(folder: Path) -> str:
+    """What a folder obviously has not, and what to do about it."""
+    if not folder.is_dir():
+        return "there is no such folder, so it was looked for on the hub; "
+    names = [path.name for path in folder.iterdir()]
+    if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in names):
+        return "it has no tokenizer; copy tokenizer.json and tokenizer_config.json of the model that it was made of there; "
+    if not any(name.endswith(".safetensors") for name in names) and any(name.endswith(".bin") for name in names):
+        return "its weights are pickled, which may run code; write them with save_pretrained of transformers; "
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from compressor.report import (
     Alternative,
     Report,
     Sample,
+    Task,
     Timing,
     Training,
     best_so_far,
@@ -127,7 +128,8 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
 
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
     samples = _samples_part(report)
-    parts = [_sample_table(report.samples) if part == samples else render(part) for part in _parts(report) if part]
+    shown = _sample_table(report.samples, report.task)
+    parts = [shown if part == samples else render(part) for part in _parts(report) if part]
     body = "\n".join(parts)
     for tags in (DETAILS, DETAILS_END):
         body = body.replace(f"<p>{escape(tags)}</p>", tags)
@@ -138,11 +140,11 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
     return f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n"
 
 
-def _sample_table(samples: Sequence[Sample]) -> str:
+def _sample_table(samples: Sequence[Sample], task: Task) -> str:
     """Teacher and student side by side, as HTML."""
     rows = [("prompt", "teacher", "student"), *((s.prompt, s.teacher or "–", s.student) for s in samples)]
     cells = ["".join(f"<td class=text>{escape(text)}</td>" for text in row) for row in rows]
-    return f"<h2>Samples</h2><p>Greedy continuations.</p><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+    return f"<h2>Samples</h2><p>{MADE[task]}</p><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def card(report: Report) -> str:
@@ -161,6 +163,7 @@ def card(report: Report) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_model_name(report)}, compressed",
         headline(report),
+        _asked(report),
         _rows_table(report),
         re.sub(r"!\[.*?\]\(.*?\)\n\n", "", _plan_part(report)),
         _run_part(report),
@@ -187,7 +190,9 @@ def _run_part(report: Report) -> str:
     if encoder:
         parts.append(THREE)
     elif not _in_torch(report):
-        others = "ONNX Runtime GenAI, transformers.js and optimum" if _writes(report) else "optimum"
+        others = "optimum"
+        if _writes(report):
+            others = "ONNX Runtime GenAI, transformers.js and, if no attention was pruned, optimum"
         if report.task == "sentence-similarity":
             others = (
                 'sentence-transformers (`SentenceTransformer("FOLDER", backend="onnx")`), transformers.js and optimum'
@@ -204,7 +209,7 @@ def summary(report: Report) -> str:
 def _first_parts(report: Report) -> list[str]:
     return [
         f"# {_model_name(report)}, compressed",
-        f"**{headline(report)}**{_verdict(report)}",
+        f"**{headline(report)}**{verdict(report)}",
         _asked(report),
         "## What came out",
         _rows_table(report),
@@ -233,7 +238,8 @@ def _model_name(report: Report) -> str:
     return path if path.count("/") == 1 else path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """Whether the budget was kept and the gate passed, as sentences behind the headline."""
     missed = [line.name for line in report.budget if not line.fits]
     failed: list[str] = [line.name for line in report.gate if not line.passed]
     if report.parity and not report.parity.passed:
@@ -411,11 +417,14 @@ def _sites_part(report: Report) -> str:
 
 
 def _alternative(found: Alternative | None) -> str:
-    """`384:w8: +1.3 MB, sensitivity 0.0004`."""
+    """`384:w8: +1.3 MB, +0.2 ms prefill, sensitivity 0.0004`."""
     if found is None:
         return "–"
-    sign = "+" if found.extra_bytes >= 0 else "−"
-    return f"{found.action}: {sign}{size(abs(found.extra_bytes))}, sensitivity {number(found.sensitivity)}"
+    told = []
+    for name, extra in found.extra.items():
+        what, show, _ = AXES[name]
+        told.append(f"{'+' if extra >= 0 else '−'}{show(abs(extra))}" + ("" if name == "bytes" else f" {what}"))
+    return f"{found.action}: {', '.join(told)}, sensitivity {number(found.sensitivity)}"
 
 
 def _search_part(report: Report) -> str:

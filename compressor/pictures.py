@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from compressor.plan import Formats
@@ -13,6 +13,8 @@ from compressor.report import PlanEntry, Recovery, Report, Row, Trial, best_so_f
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+RGB = tuple[float, float, float]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, which is told apart by colour-blind readers too."""
@@ -156,10 +158,19 @@ def _quality_figure(report: Report) -> Figure:
     return figure
 
 
-def _colour(name: str) -> str:
-    formats = Formats.parse(name)
-    kind = "a8" if formats.most.a8 else formats.most.kind
-    return _FORMAT_COLOURS.get((kind, formats.bits), "#999999")
+def _format_colours(names: Sequence[str]) -> dict[str, RGB]:
+    """A colour for every format: that of its kind and bits, paler for every other one that has it already."""
+    from matplotlib.colors import to_rgb
+
+    colours: dict[str, RGB] = {}
+    for name in names:
+        formats = Formats.parse(name)
+        kind = "a8" if formats.most.a8 else formats.most.kind
+        red, green, blue = to_rgb(_FORMAT_COLOURS.get((kind, formats.bits), "#999999"))
+        while (red, green, blue) in colours.values():
+            red, green, blue = (1 - 0.6 * (1 - part) for part in (red, green, blue))
+        colours[name] = (red, green, blue)
+    return colours
 
 
 COLUMNS = {"attention": "attention: groups kept", "cross": "across: groups kept", "ffn": "feed-forward: channels kept"}
@@ -184,11 +195,14 @@ def _plan_figure(report: Report) -> Figure:
     figure = _figure(7.5, 1.6 + 0.2 * (layers + len(ends)))
     every = figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08})
     left = every[0]
+    used = {entry.format for entry in report.plan if entry.keep}
+    formats = sorted(used, key=lambda name: (-Formats.parse(name).bits, Formats.parse(name).most.kind, name))
+    colours = _format_colours(formats)
     for axes, column in zip(every, columns, strict=True):
         for row, block in enumerate(blocks):
             parts = [entry for entry in report.plan if places.get(entry.site) == (block, column)]
             for number, entry in enumerate(parts):  # a mixture's experts lie in one row
-                _bar(axes, row + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, 1 / len(parts))
+                _bar(axes, row + 0.8 * ((number + 0.5) / len(parts) - 0.5), entry, colours, 1 / len(parts))
         axes.set_title(COLUMNS[column], fontsize=24 / len(columns))
         axes.set_xlim(0, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "all"])
@@ -198,30 +212,28 @@ def _plan_figure(report: Report) -> Figure:
         # the embedding stands above the first block, the head below the last, each over all columns
         place = -1.5 if entry.kind == "embedding" else layers + 0.5
         for axes in every:
-            _bar(axes, place, entry)
+            _bar(axes, place, entry, colours)
     ticks: dict[float, str] = {-1.5 if entry.kind == "embedding" else layers + 0.5: entry.kind for entry in ends}
     names = [block.removeprefix("layers.").replace("encoder.layers.", "encoder ") for block in blocks] or ["0"]
     ticks |= {place: names[place] for place in range(0, layers, 1 if layers <= 40 else 5)}
     left.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     left.set_ylim(layers + (1.2 if any(entry.kind == "head" for entry in ends) else -0.3), -2.2 if ends else -0.7)
     left.set_ylabel("block")
-    used = {entry.format for entry in report.plan if entry.keep}
-    formats = sorted(used, key=lambda name: (-Formats.parse(name).bits, Formats.parse(name).most.kind, name))
-    patches = [Patch(color=_colour(name), label=name) for name in formats]
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
     if any(entry.keep == 0 for entry in report.plan):
         patches.append(Patch(facecolor="white", edgecolor="#b22222", label="dropped"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     return figure
 
 
-def _bar(axes: Axes, place: float, entry: PlanEntry, row: float = 1.0) -> None:
+def _bar(axes: Axes, place: float, entry: PlanEntry, colours: Mapping[str, RGB], row: float = 1.0) -> None:
     """The kept part in the format's colour over a pale bar for the whole; a dropped sub-layer is a red outline. row: height
     that there is for it."""
     if entry.keep == 0:
         axes.barh(place, 1, height=0.7 * row, color="white", edgecolor="#b22222", linewidth=0.8)
         return
     axes.barh(place, 1, height=0.8 * row, color="#eeeeee")
-    axes.barh(place, entry.keep / entry.units, height=0.8 * row, color=_colour(entry.format))
+    axes.barh(place, entry.keep / entry.units, height=0.8 * row, color=colours[entry.format])
 
 
 def _distillation_figure(recovery: Recovery) -> Figure:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compressor import actions, gate, page, report, results
 from compressor.bank import MEMORY_BYTES, Bank
-from compressor.errors import BudgetError, DataError, ModelError, RecipeError, RuntimeTargetError
-from compressor.estimate import layer_by_layer
+from compressor.errors import BudgetError, DataError, ModelError, RecipeError
+from compressor.estimate import check_bytes, layer_by_layer, runnable
 from compressor.executor import Executor, Reference
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
@@ -44,7 +44,7 @@ from compressor.recovery.reward import Judge, Reward, check_rewards
 from compressor.recovery.rollouts import Writer
 from compressor.recovery.trained import LEARNING_RATES
 from compressor.runtimes import runtime
-from compressor.search import Scorer, Trials, best, build_problem, finalists, label, run_policy
+from compressor.search import Scorer, Trials, best, build_problem, complete, finalists, label, run_policy
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.stages import Stages, key_of
 from compressor.student import Decoder, Student
@@ -65,36 +65,42 @@ from policies.actor_critic import ActorCritic, Memory
 
 
 def compress(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     out: str | Path,
     *,
     trust_remote_code: bool = False,
     progress: ProgressCallback = silent,
     rewards: Mapping[str, Reward] = MappingProxyType({}),
 ) -> report.Report:
-    """Run a recipe into the folder `out`; the exported student lies in `out/onnx`, the report in `out/report.md`.
+    """Run a recipe, or the one in a YAML file, into the folder `out`; the exported student lies in `out/onnx`, the report in
+    `out/report.md`.
 
     rewards: functions (prompt, what was written) -> number, which `distill.rl.rewards` of the recipe may name. A finished
     training is known by their names: change the name with the function.
 
     Raises:
+        RecipeError: the recipe is wrong, or names files that are not there.
         CompressorError: a stage could not go on; what was finished is kept.
         ComparisonError: the gate's baseline measured something else; everything is written nevertheless.
         RegressionError: the result misses the recipe's gate; everything is written nevertheless.
     """
     out = Path(out)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe.check_files()
     if recipe.distill.method == "rl":
         check_rewards(recipe.distill.rl.rewards, rewards)
     earlier = gate.read_report(recipe.gate.baseline) if recipe.gate.baseline else None
     with exclusive(out):
         run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
+        known, memory = reused(run)
         sensitivity = find_sensitivities(run)
         latency = measure_latency(run)
         latency = corrected(run, latency, lambda latency: obvious_plan(run, sensitivity, latency), CORRECTIONS[0])
         problem = pose(run, sensitivity, latency)
-        trials = search(run, problem)
-        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, trials))), CORRECTIONS[1])
-        chosen = choose(run, within(run, latency, trials))
+        trials = search(run, problem, known, memory)
+        scored = complete([*trials.values(), [trial for trial in known if problem.fits(problem.indices(trial[0]))]])
+        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, scored))), CORRECTIONS[1])
+        chosen = choose(run, within(run, latency, scored))
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
@@ -141,7 +147,9 @@ class Texts:
             target_length=data.said_length,
         )
         more = partial(load, data.calibration)
-        windows_NL = more(tokens=total)
+        to_lower = f"data.calibration_tokens = {data.calibration_tokens} or search.tokens = {tokens}"
+        counted = f"{to_lower} (these count twice: plans are scored, and recovery is judged, on other text)"
+        windows_NL = more(tokens=total, asked=counted)
         paired = any(source.target for source in data.calibration)
         # a part of such a window may predict nothing
         length = data.sequence_length if marking or paired else tokens // count
@@ -155,7 +163,8 @@ class Texts:
             fresh_NL = more(tokens=training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
             trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
         each = data.evaluation_tokens // len(data.evaluation)
-        evaluation = {source.name: load([source], tokens=each) for source in data.evaluation}
+        every = f"data.evaluation_tokens = {data.evaluation_tokens}, of which every text gives as many"
+        evaluation = {source.name: load([source], tokens=each, asked=every) for source in data.evaluation}
         return cls(score_NL, rest_NL[:held_out], rest_NL[held_out:], fitted_NL, trained_NL, evaluation, anchors_NL)
 
     def answered(self, embedder: Network) -> Texts:
@@ -204,25 +213,6 @@ class Run:
         return Executor(self.bank, self.texts.score_NL)
 
 
-def runnable(recipe: Recipe, target: Target) -> Recipe:
-    """The recipe with the formats that the target runs.
-
-    Raises:
-        RuntimeTargetError: it does not run one that the recipe names, or none at all.
-    """
-    search, left = recipe.search, {}
-    for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
-        formats = getattr(search, key)
-        refused = runtime(target.runtime).refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
-        left[key] = tuple(name for name in formats if name not in refused)
-        if refused and (key in search.model_fields_set or not left[key]):
-            raise RuntimeTargetError(
-                f"{target.environment['runtime']} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
-                f"{target.precision}: take them out of search.{key}. It says: {next(iter(refused.values()))}"
-            )
-    return recipe.model_copy(update={"search": search.model_copy(update=left)})
-
-
 def start(
     recipe: Recipe,
     out: Path,
@@ -234,12 +224,15 @@ def start(
 
     Raises:
         RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
+        BudgetError: the smallest plan has more bytes than are budgeted.
     """
     target = Target.of(recipe.target)
     recipe, model = runnable(recipe, target), recipe.model
     with stages.timed("teacher"):
         given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
-        layerwise = layer_by_layer(recipe, read_decoder(model.path, **given))
+        decoder = replace(read_decoder(model.path, **given), precision=target.precision)
+        check_bytes(recipe, decoder)
+        layerwise = layer_by_layer(recipe, decoder)
         out.mkdir(parents=True, exist_ok=True)
         if layerwise:
             return_memory_at_once()
@@ -380,16 +373,11 @@ Searches = dict[tuple[str, int], Trials]
 """Trials by (policy, seed)."""
 
 
-def search(run: Run, problem: Problem) -> Searches:
-    """All searches, the rivals' first. A plan that one had scored costs the next nothing."""
+def search(run: Run, problem: Problem, earlier: Trials = (), memory: Memory | None = None) -> Searches:
+    """All searches, the rivals' first. A plan that one had scored costs the next nothing. earlier, memory: see `reused`."""
     settings = run.recipe.search
     numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
     limits = [dict(problem.fixed), dict(problem.limits)]
-    if settings.reuse and Path(settings.reuse).resolve() == run.out.resolve():
-        raise RecipeError(
-            f"search.reuse = {settings.reuse}: expected the folder of another run, it is this one's; name another"
-        )
-    earlier, memory = _earlier(settings.reuse, run.menu, run.comparable)
     told = [[plan.digest, score.part, score.kl] for plan, score in earlier]
     key = key_of(run.comparable, numbers, limits, told, memory and memory.families)
     scorer = Scorer(lambda *asked: run.executor.score(*asked))  # the executor is made when it is needed
@@ -411,11 +399,16 @@ MEMORY_FILE = "policy.safetensors"
 """What the agent leaves to the searches of other runs, in the run's folder."""
 
 
-def _earlier(folder: str | None, menu: ActionMenu, comparable: str) -> tuple[Trials, Memory | None]:
+def reused(run: Run) -> tuple[Trials, Memory | None]:
     """What `search.reuse` brings: scores, if they were made of the same model, texts and menu, else the agent's memory."""
+    folder = run.recipe.search.reuse
     if not folder:
         return [], None
-    if scores := comparable_entries(Path(folder) / "ledger.log", menu, comparable):
+    if Path(folder).resolve() == run.out.resolve():
+        raise RecipeError(
+            f"search.reuse = {folder}: expected the folder of another run, it is this one's; name another"
+        )
+    if scores := comparable_entries(Path(folder) / "ledger.log", run.menu, run.comparable):
         return scores, None
     try:
         return [], Memory.read(Path(folder) / MEMORY_FILE)
@@ -438,16 +431,15 @@ class Finalist:
     recovered_kl: float | None = None
 
 
-def within(run: Run, latency: Latency, trials: Searches) -> dict[Plan, float]:
-    """The plans that were scored on all of the text and are expected to be fast enough, with what is known of times by now,
-    and their KL, the best first; if none is, the one that misses by least."""
+def within(run: Run, latency: Latency, scored: Mapping[Plan, float]) -> dict[Plan, float]:
+    """The scored plans that are expected to be fast enough, with what is known of times by now, and their KL, the best first;
+    if none is, the one that misses by least."""
     limits, over = limits_of(run, latency), {}
-    found = {plan: score.kl for told in trials.values() for plan, score in told if score.part is None}
-    for plan in found:
+    for plan in scored:
         expected = latency.model.predict(plan)
         over[plan] = max(getattr(expected, phase) / limits.get(f"{phase}_ms", inf) for phase in PHASES)
     most = max(1.0, min(over.values()))
-    return {plan: kl for plan, kl in sorted(found.items(), key=lambda item: item[1]) if over[plan] <= most}
+    return {plan: kl for plan, kl in sorted(scored.items(), key=lambda item: item[1]) if over[plan] <= most}
 
 
 def choose(run: Run, kls: dict[Plan, float]) -> list[Finalist]:

@@ -131,6 +131,12 @@ def _beside_recipe(path: str, info: ValidationInfo) -> str:
     return str(Path(folder, Path(path).expanduser())) if folder else path
 
 
+def _beside_recipe_or_on_hub(name: str, info: ValidationInfo) -> str:
+    local = _beside_recipe(name, info)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return local if looks_local or Path(local).is_dir() else name
+
+
 class ModelSection(Section):
     """The teacher."""
 
@@ -155,9 +161,7 @@ class ModelSection(Section):
     @field_validator("path")
     @classmethod
     def _local(cls, path: str, info: ValidationInfo) -> str:
-        local = _beside_recipe(path, info)
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        return local if looks_local or Path(local).is_dir() else path
+        return _beside_recipe_or_on_hub(path, info)
 
     @property
     def is_local(self) -> bool:
@@ -180,13 +184,14 @@ class TextSource(Section):
     file: str | None = None
     """Path of a UTF-8 text file, relative to the recipe's folder; one that ends in .jsonl has a JSON object a line."""
     dataset: str | None = None
-    """Hub id of a data set, or its local folder; streamed, never downloaded whole."""
+    """Hub id of a data set, or its local folder, relative to the recipe's; streamed, never downloaded whole."""
     config: str | None = None
     """Configuration (subset) of the data set."""
     split: str | None = None
     """Split of the data set, such as `train`; needed with `dataset`."""
     column: str = "text"
-    """Column, or key of a JSON object, that holds the text."""
+    """Column, or key of a JSON object, that holds the text, or the messages of a conversation, which the tokenizer's chat
+    template makes a text of."""
     label: str | None = None
     """Column, or key of a JSON object, that holds the class of a classifier's text: its number or its name."""
     target: str | None = None
@@ -202,6 +207,11 @@ class TextSource(Section):
     @classmethod
     def _local(cls, file: str | None, info: ValidationInfo) -> str | None:
         return file and _beside_recipe(file, info)
+
+    @field_validator("dataset")
+    @classmethod
+    def _local_dataset(cls, dataset: str | None, info: ValidationInfo) -> str | None:
+        return dataset and _beside_recipe_or_on_hub(dataset, info)
 
     @model_validator(mode="after")
     def _one_kind(self) -> TextSource:
@@ -544,11 +554,15 @@ class GateSection(Section):
 
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     """Perplexity of the student over that of the teacher, on the evaluation text."""
+    kl: Annotated[float, Field(gt=0)] | None = None
+    """KL of the student from the teacher, nats per token, on the evaluation text."""
     accuracy_ratio: Annotated[float, Field(gt=0)] | None = None
     """Of a classifier, accuracy of the teacher over that of the student: 1.02 lets it lose a fiftieth. An embedder is right
     where it takes the same one of `data.anchors` texts for the nearest as the teacher."""
     bytes: SizeLimit | None = None
     """Size of the exported files, as in `budget`."""
+    memory: SizeLimit | None = None
+    """Memory at its highest while the student is opened and runs, or a share of the fp32 export's."""
     prefill: TimeLimit | None = None
     """Time of the prefill, as in `budget`."""
     decode: TimeLimit | None = None
@@ -559,6 +573,25 @@ class GateSection(Section):
     """What may be lost nevertheless."""
     times: bool = True
     """Whether times are compared with the baseline's, which takes the same device."""
+
+    @classmethod
+    def of_limits(cls, limits: Mapping[str, Any]) -> GateSection:
+        """A gate of these limits alone.
+
+        Raises:
+            RecipeError: one message that lists every problem.
+        """
+        known = [name for name in cls.model_fields if name not in ("baseline", "tolerance", "times")]
+        problems = [f"limit {name}: expected one of {', '.join(known)}" for name in limits if name not in known]
+        section = cls()
+        try:
+            section = cls.model_validate({name: limit for name, limit in limits.items() if name in known})
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            problems += [_problem({**detail, "loc": ("gate", *detail["loc"])}) for detail in details]
+        if problems:
+            raise RecipeError("; ".join(problems))
+        return section
 
 
 class Recipe(Section):
@@ -648,6 +681,9 @@ class Recipe(Section):
             if getattr(data, key) < data.sequence_length:
                 least = f"data.sequence_length = {data.sequence_length}"
                 yield f"data.{key} = {getattr(data, key)}: expected at least {least}; raise it or shorten the windows"
+        if self.distill.tokens and self.distill.tokens < data.sequence_length:
+            least = f"data.sequence_length = {data.sequence_length}"
+            yield f"distill.tokens = {self.distill.tokens}: expected 0 or at least {least}; raise it or shorten the windows"
         if search.tokens < data.sequence_length:
             least = f"data.sequence_length = {data.sequence_length}"
             yield f"search.tokens = {search.tokens}: expected at least {least}; raise it or shorten the windows"
@@ -706,9 +742,9 @@ class Recipe(Section):
                 found = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file"
                 problems.append(f"model.gguf = {self.model.gguf}: expected a file in {folder}; it holds {found}")
             elif not self.model.gguf and not (folder / "config.json").is_file():
-                problems.append(
-                    f"model.path = {folder}: expected a model folder, it has no config.json; check the path"
-                )
+                merge = "it is an adapter's: merge that into its model first (merge_and_unload of PEFT, then save_pretrained)"
+                why = merge if (folder / "adapter_config.json").is_file() else "check the path"
+                problems.append(f"model.path = {folder}: expected a model folder, it has no config.json; {why}")
         for key in ("calibration", "evaluation"):
             for i, source in enumerate(getattr(self.data, key)):
                 if source.file and not Path(source.file).is_file():
@@ -781,7 +817,7 @@ def _problem(detail: Any) -> str:
     location = detail["loc"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     section, field = _schema_at(location)
-    meaning = " ".join(field.split()).rstrip(".") if field else ""
+    meaning = re.split(r"[.;] ", " ".join(field.split()))[0].rstrip(".") if field else ""
     if detail["type"] == "missing":
         return f"{path}: expected it, found nothing; add it: {meaning}"
     if detail["type"] == "extra_forbidden":
@@ -792,6 +828,8 @@ def _problem(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub(r"^(\w+) should have", lambda found: f"expected a {found[1].lower()} with", message)
     message = re.sub(r"^(\w+) should match", lambda found: f"expected a {found[1].lower()} that matches", message)
+    if detail["type"] == "tuple_type":
+        message = f"expected a list, such as [{_short(detail['input'])}]"
     if detail["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
     if detail["type"] == "too_short":

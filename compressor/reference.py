@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from compressor.recipe import Recipe, Section, section_in
+from compressor.recipe import Recipe, Section, TextSource, section_in
+
+TEXTS = """
+```yaml
+data:
+  calibration: [notes.txt, {file: chats.jsonl, column: messages}]
+  evaluation: [{dataset: HuggingFaceH4/ultrachat_200k, split: test_sft, column: messages}]
+```
+""".strip()
 
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -14,10 +22,13 @@ def recipe_reference() -> str:
     """The reference as Markdown, a table for each section."""
     parts = [
         "# The recipe",
-        "Made by `compress schema --markdown`. Unknown keys are refused; paths are relative to the recipe's folder. Sizes "
+        "Made by `compress schema --markdown`. Unknown keys are refused; paths, in `--set` too, are relative to the recipe's "
+        "folder. Sizes "
         "are written as `60MB`, `60MiB` or `25%`, times as `12ms`, `1.5s` or `50%`; a share is one of the teacher's, "
         "exported in fp32.",
         *_section(Recipe, ""),
+        *_section(TextSource, ""),
+        TEXTS,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -25,17 +36,19 @@ def recipe_reference() -> str:
 def _section(section: type[Section], path: str) -> list[str]:
     """Its table, then those of the sections inside it."""
     schema = section.model_json_schema()
+    properties = (
+        schema["anyOf"][-1]["properties"] if "anyOf" in schema else schema["properties"]
+    )  # a text may be a string
     rows, inner = [], []
     for name, field in section.model_fields.items():
         found, described = section_in(field.annotation), " ".join((field.description or "").split())
-        if found and found.__name__ != "TextSource":
+        if found and found is not TextSource:
             inner += _section(found, f"{path}{name}.")
             continue
         default = "**needed**" if field.is_required() else _code(field.get_default())
-        rows.append(
-            f"| `{path}{name}` | {_kind(schema['properties'][name], schema)} | {default} | {_cell(described)} |"
-        )
-    head = f"## {path.rstrip('.')}\n\n{' '.join((section.__doc__ or '').split())}" if path else ""
+        rows.append(f"| `{path}{name}` | {_kind(properties[name], schema)} | {default} | {_cell(described)} |")
+    title = path.rstrip(".") or ("a text" if section is TextSource else "")
+    head = f"## {title}\n\n{' '.join((section.__doc__ or '').split())}" if title else ""
     table = "\n".join(["| key | values | default | meaning |", "| --- | --- | --- | --- |", *rows]) if rows else ""
     return [part for part in (head, table) if part] + inner
 

@@ -123,11 +123,12 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Alternative:
-    """An action that was not chosen: its label, bytes more than the chosen one, and the KL expected from it alone."""
+    """An action that was not chosen: its label, the KL expected from it alone, and what it would take more than the chosen
+    one of bytes and of the budgeted times (ms), by the names of budgets."""
 
     action: str
-    extra_bytes: int
     sensitivity: float
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class GateLine:
     baseline: what an earlier report has, if the limit comes from one; a time is carried over by the fp32 exports' times.
     """
 
-    name: Literal["perplexity_ratio", "accuracy_ratio", "bytes", "prefill", "decode"]
+    name: Literal["perplexity_ratio", "accuracy_ratio", "kl", "bytes", "memory", "prefill", "decode"]
     limit: float
     measured: float
     passed: bool
@@ -237,10 +238,12 @@ class Report:
         baseline: str | Path | Report | None = None,
         tolerance: Mapping[str, float] | None = None,
         times: bool = True,
+        limits: Mapping[str, Any] | None = None,
     ) -> tuple[GateLine, ...]:
         """The gate, for pipelines: the limits of the run's own recipe, and nothing lost against an earlier report.
 
         Args:
+            limits: further ones, by the names and with the units of a recipe's `gate`: {"bytes": "60MB", "kl": 0.1}.
             baseline: a run's folder, its report.json, or a report; None is the recipe's limits alone.
             tolerance: what may be lost against it, as a share, by the names of lines;
                 `compressor.gate.TOLERANCE` where it is left out.
@@ -250,10 +253,11 @@ class Report:
             RegressionError: a check missed; it has a table of them.
             ComparisonError: the two reports measured different things.
             DataError: the baseline is no report.
+            RecipeError: a limit or a tolerance is none.
         """
         from compressor import gate
 
-        lines = gate.every_line(self, baseline, tolerance or {}, times)
+        lines = gate.every_line(self, baseline, tolerance or {}, times, limits)
         gate.require(self, lines)
         return lines
 
@@ -270,6 +274,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; infinity and NaN, which JSON lacks, as strings."""
         return _finite(asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """The report of a finished run: its folder, or the report.json in it.
+
+        Raises:
+            DataError: there is none, or it is of another version.
+        """
+        from compressor import gate
+
+        return gate.read_report(path)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -334,7 +349,9 @@ def size(value: float | None) -> str:
         return "–" if value is None else "0"
     if value >= 1e9:
         return f"{value / 1e9:.2f} GB"
-    return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+    if value >= 1e3:
+        return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+    return f"{value:.0f} B"
 
 
 def milliseconds(value: float | None) -> str:
@@ -368,7 +385,9 @@ def median_of(timing: Timing | None) -> float | None:
 
 
 AXES: dict[str, tuple[str, Callable[[float | None], str], Callable[[Row], float | None]]] = {
+    "kl": ("KL to the teacher", number, lambda row: row.kl if row.role == "student" else None),
     "bytes": ("size", size, lambda row: row.size_bytes),
+    "memory": ("peak memory", size, lambda row: row.peak_memory_bytes),
     "prefill": ("prefill", milliseconds, lambda row: median_of(row.prefill_ms)),
     "decode": ("decode per token", milliseconds, lambda row: median_of(row.decode_ms)),
     "perplexity_ratio": ("perplexity, student / teacher", number, lambda row: None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,6 @@ import torch
 
 from compressor import measure, report
 from compressor.errors import ModelError
-from compressor.folder import PLAN_FILE
 from compressor.gate import against_limits
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.network import Network
@@ -62,15 +62,14 @@ def collect(
     folders: dict[str, Path],
 ) -> report.Report:
     """Measure the exported folders and write down what the run found."""
-    student, curve = recovery.student, recovery.curve
+    student = recovery.student
     run.bank.forget()  # models are opened now
-    plans = {key: (folder / PLAN_FILE).read_text() for key, folder in folders.items()}
-    weights = key_of(plans, run.bank.key, recovery.kl_reconstructed, curve and curve.to_dict(), folders)
-    quality = _quality(run, folders, weights)
-    anchors = {name: latency.wholes[name].digest for name in latency.folders if name in latency.wholes}
-    times = _times(run, {**folders, **latency.folders}, key_of(weights, anchors))
-    memory = _memory(run, folders, weights)
-    parity, samples = _parity(run, student.plan, folders["student"], weights)
+    models = {**folders, **latency.folders}
+    made_of = key_of(run.target.environment, run.bank.key, {key: _digest(run, models[key]) for key in folders})
+    quality = _quality(run, folders, made_of)
+    times = _times(run, models, key_of(made_of, {key: _digest(run, folder) for key, folder in models.items()}))
+    memory = _memory(run, folders, made_of)
+    parity, samples = _parity(run, student.plan, folders["student"], made_of)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     rows = _rows(run, latency, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
@@ -99,7 +98,7 @@ def collect(
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict[str, Quality]]:
+def _quality(run: Run, folders: dict[str, Path], made_of: str) -> dict[str, dict[str, Quality]]:
     """Perplexity and KL on every evaluation text, each model as it is deployed: model -> text -> quality."""
     teacher, texts = run.teacher.network.window_logits, run.texts.evaluation
     classes = run.teacher.network.decoder.classes
@@ -127,13 +126,22 @@ def _quality(run: Run, folders: dict[str, Path], weights: str) -> dict[str, dict
                 )
         return found
 
-    key = key_of(weights, list(texts), tokens_digest(run.texts.evaluation_NL))
+    key = key_of(made_of, list(texts), tokens_digest(run.texts.evaluation_NL))
     stored = run.stages.value("quality", key, make)
     return {model: {name: Quality(**q) for name, q in by_text.items()} for model, by_text in stored.items()}
 
 
 def _open(run: Run, folder: Path, exact: bool = False) -> Deployed:
     return runtime(run.target.runtime).open_model(folder, run.target.device, run.target.threads, exact=exact)
+
+
+def _digest(run: Run, folder: Path) -> list[str]:
+    """Of the exported files: what is measured of them is measured again where they changed."""
+    digests = []
+    for path in runtime(run.target.runtime).exported_files(folder):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
 
 
 def _size(run: Run, folder: Path) -> int:
@@ -149,25 +157,24 @@ def _shifted(progress: Callable[..., None], before: int, total: int, done: int, 
     progress(before + done, total)
 
 
-def _times(run: Run, folders: Mapping[str, Path], weights: str) -> dict[str, Times]:
+def _times(run: Run, folders: Mapping[str, Path], made_of: str) -> dict[str, Times]:
     def make(progress: Callable[..., None]) -> dict[str, dict]:
         whole = not run.teacher.network.layerwise
         models = {"teacher": partial(opened_torch, run.teacher.network, run.target)} if whole else {}
         models |= {key: partial(opened, folder, run.target) for key, folder in folders.items()}
         return {key: asdict(times) for key, times in time_models(models, progress=progress).items()}
 
-    key = key_of(weights, run.target.environment)
-    return {name: Times.from_dict(found) for name, found in run.stages.value("timing", key, make).items()}
+    return {name: Times.from_dict(found) for name, found in run.stages.value("timing", made_of, make).items()}
 
 
-def _memory(run: Run, folders: dict[str, Path], weights: str) -> dict[str, int]:
+def _memory(run: Run, folders: dict[str, Path], made_of: str) -> dict[str, int]:
     def make(progress: Callable[..., None]) -> dict[str, int]:
         return {key: peak_memory_bytes(folder, run.target) for key, folder in folders.items()}
 
-    return run.stages.value("memory", key_of(weights, run.target.environment), make)
+    return run.stages.value("memory", made_of, make)
 
 
-def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
+def _parity(run: Run, plan: Plan, folder: Path, made_of: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
     """Logits and text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations (see
     `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
     tolerance = run.recipe.export.parity_tolerance
@@ -197,7 +204,7 @@ def _parity(run: Run, plan: Plan, folder: Path, weights: str) -> tuple[report.Pa
         samples = list(zip(shown, teachers, map(partial(_named, run), made), strict=True))
         return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
 
-    found = run.stages.value("parity", key_of(weights, tokens_digest(window_L[None])), make)
+    found = run.stages.value("parity", key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2])), make)
     samples = tuple(report.Sample(*texts) for texts in found["samples"])
     return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
 
@@ -353,8 +360,10 @@ def _next_better(problem: Problem, place: int, index: int) -> report.Alternative
     share_AD = problem.share_SAD[place]
     more = (share_AD[better] - share_AD[index]).max(-1)
     found = int(better[more.argmin()])
-    extra = site.size_bytes(menu[found]) - site.size_bytes(menu[index])
-    return report.Alternative(str(menu[found]), extra, float(sensitivity[found]))
+    extra = {"bytes": float(site.size_bytes(menu[found]) - site.size_bytes(menu[index]))}
+    for name in problem.budgets:
+        extra[name.removesuffix("_ms")] = float(problem.costs[name][place][found] - problem.costs[name][place][index])
+    return report.Alternative(str(menu[found]), float(sensitivity[found]), extra)
 
 
 def _recovery(recovery: Recovery, method: str) -> report.Recovery | None:

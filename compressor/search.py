@@ -117,6 +117,11 @@ def spent(trials: Trials) -> list[float]:
     return after
 
 
+def complete(searches: Iterable[Trials]) -> dict[Plan, float]:
+    """The plans that were scored on all of the text, and their KL."""
+    return {plan: score.kl for trials in searches for plan, score in trials if score.part is None}
+
+
 def best(trials: Trials) -> tuple[Plan, Score]:
     """The trial of least KL among those on the largest share of the text; the first of equals."""
     return min(trials, key=lambda trial: (-trial[1].share, trial[1].kl))

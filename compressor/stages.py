@@ -52,10 +52,12 @@ class Stages:
         report, start = self.reporter(name), time.monotonic()
         report(0, 1)
         stored = self._stored(f"{name}-time", key) if key else None
-        yield report
-        self.seconds[name] = time.monotonic() - start + (stored["seconds"] if stored else 0.0)
-        if key:
-            write_json_atomic(self.folder / f"{name}-time.json", {"key": key, "seconds": self.seconds[name]})
+        try:
+            yield report
+        finally:
+            self.seconds[name] = time.monotonic() - start + (stored["seconds"] if stored else 0.0)
+            if key:
+                write_json_atomic(self.folder / f"{name}-time.json", {"key": key, "seconds": self.seconds[name]})
         report(1, 1)
 
     def value(self, name: str, key: str, make: Callable[[Callable[..., None]], T]) -> T:

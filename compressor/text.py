@@ -225,6 +225,7 @@ def load_tokens(
     spared_NL: Tensor | None = None,
     marking: Marking | None = None,
     target_length: int = 0,
+    asked: str = "the number of tokens",
 ) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
@@ -235,6 +236,7 @@ def load_tokens(
     So is every row of a source with a target: its text, cut to what is left of the window, and `target_length` tokens of its
     target (see `Spans`), both with special tokens.
 
+    asked: what is to be lowered where texts are too short.
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
 
@@ -262,7 +264,7 @@ def load_tokens(
     if found < wanted:
         raise DataError(
             f"{', '.join(map(str, sources))}: expected {wanted} windows of {sequence_length} tokens, found "
-            f"{found}; give more text, or lower the number of tokens to {found * sequence_length}"
+            f"{found}; give more text, or lower {asked}"
         )
     turns = zip_longest(*(_spread(windows, count) for windows, count in zip(read, _shares(read, wanted), strict=True)))
     windows = [window for turn in turns for window in turn if window is not None]
@@ -281,12 +283,7 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
             text = entry["prompt"]
         elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-            try:
-                text = tokenizer.apply_chat_template(entry["messages"], tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # templates are programs of their own: anything may come out
-                raise DataError(
-                    f"{where}: expected messages that the tokenizer's chat template takes; {error}; give a prompt instead"
-                ) from None
+            text = _chat(entry["messages"], tokenizer, where, add_generation_prompt=True)
         else:
             raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {str(entry)[:60]}')
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -329,7 +326,7 @@ def _windows(
     if source.label is not None and classes is None:
         raise DataError(f"{source}: expected a classifier of texts, this model is none; leave label out")
     if isinstance(marking, Labelling):
-        for text, label in _whole_texts(source, marking):
+        for text, label in _whole_texts(source, tokenizer, marking):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             yield marking(ids, label, sequence_length)
         return
@@ -338,7 +335,7 @@ def _windows(
         return
     ids = []
     length = sequence_length - (marking.added if marking else 0)
-    for chunk in _chunks(_pieces(source)):
+    for chunk in _chunks(_pieces(source, tokenizer)):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         whole = len(ids) - len(ids) % length
         windows = (ids[i : i + length] for i in range(0, whole, length))
@@ -346,32 +343,32 @@ def _windows(
         ids = ids[whole:]
 
 
-def _whole_texts(source: TextSource, marking: Labelling) -> Iterator[tuple[str, int]]:
+def _whole_texts(source: TextSource, tokenizer: Any, marking: Labelling) -> Iterator[tuple[str, int]]:
     """Texts of a source and their classes, 0 where there are none."""
     if marking.classes is None:
-        texts = (row[source.column] for _, row in _rows(source)) if source.rows else _file_lines(source)
+        texts = (row[source.column] for _, row in _rows(source, tokenizer)) if source.rows else _file_lines(source)
         yield from ((text, 0) for text in map(str.strip, texts) if text)
         return
     if source.label is None:
         raise DataError(f"{source}: expected the classes of its texts; name the column that holds them as label")
-    for where, row in _rows(source):
+    for where, row in _rows(source, tokenizer):
         yield row[source.column], marking.number(row[source.label], where)
 
 
 def _pairs(source: TextSource, tokenizer: Any, source_length: int, target_length: int) -> Iterator[list[int]]:
     """Windows of texts and their targets, as of `Spans`."""
     pad = tokenizer.pad_token_id
-    for _, row in _rows(source):
+    for _, row in _rows(source, tokenizer):
         text, target = (row[column] for column in source.columns)
         read = tokenizer(text, truncation=True, max_length=source_length)["input_ids"]
         said = tokenizer(text_target=target, truncation=True, max_length=target_length)["input_ids"]
         yield padded(read, pad, source_length) + padded([~token for token in said], pad, target_length)
 
 
-def _pieces(source: TextSource) -> Iterator[str]:
+def _pieces(source: TextSource, tokenizer: Any) -> Iterator[str]:
     """A text's lines, or the texts of rows, a blank line between two."""
     if source.rows:
-        yield from (f"{row[source.column]}\n\n" for _, row in _rows(source))
+        yield from (f"{row[source.column]}\n\n" for _, row in _rows(source, tokenizer))
     else:
         yield from _file_lines(source)
 
@@ -413,22 +410,36 @@ def _json_lines(source: TextSource) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, row with its text and, where asked for, its target or label), of JSON lines or of a data set."""
-    if not source.file:
-        yield from ((str(source), row) for row in _dataset_rows(source))
-        return
-    for where, row in _json_lines(source):
-        keys = f"found {', '.join(row)}" if isinstance(row, dict) else f"got {str(row)[:60]}"
-        for column in source.columns:
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise DataError(f"{where}: expected a text under {column!r}, {keys}; name the key as column")
-        if source.label is not None and source.label not in row:
-            raise DataError(f"{where}: expected a class under {source.label!r}, {keys}; name the key as label")
-        yield where, row
+def _rows(source: TextSource, tokenizer: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, row with its text and, where asked for, its target or label), of JSON lines or of a data set; a
+    conversation is the text that the tokenizer's chat template makes of it."""
+    for where, row in _json_lines(source) if source.file else _dataset_rows(source):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object with a text, got {str(row)[:60]}")
+        for asked, column in (("column", source.column), ("target", source.target), ("label", source.label)):
+            if column is not None and column not in row:
+                raise DataError(f"{where}: expected {column!r}, found {', '.join(row)}; name one of these as {asked}")
+        yield where, row | {column: _text(row[column], tokenizer, f"{where}, {column}") for column in source.columns}
 
 
-def _dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
+def _text(value: Any, tokenizer: Any, where: str) -> str:
+    if isinstance(value, list):
+        return _chat(value, tokenizer, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected a text, or messages for the chat template, got {str(value)[:60]}")
+    return value
+
+
+def _chat(messages: list, tokenizer: Any, where: str, **options: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # templates are programs of their own: anything may come out
+        raise DataError(
+            f"{where}: expected messages that the tokenizer's chat template takes; {error}; give a text instead"
+        ) from None
+
+
+def _dataset_rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -439,9 +450,4 @@ def _dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
         raise DataError(
             f"{source}: expected a data set that loads; {reason}; check its name, config and split"
         ) from error
-    if first is None:
-        return
-    for column in filter(None, (*source.columns, source.label)):
-        if column not in first:
-            raise DataError(f"{source}: expected the column {column}; choose among {', '.join(first)}")
-    yield from chain([first], rows)
+    yield from ((str(source), row) for row in chain([first], rows) if row is not None)

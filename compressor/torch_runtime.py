@@ -80,6 +80,11 @@ def fp32_bytes(decoder: Decoder) -> int:
     return fixed_bytes(decoder) + sum(site.size_bytes(plan[site.name]) for site in decoder.sites())
 
 
+def exported_files(folder: Path) -> list[Path]:
+    """The weights."""
+    return [Path(folder) / FILE]
+
+
 def exported_bytes(folder: Path) -> int:
     """Size in bytes of the weights, the quantity that a byte budget limits."""
     return (Path(folder) / FILE).stat().st_size

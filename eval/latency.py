@@ -223,7 +223,7 @@ def measure_entry(
             flush, share = (before, site.share) if phase == "decode" else (None, 1.0)
             short, long = interleave(calls, repeats=REPEATS[phase], before=flush)
             # noise can turn the slope of a tiny site around; it cannot cost less than nothing
-            found[phase] = share * max(0.0, (long.median_ms - short.median_ms) / (long_copies - short_copies))
+            found[phase] = share * max(0.0, (long - short) / (long_copies - short_copies))
         return found
     finally:
         for stack in stacks:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib
+import json
+import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from compressor.errors import CompressorError
@@ -15,32 +17,38 @@ from compressor.errors import CompressorError
 def peak_growth_bytes(call: Callable[..., object], *arguments: object) -> int:
     """How far resident memory rose at its highest while `call(*arguments)` ran in a fresh process, in bytes.
 
-    What the process held before, interpreter and libraries, does not count.
+    What the process held before, interpreter and libraries, does not count. The process imports the module of `call` and
+    nothing else: a script that measures is not run again.
 
     Args:
-        call: a function of a module, so that the other process can import it; it is called once.
+        call: a function of a module, or of a script that can be imported; it is called once.
+        arguments: JSON values, or paths, which arrive as strings.
 
     Raises:
         CompressorError: the process ended without an answer.
     """
-    context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(its, call, arguments), daemon=True)
-    process.start()
-    its.close()
-    try:
-        return int(mine.recv())
-    except EOFError:
-        process.join()
-        raise CompressorError(f"measuring memory: the process ended with code {process.exitcode}") from None
-    finally:
-        process.join()
+    module = call.__module__
+    if module == "__main__":
+        module = Path(sys.modules["__main__"].__file__ or "").stem
+    ended = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps([module, call.__name__, arguments], default=os.fspath),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    if ended.returncode:
+        *_, reason = ["", *ended.stderr.strip().splitlines()]
+        raise CompressorError(f"measuring memory: the process ended with code {ended.returncode}. {reason}")
+    return int(ended.stdout.splitlines()[-1])
 
 
-def _measure(answer: Connection, call: Callable[..., object], arguments: tuple) -> None:
+def _main() -> None:
+    module, name, arguments = json.load(sys.stdin)
+    call = getattr(importlib.import_module(module), name)
     before, _ = resident_bytes()
     call(*arguments)
-    answer.send(max(0, resident_bytes()[1] - before))
+    print(max(0, resident_bytes()[1] - before))
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -52,3 +60,7 @@ def resident_bytes() -> tuple[int, int]:
     # not ru_maxrss: on Linux a process inherits that of the one that started it
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
     return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    _main()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import comb
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -14,41 +14,25 @@ FALLBACK_CACHE_BYTES = 32 << 20
 """Assumed size of the last-level cache where the system does not tell."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Median and quartiles of the time of one call, in milliseconds, over `repeats` calls."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    repeats: int
-
-    @property
-    def spread(self) -> float:
-        """Quartile range as a fraction of the median."""
-        return (self.high_ms - self.low_ms) / self.median_ms
-
-    @classmethod
-    def of(cls, samples_ms: Sequence[float]) -> Timing:
-        low, median, high = np.percentile(samples_ms, (25, 50, 75)).tolist()
-        return cls(median, low, high, len(samples_ms))
+CONFIDENCE = 0.93
+"""Probability with which intervals of medians hold the true one."""
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.93) -> tuple[float, float]:
-    """The narrowest interval of order statistics that holds the true median with at least this probability, whatever the
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The narrowest interval of order statistics that holds the true median with at least `CONFIDENCE`, whatever the
     distribution (the sign test's; Conover, Practical Nonparametric Statistics, section 3.2): of five samples all of their
     range, of fifteen the fourth to the twelfth; of fewer than five their range, which holds it less often."""
     count, ordered = len(samples), sorted(samples)
     cut = 0
-    while 2 * sum(comb(count, k) for k in range(cut + 2)) / 2**count <= 1 - confidence:
+    while 2 * sum(comb(count, k) for k in range(cut + 2)) / 2**count <= 1 - CONFIDENCE:
         cut += 1
     return ordered[cut], ordered[count - 1 - cut]
 
 
 def time_call(
     call: Callable[[], object], *, warmup: int = 2, repeats: int = 10, before: Callable[[], object] | None = None
-) -> Timing:
-    """Time `call`; `before` runs ahead of every call, outside the measured time."""
+) -> float:
+    """Median time of `call` in milliseconds; `before` runs ahead of every call, outside the measured time."""
     return interleave([call], warmup=warmup, repeats=repeats, before=before)[0]
 
 
@@ -58,8 +42,9 @@ def interleave(
     warmup: int = 2,
     repeats: int = 10,
     before: Callable[[], object] | None = None,
-) -> list[Timing]:
-    """Time several calls in alternation, so that what else the machine does meets all of them alike.
+) -> list[float]:
+    """Median times of several calls in milliseconds, taken in alternation, so that what else the machine does meets all of
+    them alike.
 
     Args:
         warmup: rounds that are not counted.
@@ -77,7 +62,7 @@ def interleave(
             elapsed_ms = (time.perf_counter() - start) * 1e3
             if turn >= warmup:
                 into.append(elapsed_ms)
-    return [Timing.of(sample) for sample in samples]
+    return [median(sample) for sample in samples]
 
 
 def last_level_cache_bytes() -> int:

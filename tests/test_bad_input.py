@@ -127,9 +127,9 @@ TEXTS: dict[str, tuple[bytes | None, str, str]] = {
     "another encoding": ("é".encode("latin-1") * 9000, "a.txt", "expected UTF-8"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 99, "a.txt", "expected UTF-8"),
     "lines that are no JSON": (b"hello\n" * 99, "a.jsonl", "expected JSON"),
-    "lines of another kind": (b"[1, 2]\n" * 99, "a.jsonl", "expected a text under 'text'"),
+    "lines of another kind": (b"[1, 2]\n" * 99, "a.jsonl", "expected an object with a text"),
     "lines with another key": (b'{"body": "hello"}\n' * 99, "a.jsonl", "found body"),
-    "a text that is a number": (b'{"text": 5}\n' * 99, "a.jsonl", "expected a text under 'text'"),
+    "a text that is a number": (b'{"text": 5}\n' * 99, "a.jsonl", "expected a text, or messages"),
     "no lines": (b"\n\n", "a.jsonl", "give more text"),
 }
 

@@ -60,7 +60,7 @@ def pipeline(monkeypatch):
             raise fake.raises
         return example()
 
-    def dry_run(recipe):
+    def dry_run(recipe, trust_remote_code):
         sites = (SiteLine("embedding", "embedding", 1, 1000, 3, 500, 4000), SiteLine("x", "ffn", 64, 10, 8, 0, 90000))
         return DryRun("teacher", sites, 94000, 500, 60e6, (StageEstimate("bank", 75, 10**9), StageEstimate("b", 5, 2)))
 
@@ -94,10 +94,15 @@ def test_result_on_stdout_and_progress_on_stderr(recipe, pipeline):
     assert invoke(recipe, "--quiet").stderr == ""
 
 
+def test_options_of_its_own_are_not_taken_for_a_run():
+    assert invoke("--version").stdout.strip() == compressor.__version__
+    assert "No such option" not in invoke("--show-completion").output
+
+
 def test_dry_run(recipe, pipeline):
     result = invoke(recipe, "--dry-run")
     assert result.exit_code == 0 and not pipeline.calls
-    for said in ("2 sites, 11 actions", "0.5 kB to 94.0 kB; budget: 60.0 MB", "1m15s", "1m20s", "1.00 GB"):
+    for said in ("2 sites, 11 actions", "500 B to 94.0 kB; budget: 60.0 MB", "1m15s", "1m20s", "1.00 GB"):
         assert said in result.stdout
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from compressor.measure import Target
 from compressor.plan import DROP, Action, Matrix, Site
+from compressor.recipe import TargetSection
 from eval import latency, timing
 from eval.latency import LatencyTable, entry_key
-from eval.timing import Timing, interleave, median_interval, time_call
+from eval.timing import interleave, median_interval, time_call
 
 
 class Clock:
@@ -70,8 +72,16 @@ def test_warmup_and_before_are_not_timed(monkeypatch):
     clock = Clock(monkeypatch)
     flush = clock.takes(1000.0)
     measured = time_call(clock.takes(500, 500, 1, 2, 3, 4, 5), warmup=2, repeats=5, before=flush)
-    assert measured == Timing(pytest.approx(3), pytest.approx(2), pytest.approx(4), 5)
-    assert measured.spread == pytest.approx(2 / 3)
+    assert measured == pytest.approx(3)
+
+
+def test_threads_are_those_of_the_cores_that_the_process_may_use(monkeypatch):
+    """None leaves it to ONNX Runtime, which counts the machine's."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for allowed, threads in (({0}, 1), ({0, 1, 2, 3}, None)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert Target.of(TargetSection(device="cpu")).threads == threads
+    assert Target.of(TargetSection(device="cpu", threads=3)).threads == 3
 
 
 def test_interleave_alternates():

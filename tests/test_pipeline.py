@@ -36,6 +36,7 @@ from compressor.plan import Action, Plan, Score
 from compressor.progress import silent
 from compressor.recovery.cache import TeacherCache
 from compressor.recovery.distill import Imitation, visited
+from compressor.search import complete
 from compressor.stages import Stages
 from eval.latency import Milliseconds
 from policies.actor_critic import ActorCritic, Memory
@@ -194,7 +195,7 @@ def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch
         (results, "time_models"),
     ):
         monkeypatch.setattr(module, name, None)  # calling it would fail
-    monkeypatch.setattr(export, "site_stack", None)
+    monkeypatch.setattr(export, "site_stack", pytest.fail)
     monkeypatch.setattr(pipeline.distill, "distill", None)
     again = pipeline.compress(recipe(tiny_folder), out)
     assert again.to_dict() | {"stage_seconds": 0} == report.to_dict() | {"stage_seconds": 0}
@@ -240,6 +241,14 @@ def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, ti
     assert ours[-1].index == 6
 
 
+def test_what_an_earlier_run_found_comes_into_question(finished, tiny_folder, tmp_path):
+    """Even where the search itself has no evaluation left for it."""
+    out, report, _ = finished
+    search = {**recipe(tiny_folder).to_dict()["search"], "reuse": str(out), "rivals": [], "evaluations": 1}
+    again = pipeline.compress(recipe(tiny_folder, search=search), tmp_path / "again")
+    assert [(e.keep, e.format) for e in again.plan] == [(e.keep, e.format) for e in report.plan]
+
+
 def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folder, tmp_path, monkeypatch):
     out, _, _ = finished
     search = {"formats": ["fp32", "w8"], "reuse": str(out), "rivals": ["dynamic_programming"]}
@@ -253,14 +262,14 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     monkeypatch.setattr(pipeline, "ActorCritic", Spy)
     run = pipeline.start(other, tmp_path / "other", False, Stages(tmp_path / "stages", silent))
     problem = pipeline.pose(run, pipeline.find_sensitivities(run), pipeline.measure_latency(run))
-    pipeline.search(run, problem)
+    pipeline.search(run, problem, *pipeline.reused(run))
     assert given[0].families == Memory.read(out / "policy.safetensors").families
     with pytest.raises(RecipeError, match="expected the folder of another run"):
-        pipeline.search(replace(run, out=out), problem)
+        pipeline.reused(replace(run, out=out))
     (empty := tmp_path / "empty").mkdir()
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
-        pipeline.search(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})), problem)
+        pipeline.reused(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})))
 
 
 def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
@@ -278,7 +287,7 @@ def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
         ({"bytes": "50%"}, [64, 32, 16, 8]),
     ):
         run = SimpleNamespace(recipe=recipe(tiny_folder, budget={"bytes": None, **budget}))
-        found = pipeline.within(run, known, trials)
+        found = pipeline.within(run, known, complete(trials.values()))
         assert [plan["layers.0.ffn"].keep for plan in found] == fitting
         assert all(found[plan] == kls[plan] for plan in found)
 

@@ -16,7 +16,7 @@ from compressor.recovery.distill import Settings, distill
 from compressor.recovery.reinforce import Reinforce, clipped_gain
 from compressor.recovery.reinforce import Settings as Rl
 from compressor.recovery.reward import Judge, Written, check_rewards, fluency, informativeness, relevance
-from compressor.recovery.rollouts import Rollouts, Writer, write
+from compressor.recovery.rollouts import ROWS, Rollouts, Writer, write
 from compressor.student import Student, full_plan
 from compressor.text import load_prompts
 from tests.test_pipeline import recipe
@@ -85,19 +85,24 @@ def test_the_leash_is_tightened_above_its_target_and_loosened_below(teacher, win
     assert free.state["target_kl"] == told[0]["reverse_kl"] and free.state["leash"] == pytest.approx(0.1)
 
 
-def test_a_first_update_follows_the_advantages_of_the_group(teacher, windows):
-    """At weight 1 the gradient is that of - mean log pi(a | s) A; a group of equal rewards teaches nothing."""
+@pytest.mark.parametrize("group", [8, 17])
+def test_a_first_update_follows_the_advantages_of_the_group(teacher, windows, group):
+    """At weight 1 the gradient is that of - mean log pi(a | s) A; a group of equal rewards teaches nothing. One of more rows
+    than run together is still one group."""
     judge = Judge(teacher, {"vowels": 1.0}, {"vowels": vowels})
-    objective = reinforce(teacher, windows, judge, leash=0.0, prompts=1, epochs=1)(deepcopy(teacher.network))
+    settings = {"leash": 0.0, "prompts": 1, "group": group, "epochs": 1}
+    objective = reinforce(teacher, windows, judge, **settings)(deepcopy(teacher.network))
     weight = objective.writer.network.matrix("layers.1.ffn.down").requires_grad_(True)
     next(objective.updates(0))
     found, weight.grad = weight.grad, None
     matches = []
     for prompt in objective.writer.prompts:
-        (ours,) = write(objective.writer.network, [prompt] * 8, 8, seed=0)
-        rewards, _ = judge(ours, ours.picked(ours.log_probabilities(teacher.network)))
+        ours = write(objective.writer.network, [prompt] * group, 8, seed=0)
+        assert len(ours) == 1 + group // ROWS
+        rewards = torch.cat([judge(some, some.picked(some.log_probabilities(teacher.network)))[0] for some in ours])
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-        (-ours.picked(ours.log_probabilities(objective.writer.network)) * advantage[:, None]).mean().backward()
+        picked = torch.cat([some.picked(some.log_probabilities(objective.writer.network)) for some in ours])
+        (-picked * advantage[:, None]).mean().backward()
         matches.append(torch.allclose(weight.grad, found, rtol=1e-3, atol=1e-6))
         weight.grad = None
     assert sum(matches) == 1
@@ -163,7 +168,7 @@ def test_prompts_from_a_file(teacher, tmp_path):
         ("{", "line 1: expected JSON"),
         ('{"text": "a"}', "line 1: expected .*prompt"),
         ('{"prompt": ""}', "at least one token"),
-        ('{"messages": [{"role": "user", "content": "Hi"}]}', "give a prompt instead"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "give a text instead"),
     ],
 )
 def test_lines_that_are_no_prompts(teacher, tmp_path, line, match):

@@ -66,8 +66,10 @@ def test_json_lines_are_texts_with_a_blank_line_between(tmp_path):
     ("line", "match"),
     [
         ("{", "line 2: expected JSON"),
-        ("[1]", r"line 2: expected a text under 'text', got \[1\]"),
-        ('{"body": "a"}', "line 2: expected a text under 'text', found body; name the key as column"),
+        ("[1]", r"line 2: expected an object with a text, got \[1\]"),
+        ('{"body": "a"}', "line 2: expected 'text', found body; name one of these as column"),
+        ('{"text": null}', "line 2, text: expected a text, or messages for the chat template, got None"),
+        ('{"text": [1]}', "line 2, text: expected messages that the tokenizer's chat template takes"),
     ],
 )
 def test_lines_that_hold_no_text(tmp_path, line, match):
@@ -78,7 +80,7 @@ def test_lines_that_hold_no_text(tmp_path, line, match):
 
 
 def test_too_short_says_how_many(tmp_path):
-    with pytest.raises(DataError, match="expected 4 windows of 10 tokens, found 3.*to 30"):
+    with pytest.raises(DataError, match="expected 4 windows of 10 tokens, found 3; .*or lower the number of tokens"):
         load_tokens([source(tmp_path, 0, 39)], words, 40, 10)
     with pytest.raises(DataError, match="at least one window of 10"):
         load_tokens([source(tmp_path, 0, 39)], words, 9, 10)
@@ -131,10 +133,26 @@ def test_datasets(tmp_path):
     (tmp_path / "train.jsonl").write_text(rows)
     found = TextSource(dataset=str(tmp_path), split="train", column="words")
     assert load_tokens([found], words, 20, 5).flatten().sort().values.tolist() == list(range(20))
-    with pytest.raises(DataError, match="expected the column text; choose among words"):
+    with pytest.raises(DataError, match="expected 'text', found words; name one of these as column"):
         load_tokens([TextSource(dataset=str(tmp_path), split="train")], words, 20, 5)
     with pytest.raises(DataError, match="check its name, config and split"):
         load_tokens([TextSource(dataset=str(tmp_path), split="dev")], words, 20, 5)
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    class Chatting:
+        def __call__(self, text, **_):
+            return words(text, False, False)
+
+        def apply_chat_template(self, messages, tokenize):
+            return " ".join(message["content"] for message in messages)
+
+    path = tmp_path / "chats.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]})
+    )
+    found = load_tokens([TextSource(file=str(path), column="messages")], Chatting(), 3, 3)
+    assert found.tolist() == [[1, 2, 3]]
 
 
 def test_digest_names_shape_and_ids():

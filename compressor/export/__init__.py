@@ -13,7 +13,15 @@ runtime.py   sessions on the device asked for, generation, calls to be timed
 import json
 from pathlib import Path
 
-from compressor.export.files import export_onnx, export_random, exported_bytes, fixed_bytes, fp32_bytes, read_student
+from compressor.export.files import (
+    export_onnx,
+    export_random,
+    exported_bytes,
+    exported_files,
+    fixed_bytes,
+    fp32_bytes,
+    read_student,
+)
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
 from compressor.export.runtime import (
@@ -55,6 +63,7 @@ __all__ = [
     "export_onnx",
     "export_random",
     "exported_bytes",
+    "exported_files",
     "fixed_bytes",
     "fp32_bytes",
     "genai_config",

@@ -110,10 +110,15 @@ def _serialize(model: ir.Model) -> bytes:
     return ir.serde.serialize_model(model).SerializeToString()
 
 
+def exported_files(folder: Path) -> list[Path]:
+    """The exported graphs and weights."""
+    graphs = SEQUENCE_FILES if has_encoder(folder) else (GRAPH_FILE,)
+    return [Path(folder) / name for name in (*graphs, DATA_FILE)]
+
+
 def exported_bytes(folder: Path) -> int:
     """Size in bytes of the exported graphs and weights, the quantity that a byte budget limits."""
-    graphs = SEQUENCE_FILES if has_encoder(folder) else (GRAPH_FILE,)
-    return sum((Path(folder) / name).stat().st_size for name in (*graphs, DATA_FILE))
+    return sum(file.stat().st_size for file in exported_files(folder))
 
 
 def has_encoder(folder: Path) -> bool:

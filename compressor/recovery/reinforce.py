@@ -14,7 +14,7 @@ Sources: Shao et al. 2024, "DeepSeekMath" (GRPO, section 4.1); Schulman et al. 2
 "Fine-Tuning Language Models from Human Preferences" (the controller, section 2.2). Departures: the KL is exact over the
 vocabulary and to the teacher, not to the model that the training started from.
 
-Shape letters: G texts of a group, N new tokens, V vocabulary.
+Shape letters: G texts of a group, B those of them that run together, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -67,34 +67,40 @@ class Reinforce:
 
     def updates(self, step: int) -> Iterator[Told]:
         s, writer = self.settings, self.writer
-        groups: list[tuple[Rollouts, Tensor, Tensor]] = []
+        texts: list[
+            tuple[Rollouts, Tensor, Tensor, float]
+        ] = []  # with advantages, the teacher's log p, share of all rows
         rewards: dict[str, float] = {}
         prompts = writer.drawn(s.prompts, step)
         for number, prompt_P in enumerate(prompts):
-            for rollouts in writer.write([prompt_P] * s.group, step * s.prompts + number):
-                with torch.no_grad():
-                    log_p_GNV = rollouts.log_probabilities(writer.teacher)
-                reward_G, parts = self.judge(rollouts, rollouts.picked(log_p_GNV))
-                advantage_G = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-6)
-                groups.append((rollouts, advantage_G.to(log_p_GNV), log_p_GNV))
-                share = len(rollouts.ids_BL) / (s.group * len(prompts))
-                add(rewards, {"reward": float(reward_G.mean()), **parts}, share)
+            group = writer.write([prompt_P] * s.group, step * s.prompts + number)  # in pieces, where it is large
+            with torch.no_grad():
+                log_ps = [rollouts.log_probabilities(writer.teacher) for rollouts in group]
+            judged = [
+                self.judge(rollouts, rollouts.picked(log_p)) for rollouts, log_p in zip(group, log_ps, strict=True)
+            ]
+            reward_G = torch.cat([reward_B for reward_B, _ in judged])
+            for rollouts, log_p_BNV, (reward_B, parts) in zip(group, log_ps, judged, strict=True):
+                advantage_B = (reward_B - reward_G.mean()) / (reward_G.std() + 1e-6)
+                share = len(reward_B) / (s.group * len(prompts))
+                texts.append((rollouts, advantage_B.to(log_p_BNV), log_p_BNV, share))
+                add(rewards, {"reward": float(reward_B.mean()), **parts}, share)
         old: list[Tensor] = []
         for epoch in range(s.epochs):
             told = dict.fromkeys(("loss", "reverse_kl", "clipped"), 0.0)
-            for number, (rollouts, advantage_G, log_p_GNV) in enumerate(groups):
-                log_q_GNV = rollouts.log_probabilities(writer.network)
-                picked_GN = rollouts.picked(log_q_GNV)
+            for number, (rollouts, advantage_B, log_p_BNV, share) in enumerate(texts):
+                log_q_BNV = rollouts.log_probabilities(writer.network)
+                picked_BN = rollouts.picked(log_q_BNV)
                 if epoch == 0:
-                    old.append(picked_GN.detach())
-                ratio_GN = (picked_GN - old[number]).exp()
-                gain_GN = clipped_gain(ratio_GN, advantage_G[:, None], s.clip)
-                kl_GN = reverse_kl(log_q_GNV, log_p_GNV)
-                loss = rollouts.mean(self.state["leash"] * kl_GN - gain_GN) / len(groups)
-                loss.backward()
-                told["loss"] += float(loss.detach())
-                told["reverse_kl"] += float(rollouts.mean(kl_GN.detach())) / len(groups)
-                told["clipped"] += float(rollouts.mean(((ratio_GN - 1).abs() > s.clip).float())) / len(groups)
+                    old.append(picked_BN.detach())
+                ratio_BN = (picked_BN - old[number]).exp()
+                gain_BN = clipped_gain(ratio_BN, advantage_B[:, None], s.clip)
+                kl_BN = reverse_kl(log_q_BNV, log_p_BNV)
+                loss = rollouts.mean(self.state["leash"] * kl_BN - gain_BN)
+                (share * loss).backward()
+                clipped_BN = ((ratio_BN - 1).abs() > s.clip).float()
+                figures = {"loss": loss, "reverse_kl": rollouts.mean(kl_BN), "clipped": rollouts.mean(clipped_BN)}
+                add(told, {name: float(value.detach()) for name, value in figures.items()}, share)
             if epoch == 0:
                 seen = told["reverse_kl"]
             yield {**told, **rewards, "leash": self.state["leash"]}
