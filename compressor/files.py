@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,6 +54,21 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def take_over(earlier: Path, out: Path, patterns: Iterable[str]) -> None:
+    """Have files of one folder in another, where it has none of that name: the same bytes on the disk, or a copy where they
+    may grow (`*.jsonl`) or lie on another disk."""
+    for path in (path for pattern in patterns for path in sorted(earlier.glob(pattern)) if path.is_file()):
+        place = out / path.relative_to(earlier)
+        if place.exists() or path.name.endswith(".part"):
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".jsonl":
+            with suppress(OSError):
+                os.link(path, place)
+                continue
+        write_bytes_atomic(place, path.read_bytes())
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from compressor.bank import MEMORY_BYTES, Bank
 from compressor.errors import BudgetError, DataError, ModelError, RecipeError
 from compressor.estimate import check_bytes, layer_by_layer, runnable
 from compressor.executor import Executor, Reference
-from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
+from compressor.files import exclusive, take_over, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
 from compressor.latency import CORRECTIONS, Latency, corrected, measure_latency
 from compressor.ledger import Ledger, comparable_entries
@@ -97,8 +97,9 @@ def compress(
         latency = measure_latency(run)
         latency = corrected(run, latency, lambda latency: obvious_plan(run, sensitivity, latency), CORRECTIONS[0])
         problem = pose(run, sensitivity, latency)
-        trials = search(run, problem, known, memory)
-        scored = complete([*trials.values(), [trial for trial in known if problem.fits(problem.indices(trial[0]))]])
+        fitting = [trial for trial in known if problem.fits(problem.indices(trial[0]))]
+        trials = search(run, problem, fitting, memory if 2 * len(fitting) <= len(known) else None)
+        scored = complete([*trials.values(), fitting])
         latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, scored))), CORRECTIONS[1])
         chosen = choose(run, within(run, latency, scored))
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
@@ -213,6 +214,10 @@ class Run:
         return Executor(self.bank, self.texts.score_NL)
 
 
+KEPT = ("bank/**/*", "latency.json", "stages/sensitivity-*.json")
+"""What `search.reuse` takes over, since it doesn't depend on a budget; all of it is known by keys of what it was made from."""
+
+
 def start(
     recipe: Recipe,
     out: Path,
@@ -228,6 +233,12 @@ def start(
     """
     target = Target.of(recipe.target)
     recipe, model = runnable(recipe, target), recipe.model
+    if reuse := recipe.search.reuse:
+        if Path(reuse).resolve() == out.resolve():
+            raise RecipeError(
+                f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another"
+            )
+        take_over(Path(reuse), out, KEPT)
     with stages.timed("teacher"):
         given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
         decoder = replace(read_decoder(model.path, **given), precision=target.precision)
@@ -400,19 +411,16 @@ MEMORY_FILE = "policy.safetensors"
 
 
 def reused(run: Run) -> tuple[Trials, Memory | None]:
-    """What `search.reuse` brings: scores, if they were made of the same model, texts and menu, else the agent's memory."""
+    """What `search.reuse` brings: scores that were made of the same model, texts and menu, and the agent's memory."""
     folder = run.recipe.search.reuse
     if not folder:
         return [], None
-    if Path(folder).resolve() == run.out.resolve():
-        raise RecipeError(
-            f"search.reuse = {folder}: expected the folder of another run, it is this one's; name another"
-        )
-    if scores := comparable_entries(Path(folder) / "ledger.log", run.menu, run.comparable):
-        return scores, None
+    scores = comparable_entries(Path(folder) / "ledger.log", run.menu, run.comparable)
     try:
-        return [], Memory.read(Path(folder) / MEMORY_FILE)
+        return scores, Memory.read(Path(folder) / MEMORY_FILE)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        if scores:
+            return scores, None
         raise RecipeError(
             f"search.reuse = {folder}: expected a run of the same model, texts and menu, or of the actor-critic; "
             f"found no such score in its ledger, and no {MEMORY_FILE} to read; name another folder, or leave the key out"

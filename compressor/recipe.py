@@ -127,8 +127,11 @@ class Section(BaseModel):
 
 
 def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    folder = (info.context or {}).get("folder")
-    return str(Path(folder, Path(path).expanduser())) if folder else path
+    """A path relative to the recipe's folder, or, as on a command line, to where one is, if there is something only there."""
+    folder, given = (info.context or {}).get("folder"), Path(path).expanduser()
+    if not folder:
+        return path
+    return str(given.absolute() if given.exists() and not Path(folder, given).exists() else Path(folder, given))
 
 
 def _beside_recipe_or_on_hub(name: str, info: ValidationInfo) -> str:
@@ -367,8 +370,10 @@ class SearchSection(Section):
     """Searches of `policy`, from the seeds `seed`, `seed` + 1, and so on; the report says on which sites their best plans
     agree."""
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
-    """Folder of an earlier run. Of the same model, texts and menu, at another budget say: what it scored is told to every
-    policy before the search, and costs nothing. Of others: what its agent learned about families of actions starts ours."""
+    """Folder of an earlier run, at another budget say. Of the same model and texts, what it made is not made again: variants,
+    sensitivities, the latency table. Of the same menu, too: what it scored that fits is told to every policy before the
+    search, costs nothing, and comes into question. Where less than half of it fits, and of other models or menus: what its
+    agent learned about families of actions starts ours."""
 
     @field_validator("formats")
     @classmethod

@@ -22,8 +22,8 @@ def recipe_reference() -> str:
     """The reference as Markdown, a table for each section."""
     parts = [
         "# The recipe",
-        "Made by `compress schema --markdown`. Unknown keys are refused; paths, in `--set` too, are relative to the recipe's "
-        "folder. Sizes "
+        "Made by `compress schema --markdown`. Unknown keys are refused; paths are relative to the recipe's folder, or to "
+        "the current one if something is only there. Sizes "
         "are written as `60MB`, `60MiB` or `25%`, times as `12ms`, `1.5s` or `50%`; a share is one of the teacher's, "
         "exported in fp32.",
         *_section(Recipe, ""),

@@ -232,13 +232,30 @@ def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path
 
 
 def test_an_earlier_run_at_another_budget_is_told_and_costs_nothing(finished, tiny_folder, tmp_path, monkeypatch):
+    """And what it made is not made again: neither variants, nor sensitivities, nor the latency table."""
     out, _, _ = finished
     monkeypatch.setattr("policies.actor_critic.tempered", None)  # the warm-up's tries are known: calling it would fail
+    for name in ("compressor.bank.collect", "compressor.pipeline.sensitivities", "eval.latency.measure_entry"):
+        monkeypatch.setattr(name, None)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     search = {**recipe(tiny_folder).to_dict()["search"], "reuse": str(out), "rivals": ["dynamic_programming"]}
-    again = pipeline.compress(recipe(tiny_folder, search=search, budget={"bytes": "40%"}), tmp_path / "again")
+    again = pipeline.compress(recipe(tiny_folder, search=search, budget={"bytes": "50%"}), tmp_path / "again")
     assert all(trial.size_bytes <= again.budget[0].limit for trial in again.trials)
     ours = [trial for trial in again.trials if trial.policy == "actor_critic"]
     assert ours[-1].index == 6
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_scores_that_no_longer_fit_leave_what_was_learned_of_them(finished, tiny_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(pipeline, "search", lambda run, problem, *brought: given.append(brought) or 1 / 0)
+    search = {**recipe(tiny_folder).to_dict()["search"], "reuse": str(finished[0])}
+    for budget in ("60%", "20%"):
+        with pytest.raises(ZeroDivisionError):
+            pipeline.compress(recipe(tiny_folder, search=search, budget={"bytes": budget}), tmp_path / budget)
+    (larger, no_memory), (smaller, memory) = given
+    assert len(larger) > 2 * len(smaller) and no_memory is None
+    assert memory.families == Memory.read(finished[0] / "policy.safetensors").families
 
 
 def test_what_an_earlier_run_found_comes_into_question(finished, tiny_folder, tmp_path):
@@ -265,7 +282,7 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     pipeline.search(run, problem, *pipeline.reused(run))
     assert given[0].families == Memory.read(out / "policy.safetensors").families
     with pytest.raises(RecipeError, match="expected the folder of another run"):
-        pipeline.reused(replace(run, out=out))
+        pipeline.start(other, out, False, Stages(tmp_path / "stages", silent))
     (empty := tmp_path / "empty").mkdir()
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):

@@ -223,6 +223,19 @@ def test_missing_gguf_names_those_there(folder):
         recipe.check_files()
 
 
+def test_what_is_only_where_one_is_is_found_there(folder, tmp_path, monkeypatch):
+    """As a folder that is named on the command line; what is in neither place is looked for beside the recipe."""
+    (tmp_path / "elsewhere" / "runs" / "old").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given, found in (
+        ("runs/old", tmp_path / "elsewhere" / "runs" / "old"),
+        ("runs/none", folder / "runs" / "none"),
+    ):
+        assert Recipe.load(folder / "recipe.yaml", [f"search.reuse={given}"]).search.reuse == str(found)
+    (folder / "runs" / "old").mkdir(parents=True)
+    assert Recipe.load(folder / "recipe.yaml", ["search.reuse=runs/old"]).search.reuse == str(folder / "runs" / "old")
+
+
 def test_unreadable_recipes(tmp_path):
     path = tmp_path / "r.yaml"
     with pytest.raises(RecipeError, match="check the path"):
