@@ -42,6 +42,7 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
+from compressor.run import start
 from compressor.search import Scorer, Trials, agreement, best, run_policy, spent
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Policy, Problem
@@ -69,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
     recipe = Recipe.load(options.recipe, options.set)
-    run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", progress))
+    run = start(recipe, options.out, False, Stages(options.out / "stages", progress))
     latency = measure_latency(run)
     ways = ["fisher", *(["noise"] if any(name.endswith("/noise") for name in options.policies) else [])]
     sensitivity = {way: pipeline.find_sensitivities(run, way) for way in ways}

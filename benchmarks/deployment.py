@@ -35,7 +35,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 import torch
 
-from compressor import pipeline
 from compressor.export import BenchCalls, OnnxDecoder
 from compressor.files import write_json_atomic
 from compressor.measure import Target, cores, opened, time_models, versions
@@ -43,6 +42,7 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
 from compressor.results import reading
+from compressor.run import Run, start
 from compressor.stages import Stages
 from compressor.student import Decoder
 from compressor.text import predictions
@@ -133,7 +133,7 @@ def main() -> None:
     progress = LineProgress(sys.stderr)
     recipe = Recipe.load(options.recipe)
     out = options.runs[0]
-    run = pipeline.start(recipe, out, False, Stages(out / "stages", progress))
+    run = start(recipe, out, False, Stages(out / "stages", progress))
     folders = {f"student, {path.name}": path / recipe.deployed for path in options.runs}
     first = next(iter(folders))
     for student in folders.values():
@@ -235,7 +235,7 @@ def with_plain_products(source: Path, target: Path) -> None:
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def score(engines: dict[str, Engine], run: pipeline.Run) -> dict[str, Quality]:
+def score(engines: dict[str, Engine], run: Run) -> dict[str, Quality]:
     """Perplexity and KL of the teacher and of every engine over all evaluation texts."""
     windows_NL, network = run.texts.evaluation_NL.numpy(), run.teacher.network
     with run.stages.timed("quality") as report, ExitStack() as stack:

@@ -35,7 +35,6 @@ from seeds import spread  # the script beside this one
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from compressor import pipeline
 from compressor.files import write_json_atomic
 from compressor.network import Network
 from compressor.plan import Plan
@@ -45,6 +44,7 @@ from compressor.recovery.cache import TeacherCache, outcomes
 from compressor.recovery.distill import Curve, Imitation, Settings, distill, loaded, visited
 from compressor.recovery.trained import LEARNING_RATES, Trained
 from compressor.report import table
+from compressor.run import start
 from compressor.stages import Stages, key_of
 from compressor.student import Student, full_plan
 
@@ -63,7 +63,7 @@ def main() -> None:
     training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}", *options.set]
     recipe = Recipe.load(options.recipe, training)
     stages = Stages(options.out / "stages", LineProgress(sys.stderr))
-    run = pipeline.start(recipe, options.out, False, stages)
+    run = start(recipe, options.out, False, stages)
     teacher, text_NL = run.teacher.network, run.texts.trained_NL
     mixed = {"attention": "w4", "ffn": "w2", "embedding": "w8", "head": "w8"}
     plans = {fmt: full_plan(teacher.decoder, fmt, "w8") for fmt in set(mixed.values())}

@@ -31,7 +31,9 @@ from seeds import spread  # the script beside this one
 from torch import Tensor, nn
 
 from compressor.files import write_bytes_atomic
+from compressor.latency import measure_latency
 from compressor.plan import PARTS, Action, Matrix, Score, Site
+from compressor.run import start
 from policies import POLICIES, Meter, Problem, Question
 
 FILE = Path(__file__).with_suffix(".npz")
@@ -70,8 +72,8 @@ def record(recipe: Path, out: Path) -> None:
     from compressor.recipe import Recipe
     from compressor.stages import Stages
 
-    run = pipeline.start(Recipe.load(recipe), out, False, Stages(out / "stages", silent))
-    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    run = start(Recipe.load(recipe), out, False, Stages(out / "stages", silent))
+    sensitivity, latency = pipeline.find_sensitivities(run), measure_latency(run)
     whole = {"bytes": 4.0 * sum(site.parameters for site in run.teacher.network.decoder.sites())}
     problem = pipeline.pose(run, sensitivity, latency, whole)
     known: dict[bytes, np.ndarray] = {}

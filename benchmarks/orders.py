@@ -39,6 +39,7 @@ from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.recovery.trained import LEARNING_RATES, Train
 from compressor.report import number, table
+from compressor.run import start
 from compressor.stages import Stages, key_of
 from compressor.student import Student
 from policies import POLICIES
@@ -81,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}"]
     recipe = Recipe.load(options.recipe, training)  # the text that is trained on is read with the others
-    run = pipeline.start(recipe, options.out, False, Stages(options.out / "stages", LineProgress(sys.stderr)))
+    run = start(recipe, options.out, False, Stages(options.out / "stages", LineProgress(sys.stderr)))
     sensitivity, latency = pipeline.find_sensitivities(run), measure_latency(run)
     teacher = run.teacher.network
     problem = pipeline.pose(run, sensitivity, latency, limits_of(options.cell, teacher.decoder, latency))

@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
-from compressor import pipeline
 from compressor.files import write_json_atomic
 from compressor.folder import save_random
 from compressor.latency import measure_latency, mixed_plan
@@ -30,6 +29,7 @@ from compressor.measure import opened, time_models
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import number, table
+from compressor.run import start
 from compressor.runtimes import runtime
 from compressor.stages import Stages
 from eval.latency import PHASES
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     progress = LineProgress(sys.stderr)
-    run = pipeline.start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
+    run = start(Recipe.load(options.recipe), options.out, False, Stages(options.out / "stages", progress))
     latency = measure_latency(run)
     sites, folder = run.teacher.network.decoder.sites(), options.out / "prediction"
     plans = {f"plan {n}": mixed_plan(run.menu, sites, np.random.default_rng(n)) for n in range(options.plans)}

@@ -30,12 +30,15 @@ from torch import Tensor
 from compressor import pipeline
 from compressor.executor import Reference
 from compressor.files import write_json_atomic
+from compressor.latency import measure_latency
 from compressor.network import Network
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
+from compressor.recover import recover
 from compressor.recovery.distill import loaded
 from compressor.recovery.rollouts import judged, write
 from compressor.report import number, table
+from compressor.run import start
 from compressor.stages import Stages
 from compressor.text import prompts_of
 from policies import POLICIES
@@ -59,8 +62,8 @@ def main() -> None:
     training = [f"distill.steps={options.steps}", f"distill.batch_tokens={options.batch_tokens}", *options.set]
     recipe = Recipe.load(options.recipe, training)  # the text that is trained on is read with the others
     stages = Stages(options.out / "stages", LineProgress(sys.stderr))
-    run = pipeline.start(recipe, options.out, False, stages)
-    sensitivity, latency = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    run = start(recipe, options.out, False, stages)
+    sensitivity, latency = pipeline.find_sensitivities(run), measure_latency(run)
     problem = pipeline.pose(run, sensitivity, latency, limits_of(options.cell, run.teacher.network.decoder, latency))
     plan = POLICIES["dynamic_programming"](problem, 0).ask().plan
 
@@ -85,7 +88,7 @@ def main() -> None:
                 distill |= {"learning_rate": float(rate)} if rate else {}
             ours = replace(run, recipe=Recipe.from_dict({**recipe.to_dict(), "distill": distill}))
             stages.seconds.clear()
-            recovery = pipeline.recover(ours, plan, options.steps if trained else 0, f"{options.cell}-{way}-{seed}")
+            recovery = recover(ours, plan, options.steps if trained else 0, f"{options.cell}-{way}-{seed}")
             seconds.append(sum(stages.seconds.values()))
             network = loaded(run.teacher.network, recovery.student)
             found.append(quality(network, texts))

@@ -7,6 +7,7 @@
     student = load("runs/mine/onnx")
 
 pipeline.py      the main job, stage by stage              plan.py         formats, sites, actions, plans, scores
+run.py           what its stages share                     recover.py      from the best plans to the student
 recipe.py        what a run is asked for, checked          student.py      a decoder's shape and a student's weights
 actions.py       from a recipe to every site's menu        quantize.py     formats as arithmetic: grids, GPTQ
 text.py          windows of tokens, prompts                prune.py        pruning as arithmetic: OBS

@@ -103,6 +103,23 @@ def run(
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A local folder or a hub id.")],
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="A text file for statistics, search and recovery; of WikiText when absent.")
+    ] = None,
+    evaluation: Annotated[list[str] | None, typer.Option(help="Another one, for the measurement at the end.")] = None,
+) -> None:
+    """Prints a recipe to begin with.
+
+    compress init ./my-model --calibration notes.txt --evaluation others.txt > recipe.yaml
+    """
+    from compressor.reference import first_recipe
+
+    typer.echo(first_recipe(model, calibration or (), evaluation or ()), nl=False)
+
+
+@app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a page of tables (docs/recipe.md).")] = False,
 ) -> None:

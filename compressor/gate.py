@@ -8,7 +8,9 @@ grows by what the times are uncertain by.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,9 @@ from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
 
 TOLERANCE: dict[str, float] = ToleranceSection().model_dump()
 """What may be lost against a baseline, as a share of it, where nothing else is said."""
+
+OF_TIMES = ("Prefill:", "Decode:", "Times:", "Peak memory:")
+"""How sentences of a protocol begin that are about times and memory."""
 
 SAME_TEACHER = 1e-3
 """Relative difference up to which two teachers' perplexities are those of one."""
@@ -107,11 +112,10 @@ def against_baseline(
             )
     allowed = {**TOLERANCE, **tolerance}
     if differences := _differences(report, baseline, times):
+        without = times and not _differences(report, baseline, times=False)
         raise ComparisonError(
-            "these reports cannot be compared: "
-            + "; ".join(differences)
-            + ". Run both recipes with the same texts, workload "
-            "and device" + (", or leave the times out (--no-times)" if times else "")
+            f"these reports cannot be compared: {'; '.join(differences)}. Run both recipes with the same texts, workload and "
+            f"device{', or leave the times out (--no-times, times=False)' if without else ''}"
         )
     ours, theirs = report.rows, baseline.rows
     student, old = _row(ours, "student"), _row(theirs, "student")
@@ -164,16 +168,18 @@ def every_line(
 
 def _differences(report: Report, baseline: Report, times: bool) -> list[str]:
     found = []
-    if report.protocol != baseline.protocol:
-        found.append(f"protocol: {report.protocol!r} against {baseline.protocol!r}")
+    here, there = (re.split(r"(?<=\.) ", r.protocol) for r in (report, baseline))
+    for ours, theirs in zip_longest(here, there, fillvalue="nothing"):
+        if ours != theirs and (times or not ours.startswith(OF_TIMES)):
+            found.append(f"protocol: {ours!r} against {theirs!r}")
     teachers = [_measured(_row(r.rows, "teacher").perplexity) for r in (report, baseline)]
     if abs(teachers[0] / teachers[1] - 1) > SAME_TEACHER:
         found.append(f"the teacher's perplexity: {number(teachers[0])} against {number(teachers[1])}")
     if times:
         for key in ("cpu", "gpu", "threads", "provider"):
-            here, there = getattr(report.environment, key), getattr(baseline.environment, key)
-            if here != there:
-                found.append(f"{key}: {here} against {there}")
+            ours, theirs = getattr(report.environment, key), getattr(baseline.environment, key)
+            if ours != theirs:
+                found.append(f"{key}: {ours} against {theirs}")
     return found
 
 

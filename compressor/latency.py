@@ -24,7 +24,7 @@ from eval.latency import NO_TIME, PHASES, LatencyTable, Milliseconds
 from eval.prediction import LatencyModel
 
 if TYPE_CHECKING:
-    from compressor.pipeline import Run
+    from compressor.run import Run  # which looks at the estimates that need this
 
 ANCHORS = 4
 """Random plans among the whole models that correct the table."""

@@ -93,20 +93,7 @@ def load_teacher(
         )
     generation = getattr(model, "generation_config", None) or transformers.GenerationConfig.from_model_config(config)
     network = _empty(decoder, (config, generation))
-    if not decoder.causal:
-        network.mask_token = tokenizer.cls_token_id if decoder.classes else tokenizer.mask_token_id
-        if network.mask_token is None:
-            wanted = (
-                "a [CLS] token in that of a classifier or an embedder"
-                if decoder.classes
-                else "a mask token in that of a masked language model"
-            )
-            raise ModelError(f"model.path = {str(path)!r}: no such token in the tokenizer; expected {wanted}")
-    if (decoder.classes or decoder.encoder) and tokenizer.pad_token_id != decoder.pad:
-        raise ModelError(
-            f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
-            f"{tokenizer.pad_token_id}; correct one of the two"
-        )
+    network.mask_token = _mask_token(path, decoder, tokenizer)
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     given = weights_of(state, config, decoder)
     weights = _on_disk(given, layerwise) if layerwise else dict(given)
@@ -122,6 +109,27 @@ def load_teacher(
     network.model.requires_grad_(False)
     network.layerwise = layerwise is not None
     return Teacher(network, tokenizer, str(path), _beside(path, revision) if decoder.pooling else {})
+
+
+def _mask_token(path: str | Path, decoder: Decoder, tokenizer: Any) -> int | None:
+    """What stands for what a model predicts, of one that is not causal.
+
+    Raises:
+        ModelError: the tokenizer has no such token, or pads with another one than the model knows.
+    """
+    if (decoder.classes or decoder.encoder) and tokenizer.pad_token_id != decoder.pad:
+        raise ModelError(
+            f"model.path = {str(path)!r}: expected one padding token, config.json has {decoder.pad}, the tokenizer "
+            f"{tokenizer.pad_token_id}; correct one of the two"
+        )
+    if decoder.causal:
+        return None
+    token = tokenizer.cls_token_id if decoder.classes else tokenizer.mask_token_id
+    if token is None:
+        of_texts = "a [CLS] token in that of a classifier or an embedder"
+        wanted = of_texts if decoder.classes else "a mask token in that of a masked language model"
+        raise ModelError(f"model.path = {str(path)!r}: no such token in the tokenizer; expected {wanted}")
+    return token
 
 
 def _on_disk(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:

@@ -47,6 +47,20 @@ import compressor
 model = compressor.load("FOLDER")  # torch: {read} [B, L] -> logits [B, L, V]
 ```
 """
+GENAI = """
+```python
+import onnxruntime_genai as genai  # 0.18 or newer
+
+model = genai.Model("FOLDER")
+tokenizer, parameters = genai.Tokenizer(model), genai.GeneratorParams(model)
+parameters.set_search_options(max_length=64)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+"""
 THREE = (
     "`encoder_model.onnx` reads a text, `decoder_model.onnx` what that gives, `encoder_hidden_states`, and the token that "
     "answers begin behind, `decoder_with_past_model.onnx` every other one, behind `past_key_values`. The weights of all "
@@ -187,6 +201,8 @@ def _run_part(report: Report) -> str:
     load = load.replace("[B, L, V]", "[B, classes]") if report.task == "text-classification" else load
     load = load.replace("logits [B, L, V]", "embeddings [B, D]") if report.task == "sentence-similarity" else load
     parts = ["## How to run", *([WRITE] if _writes(report) else []), load]
+    if report.task == "text-generation" and not _in_torch(report):
+        parts.append(GENAI)
     if encoder:
         parts.append(THREE)
     elif not _in_torch(report):

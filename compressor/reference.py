@@ -1,8 +1,9 @@
-"""docs/recipe.md: every key of a recipe, from the schema itself; `compress schema --markdown` prints it."""
+"""docs/recipe.md: every key of a recipe, from the schema itself (`compress schema --markdown`); and a first recipe."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from compressor.recipe import Recipe, Section, TextSource, section_in
@@ -16,6 +17,40 @@ data:
 """.strip()
 
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+FIRST = """\
+# Every key: docs/recipe.md, or `compress schema`. First `compress THIS_FILE --dry-run`, which says what it takes.
+model:
+  path: {model}
+data:
+  calibration: {calibration}
+  evaluation: {evaluation}   # seen by nothing before the end
+target:
+  device: auto
+  workload: {{prefill: 128, context: 128}}   # tokens of the prompt that is timed, and in the cache
+budget:                  # one or more of
+  bytes: 25%             # of the fp32 export's, or 60MB
+  # prefill: 60%         # or 120ms
+  # decode: 50%          # or 12ms a token
+search:
+  evaluations: 16        # more is better; each is a pass over search.tokens tokens
+# distill:
+#   steps: 50            # training behind the reconstruction
+# gate:
+#   perplexity_ratio: 1.1   # exit code 3 if missed
+"""
+
+WIKITEXT = "{{dataset: Salesforce/wikitext, config: wikitext-2-raw-v1, split: {split}}}"
+
+
+def first_recipe(model: str, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> str:
+    """A recipe for a model, in YAML. calibration, evaluation: text files; of WikiText on the hub where there are none."""
+    texts = {
+        name: json.dumps(list(files)) if files else f"[{WIKITEXT.format(split=split)}]"
+        for name, files, split in (("calibration", calibration, "train"), ("evaluation", evaluation, "test"))
+    }
+    return FIRST.format(model=json.dumps(model), **texts)
 
 
 def recipe_reference() -> str:

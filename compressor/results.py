@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import ceil, isfinite, log2
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,21 +17,21 @@ import torch
 from compressor import measure, report
 from compressor.errors import ModelError
 from compressor.gate import against_limits
+from compressor.latency import Latency
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
 from compressor.network import Network
 from compressor.plan import Plan
+from compressor.recover import Finalist, Recovery
 from compressor.recovery.distill import loaded
+from compressor.run import Run
 from compressor.runtimes import Deployed, runtime
-from compressor.search import best, label, spent
+from compressor.search import Searches, best, label, spent
 from compressor.stages import key_of
 from compressor.student import Decoder
 from compressor.text import compared, predictions, tokens_digest
 from compressor.transformer import NEARNESS, Sides
 from eval.perplexity import Logits, Quality, compare
 from policies import Problem
-
-if TYPE_CHECKING:
-    from compressor.pipeline import Finalist, Latency, Recovery, Run, Searches
 
 SAMPLE_TOKENS = 32
 """Greedy tokens of a sample; torch and ONNX Runtime must agree on them."""
@@ -69,7 +68,8 @@ def collect(
     quality = _quality(run, folders, made_of)
     times = _times(run, models, key_of(made_of, {key: _digest(run, folder) for key, folder in models.items()}))
     memory = _memory(run, folders, made_of)
-    parity, samples = _parity(run, student.plan, folders["student"], made_of)
+    parity = _parity(run, student.plan, folders["student"], made_of)
+    samples = _samples(run, folders["student"], made_of)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     rows = _rows(run, latency, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
@@ -174,39 +174,60 @@ def _memory(run: Run, folders: dict[str, Path], made_of: str) -> dict[str, int]:
     return run.stages.value("memory", made_of, make)
 
 
-def _parity(run: Run, plan: Plan, folder: Path, made_of: str) -> tuple[report.Parity, tuple[report.Sample, ...]]:
+def _parity(run: Run, plan: Plan, folder: Path, made_of: str) -> report.Parity:
     """Logits and text of ONNX Runtime against the folder's weights in torch, both without the rounding of activations (see
-    `compressor.export.exact`); then the text of the deployed graph, and the teacher's beside."""
-    tolerance = run.recipe.export.parity_tolerance
+    `compressor.export.exact`); and what that rounding does to the logits of the deployed graph."""
     teacher = run.teacher.network
-    written = [teacher.written(window_L) for window_L in run.texts.evaluation_NL[:2]]
-    window_L = teacher.seen(written[0] if teacher.decoder.encoder else written[0][:PARITY_TOKENS]).cpu()
-    prompts = [_prompt(teacher, window_L) for window_L in written]
+    window_L = teacher.seen(teacher.written(run.texts.evaluation_NL[0])).cpu()
+    window_L = window_L if teacher.decoder.encoder else window_L[:PARITY_TOKENS]
+    where = compared(window_L)
 
     @torch.no_grad()
     def make(progress: Callable[..., None]) -> dict:
         network = loaded(teacher, runtime(run.target.runtime).read_student(folder, teacher.decoder, plan), "none")
-        where = compared(window_L)
         expected_LV = network.window_logits(window_L.numpy()).cpu().numpy()
+
+        def error(model: Deployed) -> float:
+            found_LV = teacher.told(model.logits(window_L.numpy())).numpy(force=True)
+            return _relative_error(found_LV[where], expected_LV[where])
+
+        prompts = _prompts(run)
         with _open(run, folder, exact=True) as exact:
-            found_LV = teacher.told(exact.logits(window_L.numpy())).numpy(force=True)
+            found = {"error": error(exact)}
             texts = [_text(run, exact, prompt) for prompt in prompts]
-        error = _relative_error(found_LV[where], expected_LV[where])
-        equal = all(_agrees(run, network, prompt, text) for prompt, text in zip(prompts, texts, strict=True))
         progress(1, 2)
+        equal = all(_agrees(run, network, prompt, text) for prompt, text in zip(prompts, texts, strict=True))
         with _open(run, folder) as deployed:
-            rounded_LV = teacher.told(deployed.logits(window_L.numpy())).numpy(force=True)
-            made = [_text(run, deployed, prompt) for prompt in prompts]
-        rounding = _relative_error(rounded_LV[where], expected_LV[where])
-        shown = [run.teacher.tokenizer.decode(prompt) for prompt in prompts]
-        # a token of a teacher that is not in memory takes as long as all of a window
-        teachers = [None if teacher.layerwise else _named(run, _text(run, teacher, prompt)) for prompt in prompts]
-        samples = list(zip(shown, teachers, map(partial(_named, run), made), strict=True))
-        return {"error": error, "equal": equal, "rounding": rounding, "samples": samples}
+            return {**found, "equal": equal, "rounding": error(deployed)}
 
     found = run.stages.value("parity", key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2])), make)
-    samples = tuple(report.Sample(*texts) for texts in found["samples"])
-    return report.Parity(found["error"], found["equal"], tolerance, found["rounding"]), samples
+    return report.Parity(found["error"], found["equal"], run.recipe.export.parity_tolerance, found["rounding"])
+
+
+def _samples(run: Run, folder: Path, made_of: str) -> tuple[report.Sample, ...]:
+    """What the teacher and the deployed student make of some prompts."""
+    teacher = run.teacher.network
+
+    @torch.no_grad()
+    def make(progress: Callable[..., None]) -> list[dict]:
+        made = []
+        with _open(run, folder) as deployed:
+            for prompt in _prompts(run):
+                # a token of a teacher that is not in memory takes as long as all of a window
+                theirs = None if teacher.layerwise else _named(run, _text(run, teacher, prompt))
+                ours = _named(run, _text(run, deployed, prompt))
+                sample = report.Sample(run.teacher.tokenizer.decode(prompt), theirs, ours)
+                made.append(asdict(sample))
+        return made
+
+    key = key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2]))
+    return tuple(report.Sample(**texts) for texts in run.stages.value("samples", key, make))
+
+
+def _prompts(run: Run) -> list[torch.Tensor]:
+    """What samples go on from."""
+    network = run.teacher.network
+    return [_prompt(network, network.written(window_L)) for window_L in run.texts.evaluation_NL[:2]]
 
 
 def _prompt(network: Network, window_L: torch.Tensor) -> torch.Tensor:

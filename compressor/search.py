@@ -15,6 +15,9 @@ from policies import Meter, Policy, Problem, Question
 Trials = Sequence[tuple[Plan, Score]]
 """What a policy asked and was told, in order."""
 
+Searches = dict[tuple[str, int], Trials]
+"""Trials by (policy, seed)."""
+
 
 def build_problem(
     sites: tuple[Site, ...],

@@ -90,9 +90,9 @@ class Problem:
         """Budgeted costs as shares of the room; enormous off the menu."""
         return self.units_SAD / np.maximum(np.abs(self.room_D), 1)
 
-    def pad(self, rows: Sequence[np.ndarray], fill: float = 0.0) -> np.ndarray:
-        """One array a site, [A_s] -> [S, A]."""
-        padded = np.full(self.valid_SA.shape, fill)
+    def pad(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """One array a site, [A_s] -> [S, A], 0 off the menu."""
+        padded = np.zeros(self.valid_SA.shape)
         padded[self.valid_SA] = np.concatenate([np.asarray(row, float) for row in rows])
         return padded
 

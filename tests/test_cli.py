@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import compressor
-from compressor import estimate
+from compressor import Recipe, estimate
 from compressor.cli import app
 from compressor.errors import BudgetError, RegressionError
 from compressor.export import OnnxDecoder, export_onnx
@@ -92,6 +92,15 @@ def test_result_on_stdout_and_progress_on_stderr(recipe, pipeline):
     assert "search  1/2" in result.stderr and "search" not in result.stdout
     assert pipeline.calls[0][2] is False, "remote code is run only when asked for"
     assert invoke(recipe, "--quiet").stderr == ""
+
+
+def test_a_recipe_to_begin_with(tmp_path):
+    for given in ([], ["--calibration", "a.txt", "--calibration", "b.txt", "--evaluation", "c.txt"]):
+        (tmp_path / "recipe.yaml").write_text(invoke("init", "./teacher: mine", *given).stdout)
+        found = Recipe.load(tmp_path / "recipe.yaml")
+        assert found.model.path == str(tmp_path / "teacher: mine") and found.search.evaluations == 16
+        assert len(found.data.calibration) == (2 if given else 1)
+        assert (found.data.evaluation[0].dataset is None) == bool(given)
 
 
 def test_options_of_its_own_are_not_taken_for_a_run():

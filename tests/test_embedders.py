@@ -23,6 +23,7 @@ from compressor.plan import DROP, Plan
 from compressor.recipe import TextSource
 from compressor.recovery.distill import Imitation, Settings, distill, loaded
 from compressor.recovery.reconstruct import reconstruct
+from compressor.run import Texts
 from compressor.student import full_plan
 from compressor.text import Labelling, load_tokens
 from compressor.transformer import NEARNESS
@@ -191,7 +192,7 @@ def test_a_whole_run(folders, lines, tmp_path):
     # by hand: the deployed embeddings of the same texts, against transformers'
     network = load_teacher(folders["bert"]).network
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bert"])
-    texts = pipeline.Texts.read(wanted, tokenizer, Labelling.of(tokenizer, None), 24)
+    texts = Texts.read(wanted, tokenizer, Labelling.of(tokenizer, None), 24)
     anchors_AD = theirs(folders["bert"], "bert", network.seen(texts.anchors_NL))
     ids_NL = network.seen(texts.evaluation_NL)
     with OnnxDecoder(tmp_path / "onnx", threads=1) as model:

@@ -88,6 +88,11 @@ def test_what_was_measured_otherwise_is_not_compared():
         report, environment=replace(report.environment, cpu="Another", provider="CUDAExecutionProvider")
     )
     assert len(against_baseline(elsewhere, report, times=False)) == 2
+    other = replace(report, protocol="Windows of 512 tokens. Prefill: 64 tokens.")
+    here = replace(report, protocol="Windows of 512 tokens. Prefill: 128 tokens.")
+    with pytest.raises(ComparisonError, match=r"protocol: 'Prefill: 128 tokens.' against 'Prefill: 64.*--no-times"):
+        against_baseline(here, other)
+    assert len(against_baseline(here, other, times=False)) == 2
     newer = replace(report, environment=replace(report.environment, versions={"torch": "3"}))
     assert len(against_baseline(newer, report)) == 4
 

@@ -14,7 +14,10 @@ from compressor.estimate import dry_run
 from compressor.executor import Executor
 from compressor.model import load_teacher
 from compressor.plan import DROP, Action, Plan
+from compressor.progress import silent
 from compressor.recovery.distill import loaded
+from compressor.run import start
+from compressor.stages import Stages
 from compressor.student import full_plan
 from tests.test_pipeline import recipe
 
@@ -149,19 +152,19 @@ def test_absolute_times_are_not(tiny_folder, tmp_path):
 
 
 def test_it_is_chosen_where_memory_is_short(tiny_folder, tmp_path, monkeypatch):
-    assert not start(tiny_folder, tmp_path / "a").teacher.network.layerwise
+    assert not begun(tiny_folder, tmp_path / "a").teacher.network.layerwise
     monkeypatch.setattr("compressor.estimate.available_bytes", lambda: 10**6)
-    assert start(tiny_folder, tmp_path / "b").teacher.network.layerwise
+    assert begun(tiny_folder, tmp_path / "b").teacher.network.layerwise
     whole, parts = (dry_run(recipe(tiny_folder, model={"layerwise": kept}, **WHOLE)) for kept in (False, True))
     assert parts.layerwise and not whole.layerwise
     assert sum(s.memory_bytes for s in parts.stages) < sum(s.memory_bytes for s in whole.stages)
     with pytest.raises(RecipeError, match=r"distill.steps = 4: .* 0.0 GB are free"):
-        start(tiny_folder, tmp_path / "c", distill={})
+        begun(tiny_folder, tmp_path / "c", distill={})
 
 
-def start(folder, out, **changes):
+def begun(folder, out, **changes):
     asked = recipe(folder, **{**WHOLE, **changes})
-    return pipeline.start(asked, out, False, pipeline.Stages(out / "stages", pipeline.silent))
+    return start(asked, out, False, Stages(out / "stages", silent))
 
 
 def test_memory_that_a_control_group_allows(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import compressor
-from compressor import Recipe, export, latency, pipeline, results
+from compressor import Recipe, export, pipeline
 from compressor.bank import Bank
 from compressor.errors import (
     BudgetError,
@@ -30,12 +30,15 @@ from compressor.errors import (
 from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.files import exclusive
-from compressor.latency import mixed_plan
+from compressor.folder import save_folder
+from compressor.latency import measure_latency, mixed_plan
 from compressor.model import load_teacher
 from compressor.plan import Action, Plan, Score
 from compressor.progress import silent
+from compressor.recover import _prompts, _teacher_cache, recover
 from compressor.recovery.cache import TeacherCache
 from compressor.recovery.distill import Imitation, visited
+from compressor.run import Texts, start
 from compressor.search import complete
 from compressor.stages import Stages
 from eval.latency import Milliseconds
@@ -124,7 +127,7 @@ def test_torch_and_onnx_runtime_agree(finished, tiny_folder):
         expected = model(torch.from_numpy(ids)[None])[0].numpy()
     with OnnxDecoder(out / "onnx") as decoder:
         found = decoder.logits(ids)
-    teacher = pipeline.load_teacher(tiny_folder).network
+    teacher = load_teacher(tiny_folder).network
     with torch.no_grad():
         plain = teacher.logits(teacher.hidden(torch.from_numpy(ids)[None]))[0].numpy()
     # a last bit may turn over a code of an activation, which moves all that is behind it
@@ -159,7 +162,7 @@ def test_half_precision(tiny_folder, tmp_path):
 def test_every_part_of_the_scoring_text_has_a_window(tiny_folder, tokens, shape):
     """Cut, where the tokens are few; held-out windows are whole, and nothing is taken twice."""
     wanted = recipe(tiny_folder, search={"tokens": tokens}, data={"calibration_tokens": 640})
-    texts = pipeline.Texts.read(wanted, pipeline.load_teacher(tiny_folder).tokenizer)
+    texts = Texts.read(wanted, load_teacher(tiny_folder).tokenizer)
     assert texts.score_NL.shape == shape and texts.held_out_NL.shape == (tokens // 64, 64)
     starts = [
         tuple(ids[:16].tolist()) for text in (texts.score_NL, texts.held_out_NL, texts.calibration_NL) for ids in text
@@ -170,7 +173,7 @@ def test_every_part_of_the_scoring_text_has_a_window(tiny_folder, tokens, shape)
 
 def test_recovery_may_see_more_text_and_never_what_decides(tiny_folder):
     wanted = recipe(tiny_folder, distill={"tokens": 64 * 40})
-    texts = pipeline.Texts.read(wanted, pipeline.load_teacher(tiny_folder).tokenizer)
+    texts = Texts.read(wanted, load_teacher(tiny_folder).tokenizer)
     assert texts.fitted_NL.shape == (40, 64) and texts.trained_NL.shape == (4 * 2, 64)
     deciding, fitted, trained = (
         {tuple(ids[:16].tolist()) for ids in windows}
@@ -181,22 +184,22 @@ def test_recovery_may_see_more_text_and_never_what_decides(tiny_folder):
 
 def test_a_batch_shorter_than_a_window_is_one_window(tiny_folder):
     wanted = recipe(tiny_folder, distill={"steps": 3, "batch_tokens": 16})
-    texts = pipeline.Texts.read(wanted, pipeline.load_teacher(tiny_folder).tokenizer)
+    texts = Texts.read(wanted, load_teacher(tiny_folder).tokenizer)
     assert wanted.batch_windows == 1 and texts.trained_NL.shape == (3, 64)
 
 
 def test_the_same_call_again_computes_nothing(finished, tiny_folder, monkeypatch):
     out, report, _ = finished
-    monkeypatch.setattr("compressor.recovery.reconstruct._fit", None)
-    for module, name in (
-        (pipeline, "sensitivities"),
-        (pipeline, "Executor"),
-        (latency, "time_models"),
-        (results, "time_models"),
+    for name in (
+        "compressor.pipeline.sensitivities",
+        "compressor.run.Executor",
+        "compressor.latency.time_models",
+        "compressor.results.time_models",
+        "compressor.recovery.reconstruct._fit",
+        "compressor.recovery.distill.distill",
     ):
-        monkeypatch.setattr(module, name, None)  # calling it would fail
+        monkeypatch.setattr(name, None)  # calling it would fail
     monkeypatch.setattr(export, "site_stack", pytest.fail)
-    monkeypatch.setattr(pipeline.distill, "distill", None)
     again = pipeline.compress(recipe(tiny_folder), out)
     assert again.to_dict() | {"stage_seconds": 0} == report.to_dict() | {"stage_seconds": 0}
 
@@ -277,12 +280,12 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
             super().__init__(problem, seed, memory=memory)
 
     monkeypatch.setattr(pipeline, "ActorCritic", Spy)
-    run = pipeline.start(other, tmp_path / "other", False, Stages(tmp_path / "stages", silent))
-    problem = pipeline.pose(run, pipeline.find_sensitivities(run), pipeline.measure_latency(run))
+    run = start(other, tmp_path / "other", False, Stages(tmp_path / "stages", silent))
+    problem = pipeline.pose(run, pipeline.find_sensitivities(run), measure_latency(run))
     pipeline.search(run, problem, *pipeline.reused(run))
     assert given[0].families == Memory.read(out / "policy.safetensors").families
     with pytest.raises(RecipeError, match="expected the folder of another run"):
-        pipeline.start(other, out, False, Stages(tmp_path / "stages", silent))
+        start(other, out, False, Stages(tmp_path / "stages", silent))
     (empty := tmp_path / "empty").mkdir()
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
@@ -313,8 +316,8 @@ def test_what_times_are_uncertain_by_is_left_free(finished, tiny_folder, tmp_pat
     """As long as any plan fits then."""
     shutil.copytree(finished[0] / "bank", tmp_path / "bank")
     wanted = recipe(tiny_folder, budget={"bytes": None, "prefill": "10x"})
-    run = pipeline.start(wanted, tmp_path, False, Stages(tmp_path / "stages", silent))
-    sensitivity, known = pipeline.find_sensitivities(run), pipeline.measure_latency(run)
+    run = start(wanted, tmp_path, False, Stages(tmp_path / "stages", silent))
+    sensitivity, known = pipeline.find_sensitivities(run), measure_latency(run)
     asked = 10 * known.fp32_ms.prefill
     for margin, limit in ((0.0, asked), (0.1 * asked, 0.9 * asked), (asked, asked)):
         uncertain = replace(known, margin=Milliseconds(margin, 0.0))
@@ -349,13 +352,13 @@ def test_every_method_recovers_a_plan(finished, tiny_folder, tmp_path, method, d
     wanted = recipe(tiny_folder, distill={"method": method, "rollouts": rollouts, "rl": rl})
     stages = Stages(tmp_path / "run" / "stages", lambda progress: None)
     rewards = {"vowels": lambda prompt, text: sum(letter in "aeiou" for letter in text) / max(1, len(text))}
-    run = pipeline.start(wanted, tmp_path / "run", False, stages, rewards)
+    run = start(wanted, tmp_path / "run", False, stages, rewards)
     plan = Plan(tuple((entry.site, Action(entry.keep, entry.format)) for entry in report.plan))
-    recovery = pipeline.recover(run, plan, 2)
+    recovery = recover(run, plan, 2)
     assert recovery.curve.decides == decides and len(recovery.curve.training) == 2
     assert own <= {name for told in recovery.curve.training for name in told}
     assert recovery.kl == dict(recovery.curve.held_out)[recovery.curve.kept_step]["kl"]
-    again = pipeline.recover(run, plan, 2)
+    again = recover(run, plan, 2)
     assert again.curve == recovery.curve and again.student.plan == plan
 
 
@@ -374,7 +377,7 @@ def test_the_teacher_is_asked_once_for_finalists_and_student(finished, tiny_fold
         made.append((len(cache._places), len(cache._files) - len(before)))
 
     monkeypatch.setattr(TeacherCache, "make", spy)
-    run = pipeline.start(recipe(tiny_folder, distill=settings), tmp_path / "run", False, stages)
+    run = start(recipe(tiny_folder, distill=settings), tmp_path / "run", False, stages)
     trained_NL = run.texts.trained_NL
     ask = Imitation.updates
 
@@ -384,13 +387,13 @@ def test_the_teacher_is_asked_once_for_finalists_and_student(finished, tiny_fold
         beside.append(len(said))
 
     monkeypatch.setattr(Imitation, "updates", updates)
-    short = pipeline.recover(run, plan, 2, "finalist-1")
-    long = pipeline.recover(run, plan, 5)
+    short = recover(run, plan, 2, "finalist-1")
+    long = recover(run, plan, 5)
     assert made == [(len(trained_NL), 1), (len(trained_NL), 0)] and beside == [0] * 7
     assert len(short.curve.training) == 2 and len(long.curve.training) == 5
     assert "teacher-cache" in {progress.stage for progress in shown} and stages.seconds["teacher-cache"] > 0
     texts = replace(run.texts, trained_NL=trained_NL.roll(1, 1))
-    pipeline.recover(replace(run, texts=texts), plan, 2)
+    recover(replace(run, texts=texts), plan, 2)
     assert (
         made[-1] == (len(trained_NL), 1) and len(list((tmp_path / "run" / "stages" / "teacher-cache").iterdir())) == 1
     )
@@ -410,7 +413,7 @@ def test_only_windows_that_are_visited_are_asked_about(tmp_path):
     seen = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TeacherCache, "make", lambda cache, *_: seen.append(set(cache._places)))
-        pipeline._teacher_cache(run, 1)
+        _teacher_cache(run, 1)
     assert seen == [{visited(10, n, 2) for n in range(6)}] and len(seen[0]) == 6
 
 
@@ -418,8 +421,8 @@ def test_prompts_are_pieces_of_other_text_than_those_that_decide(tiny_folder):
     rollouts = {"prompt_tokens": 10, "new_tokens": 12, "held_out": 3}
     wanted = recipe(tiny_folder, distill={"method": "on_policy", "rollouts": rollouts})
     teacher = load_teacher(tiny_folder)
-    texts = pipeline.Texts.read(wanted, teacher.tokenizer)
-    trained, held_out = pipeline._prompts(SimpleNamespace(recipe=wanted, texts=texts, teacher=teacher))
+    texts = Texts.read(wanted, teacher.tokenizer)
+    trained, held_out = _prompts(SimpleNamespace(recipe=wanted, texts=texts, teacher=teacher))
     assert len(held_out) == 3 and len(trained) == 2 * len(texts.trained_NL)
     assert torch.equal(trained[1], texts.trained_NL[0, 22:32]) and torch.equal(held_out[0], texts.held_out_NL[0, :10])
     assert not {tuple(p.tolist()) for p in trained} & {tuple(p.tolist()) for p in held_out}
@@ -478,10 +481,19 @@ def test_the_gate_raises_after_everything_is_written(finished, tiny_folder):
     assert json.loads((out / "report.json").read_text())["gate"][0]["passed"] is False
 
 
-def test_an_impossible_budget_is_refused_before_the_search(finished, tiny_folder):
-    out, _, _ = finished
-    with pytest.raises(BudgetError, match="smallest reachable"):
-        pipeline.compress(recipe(tiny_folder, budget={"bytes": "1%"}), out)
+def weightless(folder: Path, tmp_path: Path) -> Path:
+    """A model's folder without its weights."""
+    bare = tmp_path / "bare"
+    return shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+
+
+def test_an_impossible_budget_is_refused(finished, tiny_folder, tmp_path):
+    """Of bytes before anything is loaded, by a dry run as well; of time when times are known."""
+    for begin in (lambda asked: pipeline.compress(asked, tmp_path), dry_run):
+        with pytest.raises(BudgetError, match="budget.bytes = .*: expected at least .*, what the smallest plan"):
+            begin(recipe(tiny_folder, model={"path": str(weightless(tiny_folder, tmp_path))}, budget={"bytes": "1%"}))
+    with pytest.raises(BudgetError, match="prefill_ms: limit .*, smallest reachable"):
+        pipeline.compress(recipe(tiny_folder, budget={"prefill": "0.1us"}), finished[0])
 
 
 def test_a_menu_without_the_whole_site(tiny_folder, tmp_path):
@@ -509,11 +521,7 @@ def test_progress_is_shown_for_every_stage(finished):
 
 
 def test_a_dry_run_reads_no_weights_and_tells_the_sizes(tiny_folder, finished, tmp_path):
-    import shutil
-
-    bare = tmp_path / "bare"
-    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    told = dry_run(recipe(bare))
+    told = dry_run(recipe(weightless(tiny_folder, tmp_path)))
     assert len(told.sites) == 7 and told.bytes_smallest < told.bytes_budget < told.bytes_largest
     _, report, _ = finished
     assert told.bytes_budget == pytest.approx(report.budget[0].limit, rel=0.03)
@@ -548,7 +556,7 @@ def test_another_uniform_plan_is_measured_anew(finished, tiny_folder, tmp_path, 
     def other(run, problem, trials, student):
         folders = export(run, problem, trials, student)
         drawn = mixed_plan(run.menu, problem.sites, np.random.default_rng(0))
-        pipeline.save_folder(run.bank.realize(drawn), run.teacher, folders["uniform"])
+        save_folder(run.bank.realize(drawn), run.teacher, folders["uniform"])
         return folders
 
     export = pipeline.export
@@ -565,7 +573,7 @@ def test_the_report_says_what_the_next_better_action_would_have_cost(finished):
     assert others and len(best) < len(report.plan)
     for entry in others:
         assert entry.next_better.sensitivity < entry.sensitivity
-        assert entry.next_better.extra_bytes > -entry.size_bytes and entry.next_better.action
+        assert entry.next_better.extra["bytes"] > -entry.size_bytes and entry.next_better.action
 
 
 def test_the_plan_beside_the_weights_is_the_reports(finished):
