@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compressor.calibrate import OUTPUTS, Statistics, collect
 from compressor.errors import BankError
-from compressor.files import write_bytes_atomic
+from compressor.files import take_over, write_bytes_atomic
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
@@ -90,6 +90,11 @@ class Bank:
         self._statistics: Statistics | None = None
 
     # -- what the bank holds --
+
+    def take_over(self, root: Path) -> None:
+        """Have what a bank of the same key holds in another place."""
+        take_over(root / self.key, self.folder, ("**/*",))
+        self._listed = self._read_manifest()
 
     def statistics(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
         """Second moments, ranges and Fisher weights; the first call runs the teacher, later ones read the disk."""

@@ -125,10 +125,6 @@ class Run:
         return Executor(self.bank, self.texts.score_NL)
 
 
-KEPT = ("bank/**/*", "latency.json", "stages/sensitivity-*.json")
-"""What `search.reuse` takes over: it doesn't depend on a budget, and is known by keys of what it was made from."""
-
-
 def start(
     recipe: Recipe,
     out: Path,
@@ -144,12 +140,8 @@ def start(
     """
     target = Target.of(recipe.target)
     recipe, model = runnable(recipe, target), recipe.model
-    if reuse := recipe.search.reuse:
-        if Path(reuse).resolve() == out.resolve():
-            raise RecipeError(
-                f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another"
-            )
-        take_over(Path(reuse), out, KEPT)
+    if (reuse := recipe.search.reuse) and Path(reuse).resolve() == out.resolve():
+        raise RecipeError(f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another")
     with stages.timed("teacher"):
         given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
         decoder = replace(read_decoder(model.path, **given), precision=target.precision)
@@ -182,6 +174,9 @@ def start(
         recipe.search.quantizer,
         memory_bytes=kept,
     )
+    if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
+        bank.take_over(Path(reuse) / "bank")
+        take_over(Path(reuse), out, ("latency.json", "stages/sensitivity-*.json"))
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
