@@ -560,8 +560,16 @@ def _stages_part(report: Report) -> str:
     if not report.stage_seconds:
         return ""
     total = sum(report.stage_seconds.values())
-    rows = [(name, f"{seconds:.1f} s") for name, seconds in report.stage_seconds.items()]
+    rows = [(_stage(name), f"{seconds:.1f} s") for name, seconds in report.stage_seconds.items()]
     return table(("stage", "time"), [*rows, ("**all**", f"**{total:.1f} s**")])
+
+
+def _stage(name: str) -> str:
+    """`searched-2` -> `searched plan 2, timed whole`; `reconstruct-ec21ba` -> `reconstruction of plan ec21ba`."""
+    for kind, words in (("searched", "searched plan {}, timed whole"), ("reconstruct", "reconstruction of plan {}")):
+        if name.startswith(f"{kind}-"):
+            return words.format(name.removeprefix(f"{kind}-"))
+    return name.replace("-", " ")
 
 
 def _reproduce_part(report: Report) -> str:

@@ -79,6 +79,7 @@ class Stages:
 
         def write(report: Callable[..., None]) -> dict:
             student, value = make(report)
+            (self.folder / f"{name}.json").unlink(missing_ok=True)  # what it says of the weights ends here
             tensors = {key: tensor.contiguous() for key, tensor in student.tensors().items()}
             write_bytes_atomic(weights, save(tensors))
             return {"plan": student.plan.to_json(), "value": value}
