@@ -225,6 +225,7 @@ def generate(
     folder: Annotated[Path, typer.Argument(help="A deployed folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Puts the prompt to a chat model, by its template.")] = False,
 ) -> None:
     """Shows the greedy continuation that an exported folder gives, or the answer of an encoder-decoder, on CPU.
 
@@ -243,11 +244,18 @@ def generate(
                 tokenizer = AutoTokenizer.from_pretrained(folder)
             except (OSError, ValueError) as error:
                 raise ModelError(f"{folder}: expected a tokenizer beside model.onnx; {error}") from None
-            ids = tokenizer(prompt)["input_ids"]
+            text = prompt
+            if chat:
+                if not tokenizer.chat_template:
+                    raise ModelError(f"{folder}: expected a chat template, its tokenizer has none; leave --chat out")
+                asked = [{"role": "user", "content": prompt}]
+                text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes those itself
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
             made = decoder.generate(np.array(ids), tokens, tokenizer.eos_token_id)
-        typer.echo(tokenizer.decode(made if decoder.answers else [*ids, *made], skip_special_tokens=True))
+        shown = made if decoder.answers or chat else [*ids, *made]
+        typer.echo(tokenizer.decode(shown, skip_special_tokens=True))
 
 
 DISK = {

@@ -224,6 +224,10 @@ def test_generate_from_a_real_export(tmp_path):
         expected = [words[i] for i in decoder.generate(np.array([1, 2]), 5)]
     assert result.stdout.removeprefix("w1 w2").split() == expected
 
+    assert "expected a chat template" in invoke("generate", str(tmp_path), "w1", "--chat").stderr
+    (tmp_path / "chat_template.jinja").write_text("w1 {{ messages[0]['content'] }}")
+    result = invoke("generate", str(tmp_path), "w2", "--tokens", "5", "--chat")
+    assert result.exit_code == 0 and result.stdout.split() == expected  # the prompt is the same, and is not shown
     assert "expected at least one token" in invoke("generate", str(tmp_path), "").stderr
     for path in tmp_path.glob("token*"):
         path.unlink()
