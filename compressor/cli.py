@@ -249,7 +249,7 @@ def generate(
                 if not tokenizer.chat_template:
                     raise ModelError(f"{folder}: expected a chat template, its tokenizer has none; leave --chat out")
                 asked = [{"role": "user", "content": prompt}]
-                text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+                text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes those itself
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
