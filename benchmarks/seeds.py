@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compressor.pipeline import compress
-from compressor.plan import Action, Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import Report, Row, best_so_far, median_of
@@ -58,8 +57,7 @@ def main() -> None:
     print("| --- |" + " --- |" * len(FIGURES))
     for name, found in rows.items():
         print("|", name, "|", " | ".join(spread([figure(row) for row in found]) for figure in FIGURES.values()), "|")
-    plans = [Plan(tuple((e.site, Action(e.keep, e.format)) for e in report.plan)) for report in reports]
-    print(f"\nSites with the same action in two plans: {agreement(plans):.0%}")
+    print(f"\nSites with the same action in two plans: {agreement([report.chosen for report in reports]):.0%}")
     print("\n| best KL of the search | calibration text |\n| --- | --- |")
     for policy, kls in sorted(searches.items()):
         print("|", policy, "|", spread(kls), "|")

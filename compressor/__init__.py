@@ -22,7 +22,8 @@ latency.py       what plans take in time                   measure.py      expor
 results.py       from measurements to the report           reference.py    every key of a recipe, as a page
 report.py        what a run found                          page.py         the page and the card
 pictures.py      the plots                                 gate.py         limits, and an earlier report
-estimate.py      what a run would take                     cli.py          the command line
+checks.py        what is refused before the work           estimate.py     what a run would take
+cli.py           the command line
 transformer.py   the modules of all models in torch         pytest_plugin.py, progress.py, files.py, stages.py, errors.py
 """
 
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.errors import (
+        BankError,
         BudgetError,
         ComparisonError,
         CompressorError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         ModelError,
         RecipeError,
         RegressionError,
+        RuntimeTargetError,
     )
     from compressor.estimate import dry_run
     from compressor.folder import load
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from compressor.report import Report
 
 __all__ = [
+    "BankError",
     "BudgetError",
     "ComparisonError",
     "CompressorError",
@@ -57,6 +61,7 @@ __all__ = [
     "RecipeError",
     "RegressionError",
     "Report",
+    "RuntimeTargetError",
     "compare",
     "compress",
     "dry_run",
@@ -70,7 +75,8 @@ _HOMES = {
     "compress": "compressor.pipeline",
     "dry_run": "compressor.estimate",
     "load": "compressor.folder",
-} | {name: "compressor.errors" for name in __all__ if name.endswith("Error")}
+}
+"""Where public names are; those of errors are in `compressor.errors`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -80,9 +86,9 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return version("model-compressor")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'compressor' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "compressor.errors")), name)
 
 
 def __dir__() -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compressor.calibrate import OUTPUTS, Statistics, collect
 from compressor.errors import BankError
-from compressor.files import take_over, write_bytes_atomic
+from compressor.files import link, write_bytes_atomic
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
@@ -83,7 +83,7 @@ class Bank:
         self.key = key.hexdigest()[:16]
         self.folder = root / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._listed = self._read_manifest()
+        self._listed = _read_manifest(self.folder)
         self._checked: set[str] = set()
         self._recent: OrderedDict[str, dict[str, Weight]] = OrderedDict()
         self._recent_bytes, self._most_bytes = 0, memory_bytes
@@ -92,9 +92,13 @@ class Bank:
     # -- what the bank holds --
 
     def take_over(self, root: Path) -> None:
-        """Have what a bank of the same key holds in another place."""
-        take_over(root / self.key, self.folder, ("**/*",))
-        self._listed = self._read_manifest()
+        """Have what a bank of the same key holds in another place, as far as this one never had it."""
+        earlier = root / self.key
+        for name, digest in _read_manifest(earlier).items():
+            path = earlier / self._path(name).relative_to(self.folder)
+            if name not in self._listed and path.is_file():
+                link(path, self._path(name))
+                self._list(name, digest)
 
     def statistics(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
         """Second moments, ranges and Fisher weights; the first call runs the teacher, later ones read the disk."""
@@ -273,22 +277,13 @@ class Bank:
             _, oldest = self._recent.popitem(last=False)
             self._recent_bytes -= _memory(oldest)
 
-    def _read_manifest(self) -> dict[str, str]:
-        path = self.folder / "manifest.jsonl"
-        listed = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that a kill cut off: its file is made again
-                listed[entry["name"]] = entry["sha256"]
-        return listed
-
     def _store(self, name: str, tensors: dict[str, Tensor]) -> None:
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         write_bytes_atomic(self._path(name), data)
+        self._list(name, digest)
+
+    def _list(self, name: str, digest: str) -> None:
         with open(self.folder / "manifest.jsonl", "a") as manifest:
             manifest.write("\n" + json.dumps({"name": name, "sha256": digest}))
         self._listed[name] = digest
@@ -312,6 +307,18 @@ class Bank:
             return load_file(path)
         except SafetensorError as error:
             raise BankError(f"{path} cannot be read ({error}): delete the file and run again") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a bank, by name."""
+    path, listed = folder / "manifest.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut off: its file is made again
+        listed[entry["name"]] = entry["sha256"]
+    return listed
 
 
 def _memory(weights: dict[str, Weight]) -> int:

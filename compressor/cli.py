@@ -235,7 +235,9 @@ def generate(
         import numpy as np
         from transformers import AutoTokenizer
 
+        from compressor.folder import ends_of
         from compressor.runtimes import runtime_of
+        from compressor.text import chat_text
 
         with runtime_of(folder).open_model(folder) as decoder:
             if not decoder.writes:
@@ -249,11 +251,11 @@ def generate(
                 if not tokenizer.chat_template:
                     raise ModelError(f"{folder}: expected a chat template, its tokenizer has none; leave --chat out")
                 asked = [{"role": "user", "content": prompt}]
-                text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+                text = chat_text(asked, tokenizer, "--chat", add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes those itself
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
-            made = decoder.generate(np.array(ids), tokens, tokenizer.eos_token_id)
+            made = decoder.generate(np.array(ids), tokens, ends_of(folder))
         shown = made if decoder.answers or chat else [*ids, *made]
         typer.echo(tokenizer.decode(shown, skip_special_tokens=True))
 

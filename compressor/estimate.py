@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor import actions
-from compressor.errors import BudgetError, RecipeError, RuntimeTargetError
+from compressor.checks import check_model, runnable
+from compressor.errors import RecipeError
 from compressor.latency import ANCHORS, CORRECTIONS
 from compressor.measure import Target, available_bytes
 from compressor.model import read_decoder
 from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
-from compressor.report import DryRun, SiteLine, StageEstimate, size
+from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
 from compressor.student import Decoder
 
@@ -37,17 +39,20 @@ LIBRARIES_BYTES = 400_000_000
 """Memory of a run without any model: torch, transformers, ONNX Runtime, a tokenizer."""
 
 
-def dry_run(recipe: Recipe, trust_remote_code: bool = False) -> DryRun:
-    """Sites, actions, sizes, and roughly the time and memory of every stage on this machine.
+def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> DryRun:
+    """Sites, actions, sizes, and roughly the time and memory of every stage on this machine, of a recipe or the one in a YAML
+    file.
 
     Raises:
         RuntimeTargetError, BudgetError, RecipeError: the run itself would end with that before any work.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe.check_files()
     target, model = Target.of(recipe.target), recipe.model
     recipe = runnable(recipe, target)
     given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
     decoder = replace(read_decoder(model.path, **given), precision=target.precision)
-    check_bytes(recipe, decoder)
+    check_model(recipe, decoder)
     layerwise = layer_by_layer(recipe, decoder)
     sites = decoder.sites()
     menu = actions.menu(recipe.search, sites)
@@ -66,41 +71,6 @@ def dry_run(recipe: Recipe, trust_remote_code: bool = False) -> DryRun:
         stages=tuple(_estimates(recipe, decoder, menu, layerwise)),
         layerwise=layerwise,
     )
-
-
-def runnable(recipe: Recipe, target: Target) -> Recipe:
-    """The recipe with the formats that the target runs.
-
-    Raises:
-        RuntimeTargetError: it does not run one that the recipe names, or none at all.
-    """
-    search, left = recipe.search, {}
-    for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
-        formats = getattr(search, key)
-        refused = runtime(target.runtime).refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
-        left[key] = tuple(name for name in formats if name not in refused)
-        if refused and (key in search.model_fields_set or not left[key]):
-            raise RuntimeTargetError(
-                f"{target.environment['runtime']} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
-                f"{target.precision}: take them out of search.{key}. It says: {next(iter(refused.values()))}"
-            )
-    return recipe.model_copy(update={"search": search.model_copy(update=left)})
-
-
-def check_bytes(recipe: Recipe, decoder: Decoder) -> None:
-    """Raise BudgetError where even the smallest plan has more bytes than are budgeted."""
-    if not recipe.budget.bytes:
-        return
-    where, sites = runtime(recipe.target.runtime), decoder.sites()
-    menu = actions.menu(recipe.search, sites)
-    smallest = where.fixed_bytes(decoder) + sum(min(map(site.size_bytes, menu[site.name])) for site in sites)
-    whole = where.fp32_bytes(decoder)
-    if (limit := recipe.budget.bytes.resolve(whole)) < smallest:
-        raise BudgetError(
-            f"budget.bytes = {size(limit)}: expected at least {size(smallest)}, what the smallest plan of this menu takes; "
-            f"write 25% for a share of the {size(whole)} in fp32 and 25MB for megabytes, raise it, or offer smaller actions: "
-            "fewer bits in search.formats and search.embedding_formats, lower fractions in search.ffn_keep"
-        )
 
 
 def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
@@ -122,6 +92,7 @@ def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
         "target.runtime = torch": recipe.target.runtime == "torch",
         "an encoder-decoder": decoder.encoder,
         "gate.baseline with gate.times": gate.baseline and gate.times,
+        "gate.memory as a share of the fp32 export's": gate.memory and gate.memory.relative,
     }
     for name in ("prefill", "decode"):
         for section, limit in (("budget", getattr(budget, name)), ("gate", getattr(gate, name))):

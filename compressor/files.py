@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,18 +56,14 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def take_over(earlier: Path, out: Path, patterns: Iterable[str]) -> None:
-    """Have files of one folder in another, where it has none of that name: the same bytes on the disk, or a copy where they
-    may grow (`*.jsonl`) or lie on another disk."""
-    for path in (path for pattern in patterns for path in sorted(earlier.glob(pattern)) if path.is_file()):
-        place = out / path.relative_to(earlier)
-        if place.exists() or path.name.endswith(".part"):
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".jsonl":
-            with suppress(OSError):
-                os.link(path, place)
-                continue
+def link(path: Path, place: Path) -> None:
+    """Have a file that is never changed in another place, too: the same bytes on the disk, or a copy on another one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, place)
+    except FileExistsError:
+        return
+    except OSError:
         write_bytes_atomic(place, path.read_bytes())
 
 

@@ -87,3 +87,12 @@ def load(folder: str | Path) -> nn.Module:
         raise BankError(f"{plan_path} cannot be read ({error}); export the model again") from None
     load_student(runtime_of(folder).read_student(folder, network.decoder, plan), network, "all")
     return network.model
+
+
+def ends_of(folder: Path) -> tuple[int, ...]:
+    """Ids of the tokens that end what the model of a folder writes."""
+    for name in ("generation_config.json", "config.json"):
+        said = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).is_file() else None
+        if said is not None:
+            return (said,) if isinstance(said, int) else tuple(said)
+    return ()

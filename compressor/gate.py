@@ -103,13 +103,7 @@ def against_baseline(
 
     Raises:
         ComparisonError: the two measured different things; all of them are named.
-        RecipeError: a tolerance is negative, or has no such name.
     """
-    for name, share in tolerance.items():
-        if name not in TOLERANCE or not share >= 0:
-            raise RecipeError(
-                f"tolerance {name} = {share}: expected a share of at least 0 of one of {', '.join(TOLERANCE)}"
-            )
     allowed = {**TOLERANCE, **tolerance}
     if differences := _differences(report, baseline, times):
         without = times and not _differences(report, baseline, times=False)
@@ -133,7 +127,7 @@ def against_baseline(
             if not (getattr(student, f"{name}_ms") or getattr(old, f"{name}_ms")):
                 continue  # masked language models do not decode
             here, fp32, there, old_fp32 = (
-                _timed(getattr(_row(rows, role), f"{name}_ms"))
+                _timed(getattr(_row(rows, role), f"{name}_ms"), "leave the times out (--no-times, times=False)")
                 for rows in (ours, theirs)
                 for role in ("student", "reference")
             )
@@ -152,15 +146,21 @@ def every_line(
     limits: Mapping[str, Any] | None = None,
 ) -> tuple[GateLine, ...]:
     """The lines of the run's own recipe, of further limits, as a recipe's `gate` has them, and those against a baseline, if
-    there is one: a report, or where it lies.
+    there is one: a report, or where it lies. What is given here takes the place of what the recipe has of the same kind.
 
     Raises:
-        RecipeError: a limit is none.
+        RecipeError: a limit or a tolerance is none.
     """
-    lines = report.gate
+    for name, share in tolerance.items():
+        if name not in TOLERANCE or not share >= 0:
+            raise RecipeError(
+                f"tolerance {name} = {share}: expected a share of at least 0 of one of {', '.join(TOLERANCE)}"
+            )
+    lines = tuple(line for line in report.gate if line.name not in (limits or {}) or line.baseline is not None)
     if limits:
         lines += against_limits(report.rows, GateSection.of_limits(limits))
     if baseline is not None:
+        lines = tuple(line for line in lines if line.baseline is None)
         earlier = baseline if isinstance(baseline, Report) else read_report(baseline)
         lines += against_baseline(report, earlier, tolerance, times)
     return lines
@@ -190,18 +190,18 @@ def _row(rows: Sequence[Row], role: str) -> Row:
     return found
 
 
-def _measured(value: float | None) -> float:
+def _measured(value: float | None, remedy: str = "leave that limit out, or give it in bytes or ms") -> float:
     if value is None:
-        raise ComparisonError("expected a measured figure in the report, found none; run the recipe to its end")
+        raise ComparisonError(
+            "expected a figure that the report does not have: of a run layer by layer the fp32 export has none, and a model "
+            f"that only reads has no time of a token; {remedy}"
+        )
     return value
 
 
-def _timed(timing: Timing | None) -> Timing:
-    if timing is None:
-        raise ComparisonError(
-            "expected times of the fp32 export and the student in the report, found none: a run layer by layer has no fp32 "
-            "export; leave the times out (--no-times, times=False)"
-        )
+def _timed(timing: Timing | None, *remedy: str) -> Timing:
+    _measured(timing.median if timing else None, *remedy)
+    assert timing is not None
     return timing
 
 
@@ -252,7 +252,7 @@ def compare(ours: str | Path | Report, theirs: str | Path | Report) -> str:
         for name, show, get in [*quality, *AXES.values()]:
             pair = [get(here), get(there)]
             if None not in pair:
-                rows.append((f"{here.name}: {name}", *map(show, pair), f"{pair[0] / pair[1]:.3f}×"))  # type: ignore[operator]
+                rows.append((f"{here.name}: {name}", *map(show, pair), f"{pair[0] / pair[1]:.3f}×" if pair[1] else "–"))
     differences = _differences(reports[0], reports[1], times=True)
     text = table(("figure", "ours", "theirs", "ratio"), rows)
     return text + (f"\n\nNot the same measurement: {'; '.join(differences)}." if differences else "")

@@ -82,6 +82,8 @@ def measure_latency(run: Run) -> Latency:
     folders = {name: run.out / "stages" / name for name in (*teacher, *anchors)}
     wanted = [(site, action) for site in sites for action in run.menu[site.name]]
     table = LatencyTable(run.out / "latency.json", target.environment)
+    if run.recipe.search.reuse:
+        table.take_over(Path(run.recipe.search.reuse) / "latency.json")
     key = key_of(run.bank.key, target.environment, menu_json(run.menu), list(folders))
     with stages.timed("latency", key) as report_progress:
         stack = partial(

@@ -153,9 +153,8 @@ class Network:
                     break
         return ids_BL
 
-    def greedy(self, ids_L: Tensor, new_tokens: int, eos: int | None = None) -> list[int]:
-        """At most `new_tokens` greedy tokens behind `ids_L`; ends behind `eos`."""
-        ends = () if eos is None else (eos,)
+    def greedy(self, ids_L: Tensor, new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """At most `new_tokens` greedy tokens behind `ids_L`; ends behind one of `ends`."""
         whole_BL = self.generate(ids_L[None], new_tokens, lambda logits_BV: logits_BV.argmax(-1), ends)
         return whole_BL[0, len(ids_L) :].tolist()
 

@@ -467,9 +467,18 @@ def _search_part(report: Report) -> str:
         "tokens of the search. A plan that was tried on an eighth of them cost an eighth of an evaluation and cannot win.\n\n"
         "![Best KL so far against evaluations](search.png)\n\n"
         + table(head, rows)
+        + _reused_part(report)
         + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best.\n\n"
         + "![KL against size and latency](quality.png)"
     )
+
+
+def _reused_part(report: Report) -> str:
+    """Where the student's plan comes from, if no policy of this run asked for it."""
+    asked = report.chosen.digest in {trial.digest for trial in report.trials}
+    if asked or not report.recipe.get("search", {}).get("reuse"):
+        return ""
+    return "\n\nThe student's plan is none of these: the earlier run that `search.reuse` names had found it."
 
 
 def _finalists_part(report: Report) -> str:

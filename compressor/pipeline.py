@@ -187,7 +187,7 @@ def reused(run: Run) -> tuple[Trials, Memory | None]:
     try:
         return scores, Memory.read(Path(folder) / MEMORY_FILE)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        if scores:
+        if scores or (Path(folder) / "bank" / run.bank.key).is_dir():
             return scores, None
         raise RecipeError(
             f"search.reuse = {folder}: expected a run of the same model, texts and menu, or of the actor-critic; "

@@ -135,9 +135,9 @@ def _beside_recipe(path: str, info: ValidationInfo) -> str:
 
 
 def _beside_recipe_or_on_hub(name: str, info: ValidationInfo) -> str:
-    local = _beside_recipe(name, info)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return local if looks_local or Path(local).is_dir() else name
+    beside = Path((info.context or {}).get("folder") or ".", name)
+    return _beside_recipe(name, info) if looks_local or beside.is_dir() else name
 
 
 class ModelSection(Section):
@@ -334,7 +334,7 @@ class SearchSection(Section):
     """Which plans are considered, and who proposes them."""
 
     policy: PolicyName = "actor_critic"
-    """Policy whose best plan becomes the student, unless a rival's is better."""
+    """Policy whose best plan becomes the student, unless one of a rival, or of the run in `reuse`, is better."""
     evaluations: Count = 64
     """Passes over the tokens that each policy may spend; a plan that is tried on an eighth of them costs an eighth."""
     tokens: Count = 2048
@@ -372,7 +372,7 @@ class SearchSection(Section):
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
     """Folder of an earlier run, at another budget say. Of the same model and texts, what it made is not made again: variants,
     sensitivities, the latency table. Of the same menu, too: what it scored that fits is told to every policy before the
-    search, costs nothing, and comes into question. Where less than half of it fits, and of other models or menus: what its
+    search, costs nothing, and comes into question. Where at most half of it fits, and of other models or menus: what its
     agent learned about families of actions starts ours."""
 
     @field_validator("formats")
@@ -688,7 +688,7 @@ class Recipe(Section):
                 yield f"data.{key} = {getattr(data, key)}: expected at least {least}; raise it or shorten the windows"
         if self.distill.tokens and self.distill.tokens < data.sequence_length:
             least = f"data.sequence_length = {data.sequence_length}"
-            yield f"distill.tokens = {self.distill.tokens}: expected 0 or at least {least}; raise it or shorten the windows"
+            yield f"distill.tokens = {self.distill.tokens}: expected at least {least}; raise it, or leave it out"
         if search.tokens < data.sequence_length:
             least = f"data.sequence_length = {data.sequence_length}"
             yield f"search.tokens = {search.tokens}: expected at least {least}; raise it or shorten the windows"

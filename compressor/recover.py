@@ -179,6 +179,5 @@ def _prompts(run: Run) -> tuple[list[Tensor], list[Tensor]]:
         return every[wanted.held_out :], every[: wanted.held_out]
     length = wanted.prompt_tokens, wanted.new_tokens
     held_out = prompts_of(run.texts.held_out_NL, *length)
-    return prompts_of(run.texts.trained_NL, *length), held_out[:: max(1, len(held_out) // wanted.held_out)][
-        : wanted.held_out
-    ]
+    spread = held_out[:: max(1, len(held_out) // wanted.held_out)]
+    return prompts_of(run.texts.trained_NL, *length), spread[: wanted.held_out]

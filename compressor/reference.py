@@ -71,9 +71,7 @@ def recipe_reference() -> str:
 def _section(section: type[Section], path: str) -> list[str]:
     """Its table, then those of the sections inside it."""
     schema = section.model_json_schema()
-    properties = (
-        schema["anyOf"][-1]["properties"] if "anyOf" in schema else schema["properties"]
-    )  # a text may be a string
+    properties = schema.get("anyOf", [schema])[-1]["properties"]  # a text may be a string, too
     rows, inner = [], []
     for name, field in section.model_fields.items():
         found, described = section_in(field.annotation), " ".join((field.description or "").split())

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from compressor.plan import Action, Plan
+
 # What a run found ---------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +268,11 @@ class Report:
         from compressor import page
 
         return page.summary(self)
+
+    @property
+    def chosen(self) -> Plan:
+        """The student's plan."""
+        return Plan(tuple((entry.site, Action(entry.keep, entry.format)) for entry in self.plan))
 
     def row(self, role: str) -> Row | None:
         """The first row in that role."""

@@ -244,10 +244,10 @@ def _text(run: Run, model: Network | Deployed, prompt_L: torch.Tensor) -> list[i
         network = run.teacher.network
         logits = model.window_logits if isinstance(model, Network) else lambda ids_L: network.told(model.logits(ids_L))
         return logits(prompt_L.numpy()).argmax(-1).tolist()
-    eos = run.teacher.tokenizer.eos_token_id
+    ends = run.teacher.network.ends()
     if isinstance(model, Network):
-        return model.greedy(prompt_L, SAMPLE_TOKENS, eos)
-    return model.generate(prompt_L.numpy(), SAMPLE_TOKENS, eos)
+        return model.greedy(prompt_L, SAMPLE_TOKENS, ends)
+    return model.generate(prompt_L.numpy(), SAMPLE_TOKENS, ends)
 
 
 def _agrees(run: Run, network: Network, prompt_L: torch.Tensor, text: list[int]) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from compressor import actions
 from compressor.bank import MEMORY_BYTES, Bank
+from compressor.checks import check_model, runnable
 from compressor.errors import ModelError, RecipeError
-from compressor.estimate import check_bytes, layer_by_layer, runnable
+from compressor.estimate import layer_by_layer
 from compressor.executor import Executor
-from compressor.files import take_over
 from compressor.measure import Target, available_bytes, return_memory_at_once
 from compressor.model import Teacher, load_teacher, read_decoder
 from compressor.network import Network
@@ -25,7 +25,6 @@ from compressor.plan import PARTS, ActionMenu, menu_json
 from compressor.recipe import Recipe
 from compressor.recovery.reward import Reward
 from compressor.stages import Stages, key_of
-from compressor.student import Decoder
 from compressor.text import Labelling, Marking, Masking, Spans, load_tokens, plain, tokens_digest
 
 
@@ -145,8 +144,7 @@ def start(
     with stages.timed("teacher"):
         given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
         decoder = replace(read_decoder(model.path, **given), precision=target.precision)
-        _check_asked(recipe, decoder)
-        check_bytes(recipe, decoder)
+        check_model(recipe, decoder)
         layerwise = layer_by_layer(recipe, decoder)
         out.mkdir(parents=True, exist_ok=True)
         if layerwise:
@@ -176,38 +174,11 @@ def start(
     )
     if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
         bank.take_over(Path(reuse) / "bank")
-        take_over(Path(reuse), out, ("latency.json", "stages/sensitivity-*.json"))
+        stages.take_over(Path(reuse) / "stages", "sensitivity-*.json")
     with stages.timed("statistics", bank.key) as report_progress:
         bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
-
-
-def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
-    """Raise RecipeError where a recipe asks of a model what only another kind does."""
-    distill, budget, gate = recipe.distill, recipe.budget, recipe.gate
-    method, in_torch = f"distill.method = {distill.method}", recipe.target.runtime == "torch"
-    targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
-    alone = "a decoder alone, this one is an encoder-decoder"
-    writes = "a model that writes, this one only reads"
-    refused = [  # what the recipe says, whether it does and the model doesn't suit, what was expected
-        (method, distill.own_text and decoder.encoder, alone),
-        (f"distill.attention_weight = {distill.attention_weight}", distill.attention_weight and decoder.encoder, alone),
-        ("target.runtime = torch", in_torch and decoder.encoder, alone),
-        (method, distill.own_text and not decoder.causal, writes),
-        ("budget.decode", budget.decode and not decoder.causal, writes),
-        ("gate.decode", gate.decode and not decoder.causal, writes),
-        ("target.runtime = torch", in_torch and decoder.pooling, "a model with a head, this one is an embedder"),
-        ("gate.accuracy_ratio", gate.accuracy_ratio and not decoder.classes, "a classifier, this one is none"),
-        (
-            f"data: target = {targets[0] if targets else None}",
-            targets and not decoder.encoder,
-            "an encoder-decoder, which answers a text",
-        ),
-    ]
-    for said, wrong, expected in refused:
-        if wrong:
-            raise RecipeError(f"{said}: expected {expected}; leave it out")
 
 
 def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:

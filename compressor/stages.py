@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save
 
-from compressor.files import write_bytes_atomic, write_json_atomic
+from compressor.files import link, write_bytes_atomic, write_json_atomic
 from compressor.plan import Plan
 from compressor.progress import Progress, ProgressCallback
 from compressor.student import Decoder, Student
@@ -59,6 +59,11 @@ class Stages:
             if key:
                 write_json_atomic(self.folder / f"{name}-time.json", {"key": key, "seconds": self.seconds[name]})
         report(1, 1)
+
+    def take_over(self, folder: Path, pattern: str) -> None:
+        """Have the values of some stages of another run, where there are none of that name."""
+        for path in folder.glob(pattern):
+            link(path, self.folder / path.name)
 
     def value(self, name: str, key: str, make: Callable[[Callable[..., None]], T]) -> T:
         """The JSON value of a stage: read if it was made under the same key, else `make(reporter)`."""

@@ -283,7 +283,7 @@ def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
             text = entry["prompt"]
         elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-            text = _chat(entry["messages"], tokenizer, where, add_generation_prompt=True)
+            text = chat_text(entry["messages"], tokenizer, where, add_generation_prompt=True)
         else:
             raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {str(entry)[:60]}')
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -424,13 +424,18 @@ def _rows(source: TextSource, tokenizer: Any) -> Iterator[tuple[str, Mapping[str
 
 def _text(value: Any, tokenizer: Any, where: str) -> str:
     if isinstance(value, list):
-        return _chat(value, tokenizer, where)
+        return chat_text(value, tokenizer, where)
     if not isinstance(value, str):
         raise DataError(f"{where}: expected a text, or messages for the chat template, got {str(value)[:60]}")
     return value
 
 
-def _chat(messages: list, tokenizer: Any, where: str, **options: bool) -> str:
+def chat_text(messages: list, tokenizer: Any, where: str, **options: bool) -> str:
+    """What a tokenizer's chat template makes of a conversation.
+
+    Raises:
+        DataError: it does not take these messages.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates are programs of their own: anything may come out

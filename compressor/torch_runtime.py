@@ -9,7 +9,7 @@ bitsandbytes writes them. Where nothing is pruned, transformers' `from_pretraine
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -344,10 +344,10 @@ class TorchDecoder:
         """Token ids [S] -> logits [S, V], or [1, classes]."""
         return self._network.window_logits(np.asarray(ids, np.int64)).float().cpu().numpy()
 
-    def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
-        """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
+    def generate(self, ids: np.ndarray, new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """At most `new_tokens` greedy tokens that follow `ids`; ends behind one of `ends`."""
         with torch.no_grad():
-            return self._network.greedy(torch.as_tensor(np.asarray(ids, np.int64)), new_tokens, eos)
+            return self._network.greedy(torch.as_tensor(np.asarray(ids, np.int64)), new_tokens, ends)
 
     def bench_callables(self, prefill_tokens: int, context: int) -> BenchCalls:
         """Calls to be timed, as of `export.OnnxDecoder`."""

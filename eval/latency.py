@@ -131,12 +131,16 @@ class LatencyTable:
         self.environment = dict(environment)
         named = json.dumps({"form": "passes", **self.environment}, sort_keys=True)  # not what older files hold
         self._environment_key = hashlib.sha256(named.encode()).hexdigest()[:16]
-        self._entries: dict[str, Entry] = {}
-        if self._path.exists():
-            stored = json.loads(self._path.read_text()).get(self._environment_key, {"entries": {}})
-            self._entries = {
-                key: Entry(*(tuple(entry[phase]) for phase in PHASES)) for key, entry in stored["entries"].items()
-            }
+        self._entries = self._read(self._path)
+
+    def take_over(self, path: Path) -> None:
+        """Have the entries of another file, of the same environment, that are missing here."""
+        self._entries = self._read(Path(path)) | self._entries
+
+    def _read(self, path: Path) -> dict[str, Entry]:
+        everything = json.loads(path.read_text()) if path.exists() else {}
+        stored = everything.get(self._environment_key, {"entries": {}})["entries"]
+        return {key: Entry(*(tuple(entry[phase]) for phase in PHASES)) for key, entry in stored.items()}
 
     def __len__(self) -> int:
         return len(self._entries)

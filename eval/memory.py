@@ -31,24 +31,27 @@ def peak_growth_bytes(call: Callable[..., object], *arguments: object) -> int:
     if module == "__main__":
         module = Path(sys.modules["__main__"].__file__ or "").stem
     ended = subprocess.run(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],  # not what happens to lie where one is
         input=json.dumps([module, call.__name__, arguments], default=os.fspath),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
     )
     if ended.returncode:
         *_, reason = ["", *ended.stderr.strip().splitlines()]
         raise CompressorError(f"measuring memory: the process ended with code {ended.returncode}. {reason}")
-    return int(ended.stdout.splitlines()[-1])
+    return int(ended.stdout)
 
 
 def _main() -> None:
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries have to say
     module, name, arguments = json.load(sys.stdin)
     call = getattr(importlib.import_module(module), name)
     before, _ = resident_bytes()
     call(*arguments)
-    print(max(0, resident_bytes()[1] - before))
+    print(max(0, resident_bytes()[1] - before), file=answer)
+    answer.close()
 
 
 def resident_bytes() -> tuple[int, int]:

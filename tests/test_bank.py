@@ -1,6 +1,7 @@
 """Statistics, the bank on disk, sensitivities."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +199,28 @@ def test_sensitivities_predict_single_changes(bank, tiny, windows, way, correlat
     expected, real = np.log(np.array(pairs)).T
     assert np.corrcoef(expected.argsort().argsort(), real.argsort().argsort())[0, 1] > correlation
     assert abs(np.median(expected - real)) < math.log(factor)
+
+
+def test_what_another_bank_holds_is_taken_over_once(bank, tiny, windows, tmp_path):
+    """As one file for both; a variant that was deleted since is made anew."""
+    site, action = bank.teacher.sites["layers.0.ffn"], Action(64, "w4")
+    ours = Bank(tmp_path / "ours", tiny, windows[:8], windows[:4])
+    ours.statistics()
+    variant = bank.variant(site, action)
+
+    def names(of: Bank) -> set[Path]:
+        return {path.relative_to(of.folder) for path in of.folder.rglob("*.safetensors")}
+
+    own = names(ours)
+    ours.take_over(tmp_path)
+    linked = {name for name in names(ours) if (ours.folder / name).samefile(bank.folder / name)}
+    assert own and linked and names(bank) == own | linked and not own & linked
+    again = Bank(tmp_path / "ours", tiny, windows[:8], windows[:4])
+    found = again.variant(site, action)
+    assert all(torch.equal(found[name].dequantize(), weight.dequantize()) for name, weight in variant.items())
+    (gone,) = (name for name in linked if "w4" in str(name))
+    (ours.folder / gone).unlink()
+    again = Bank(tmp_path / "ours", tiny, windows[:8], windows[:4])
+    again.take_over(tmp_path)
+    again.variant(site, action)
+    assert not (ours.folder / gone).samefile(bank.folder / gone)

@@ -274,7 +274,7 @@ def test_generate_is_greedy_and_ends_at_eos(tmp_path):
         ids.append(expected[-1])
     with OnnxDecoder(tmp_path, threads=1) as model:
         assert model.generate(IDS, 5) == expected
-        assert model.generate(IDS, 5, eos=expected[0]) == expected[:1]
+        assert model.generate(IDS, 5, ends=[expected[0]]) == expected[:1]
         assert model.generate(IDS, 0) == []
 
 

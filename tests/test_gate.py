@@ -12,7 +12,7 @@ import compressor
 from compressor import Recipe
 from compressor.cli import app
 from compressor.errors import ComparisonError, DataError, RecipeError, RegressionError
-from compressor.gate import against_baseline, against_limits, as_junit, compare
+from compressor.gate import against_baseline, against_limits, as_junit, compare, every_line
 from compressor.page import write
 from compressor.recipe import GateSection
 from compressor.report import GateLine, Report, Timing
@@ -121,12 +121,25 @@ def test_further_limits_are_checked_without_running_anything_again():
     with pytest.raises(RegressionError) as caught:
         report.check(limits={"bytes": "9%", "kl": 0.4, "memory": "300MB"})
     assert [line.name for line in caught.value.missed] == ["kl", "bytes"]
-    with pytest.raises(
-        ComparisonError, match="expected a measured figure"
-    ):  # of the fp32 export no memory was measured
+    with pytest.raises(ComparisonError, match="a figure that the report does not have"):  # memory of the fp32 export
         report.check(limits={"memory": "50%"})
     with pytest.raises(RecipeError, match="tolerance perplexity = 0.02: expected a share"):
         report.check(baseline=report, tolerance={"perplexity": 0.02})
+
+
+def test_what_a_check_is_given_takes_the_place_of_the_recipes(tmp_path):
+    own = (
+        GateLine("bytes", 4e7, 5e7, False),
+        GateLine("decode", 1.0, 14.0, False, 1.0),
+        GateLine("kl", 1.0, 0.5, True),
+    )
+    report = replace(example(), gate=own)
+    found = [(line.name, line.limit) for line in every_line(report, limits={"bytes": "60MB"})]
+    assert found == [("decode", 1.0), ("kl", 1.0), ("bytes", 6e7)]
+    lines = every_line(report, example())
+    assert [line.name for line in lines if line.baseline is None] == ["bytes", "kl"] and len(lines) == 6
+    with pytest.raises(RecipeError, match="tolerance decod = 0.1"):
+        every_line(report, tolerance={"decod": 0.1})
 
 
 def test_a_name_that_is_checked_twice_is_two_cases():

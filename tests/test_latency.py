@@ -127,6 +127,18 @@ def test_same_shapes_are_measured_once_and_dropped_sites_never(tmp_path, stacks)
         table.entry(ffn(0), Action(32, "w4"))
 
 
+def test_entries_of_another_table_are_taken_where_there_are_none(tmp_path, stacks):
+    for name, environment, keeps in (("old", "x", (16, 32)), ("other", "y", (48,)), ("new", "x", (32, 64))):
+        wanted = [(ffn(0), Action(keep, "w4")) for keep in keeps]
+        LatencyTable(tmp_path / f"{name}.json", {"cpu": environment}).measure(wanted, stacks)
+    table = LatencyTable(tmp_path / "new.json", {"cpu": "x"})
+    before = dict(table)
+    for name in ("old", "other", "none"):
+        table.take_over(tmp_path / f"{name}.json")
+    assert len(table) == 3 and before.items() <= dict(table).items()
+    assert not table.missing([(ffn(0), Action(16, "w4"))]) and table.missing([(ffn(0), Action(48, "w4"))])
+
+
 def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path, stacks):
     wanted = [(ffn(0), Action(keep, "w4")) for keep in (16, 32, 48, 64)]
     stacks.fail_at = 5

@@ -16,6 +16,10 @@ def fill(megabytes: int) -> None:
     np.ones(megabytes << 17)
 
 
+def chat(path: str) -> None:
+    print("a library says", path)
+
+
 def fail(path: str) -> None:
     raise FileNotFoundError(path)
 
@@ -27,6 +31,13 @@ def test_what_a_call_took_is_counted_though_it_was_given_back():
 def test_a_call_that_fails_says_why(tmp_path):
     with pytest.raises(CompressorError, match="code 1. FileNotFoundError: .*missing"):
         peak_growth_bytes(fail, tmp_path / "missing")
+
+
+def test_neither_what_is_said_nor_what_lies_around_disturbs(tmp_path, monkeypatch):
+    for name in ("json", "eval"):
+        (tmp_path / f"{name}.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    assert peak_growth_bytes(chat, tmp_path) >= 0
 
 
 def test_a_script_that_measures_is_not_run_again(tmp_path):

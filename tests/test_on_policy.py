@@ -170,7 +170,7 @@ def test_a_cache_changes_no_token(tiny, student, windows):
         assert network.greedy(windows[1, :9], 12) == ids_BL[1, 9:].tolist()
         third = int(ids_BL[1, 11])
         first = ids_BL[1, 9:].tolist().index(third)
-        assert network.greedy(windows[1, :9], 12, eos=third) == ids_BL[1, 9 : 10 + first].tolist()
+        assert network.greedy(windows[1, :9], 12, ends=[third]) == ids_BL[1, 9 : 10 + first].tolist()
 
 
 def test_what_is_written_is_sampled_from_the_network_and_counts_to_its_end(tiny, windows):

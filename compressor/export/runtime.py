@@ -6,7 +6,7 @@ Knows nothing of plans beyond what a stack of sites needs; times nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -330,11 +330,11 @@ class OnnxDecoder(_Runner):
         """Token ids [S] -> logits [S, V], or [1, classes], or of an embedder the embedding [1, D]."""
         return self.prefill(ids)[0]
 
-    def generate(self, ids: np.ndarray, new_tokens: int, eos: int | None = None) -> list[int]:
-        """At most `new_tokens` greedy tokens that follow `ids`; ends behind `eos`."""
+    def generate(self, ids: np.ndarray, new_tokens: int, ends: Collection[int] = ()) -> list[int]:
+        """At most `new_tokens` greedy tokens that follow `ids`; ends behind one of `ends`."""
         logits, cache = self.prefill(ids, keep=1)
         made = [self.pick(logits[-1], 0, new_tokens)]
-        while len(made) < new_tokens and made[-1] != eos:
+        while len(made) < new_tokens and made[-1] not in ends:
             logits_V, cache = self.step(made[-1], cache)
             made.append(self.pick(logits_V, len(made), new_tokens))
         return made[:new_tokens]

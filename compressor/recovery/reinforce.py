@@ -46,6 +46,16 @@ class Settings:
     target_kl: float | None = None
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Texts of one group with their advantages, the teacher's log-probabilities, and their share of all texts of a step."""
+
+    rollouts: Rollouts
+    advantage_B: Tensor
+    log_p_BNV: Tensor
+    share: float
+
+
 class Reinforce:
     """An `Objective`.
 
@@ -67,9 +77,7 @@ class Reinforce:
 
     def updates(self, step: int) -> Iterator[Told]:
         s, writer = self.settings, self.writer
-        texts: list[
-            tuple[Rollouts, Tensor, Tensor, float]
-        ] = []  # with advantages, the teacher's log p, share of all rows
+        texts: list[_Judged] = []
         rewards: dict[str, float] = {}
         prompts = writer.drawn(s.prompts, step)
         for number, prompt_P in enumerate(prompts):
@@ -83,19 +91,20 @@ class Reinforce:
             for rollouts, log_p_BNV, (reward_B, parts) in zip(group, log_ps, judged, strict=True):
                 advantage_B = (reward_B - reward_G.mean()) / (reward_G.std() + 1e-6)
                 share = len(reward_B) / (s.group * len(prompts))
-                texts.append((rollouts, advantage_B.to(log_p_BNV), log_p_BNV, share))
+                texts.append(_Judged(rollouts, advantage_B.to(log_p_BNV), log_p_BNV, share))
                 add(rewards, {"reward": float(reward_B.mean()), **parts}, share)
         old: list[Tensor] = []
         for epoch in range(s.epochs):
             told = dict.fromkeys(("loss", "reverse_kl", "clipped"), 0.0)
-            for number, (rollouts, advantage_B, log_p_BNV, share) in enumerate(texts):
+            for number, judged_texts in enumerate(texts):
+                rollouts, share = judged_texts.rollouts, judged_texts.share
                 log_q_BNV = rollouts.log_probabilities(writer.network)
                 picked_BN = rollouts.picked(log_q_BNV)
                 if epoch == 0:
                     old.append(picked_BN.detach())
                 ratio_BN = (picked_BN - old[number]).exp()
-                gain_BN = clipped_gain(ratio_BN, advantage_B[:, None], s.clip)
-                kl_BN = reverse_kl(log_q_BNV, log_p_BNV)
+                gain_BN = clipped_gain(ratio_BN, judged_texts.advantage_B[:, None], s.clip)
+                kl_BN = reverse_kl(log_q_BNV, judged_texts.log_p_BNV)
                 loss = rollouts.mean(self.state["leash"] * kl_BN - gain_BN)
                 (share * loss).backward()
                 clipped_BN = ((ratio_BN - 1).abs() > s.clip).float()

@@ -1,0 +1,82 @@
+"""What of a recipe can be refused once the target and the model's configuration are known, before any weight is read."""
+
+from __future__ import annotations
+
+from compressor import actions
+from compressor.errors import BudgetError, RecipeError, RuntimeTargetError
+from compressor.measure import Target
+from compressor.recipe import Recipe
+from compressor.report import size
+from compressor.runtimes import runtime
+from compressor.student import Decoder
+
+
+def check_model(recipe: Recipe, decoder: Decoder) -> None:
+    """Whether a recipe suits a model.
+
+    Raises:
+        RecipeError: it asks of the model what only another kind does.
+        BudgetError: even the smallest plan has more bytes than are budgeted.
+    """
+    _check_asked(recipe, decoder)
+    _check_bytes(recipe, decoder)
+
+
+def runnable(recipe: Recipe, target: Target) -> Recipe:
+    """The recipe with the formats that the target runs.
+
+    Raises:
+        RuntimeTargetError: it does not run one that the recipe names, or none at all.
+    """
+    search, left = recipe.search, {}
+    for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
+        formats = getattr(search, key)
+        refused = runtime(target.runtime).refused_formats(kind, formats, target.device, target.precision)  # type: ignore[arg-type]
+        left[key] = tuple(name for name in formats if name not in refused)
+        if refused and (key in search.model_fields_set or not left[key]):
+            raise RuntimeTargetError(
+                f"{target.environment['runtime']} cannot run {', '.join(refused)} ({kind}) on {target.device} in "
+                f"{target.precision}: take them out of search.{key}. It says: {next(iter(refused.values()))}"
+            )
+    return recipe.model_copy(update={"search": search.model_copy(update=left)})
+
+
+def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
+    distill, budget, gate = recipe.distill, recipe.budget, recipe.gate
+    method, in_torch = f"distill.method = {distill.method}", recipe.target.runtime == "torch"
+    targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
+    alone = "a decoder alone, this one is an encoder-decoder"
+    writes = "a model that writes, this one only reads"
+    refused = [  # what the recipe says, whether it does and the model doesn't suit, what was expected
+        (method, distill.own_text and decoder.encoder, alone),
+        (f"distill.attention_weight = {distill.attention_weight}", distill.attention_weight and decoder.encoder, alone),
+        ("target.runtime = torch", in_torch and decoder.encoder, alone),
+        (method, distill.own_text and not decoder.causal, writes),
+        ("budget.decode", budget.decode and not decoder.causal, writes),
+        ("gate.decode", gate.decode and not decoder.causal, writes),
+        ("target.runtime = torch", in_torch and decoder.pooling, "a model with a head, this one is an embedder"),
+        ("gate.accuracy_ratio", gate.accuracy_ratio and not decoder.classes, "a classifier, this one is none"),
+        (
+            f"data: target = {targets[0] if targets else None}",
+            targets and not decoder.encoder,
+            "an encoder-decoder, which answers a text",
+        ),
+    ]
+    for said, wrong, expected in refused:
+        if wrong:
+            raise RecipeError(f"{said}: expected {expected}; leave it out")
+
+
+def _check_bytes(recipe: Recipe, decoder: Decoder) -> None:
+    if not recipe.budget.bytes:
+        return
+    where, sites = runtime(recipe.target.runtime), decoder.sites()
+    menu = actions.menu(recipe.search, sites)
+    smallest = where.fixed_bytes(decoder) + sum(min(map(site.size_bytes, menu[site.name])) for site in sites)
+    whole = where.fp32_bytes(decoder)
+    if (limit := recipe.budget.bytes.resolve(whole)) < smallest:
+        raise BudgetError(
+            f"budget.bytes = {size(limit)}: expected at least {size(smallest)}, what the smallest plan of this menu takes; "
+            f"write 25% for a share of the {size(whole)} in fp32 and 25MB for megabytes, raise it, or offer smaller actions: "
+            "fewer bits in search.formats and search.embedding_formats, lower fractions in search.ffn_keep"
+        )
