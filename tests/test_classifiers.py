@@ -300,8 +300,8 @@ def test_a_whole_run(folders, labelled, tmp_path):
             {"text": "a", "class": "poem"},
             "line 1: expected the class of the text, its number or one of article, neither",
         ),
-        ({"text": "a"}, "line 1: expected a class under 'class', found text; name the key as label"),
-        ({"class": 1}, "line 1: expected a text under 'text', found class"),
+        ({"text": "a"}, "line 1: expected 'class', found text; name one of these as label"),
+        ({"class": 1}, "line 1: expected 'text', found class; name one of these as column"),
     ],
 )
 def test_rows_without_a_text_or_class_are_refused(folders, tmp_path, row, said):

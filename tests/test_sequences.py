@@ -491,7 +491,7 @@ def test_pairs_are_padded_and_cut(folders, pairs):
     assert [~token for token in row[14:] if token < 0] == (said if len(said) <= 6 else [*said[:5], END])
     with pytest.raises(DataError, match="expected a target of all texts or of none"):
         load_tokens([source, TextSource(file=str(TEXT / "wiki-calibration.txt"))], tokenizer, 40, 20, target_length=6)
-    with pytest.raises(DataError, match="expected a text under 'summary', found text, said"):
+    with pytest.raises(DataError, match="expected 'summary', found text, said; name one of these as target"):
         load_tokens([source.model_copy(update={"target": "summary"})], tokenizer, 40, 20, target_length=6)
 
 
