@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compressor.calibrate import OUTPUTS, Statistics, collect
 from compressor.errors import BankError
-from compressor.files import link, write_bytes_atomic
+from compressor.files import digest, link, write_bytes_atomic
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Matrix, Plan, Site
 from compressor.prune import compensate, removal_order, unit_columns
@@ -94,11 +94,11 @@ class Bank:
     def take_over(self, root: Path) -> None:
         """Have what a bank of the same key holds in another place, as far as this one never had it."""
         earlier = root / self.key
-        for name, digest in _read_manifest(earlier).items():
+        for name, sha256 in _read_manifest(earlier).items():
             path = earlier / self._path(name).relative_to(self.folder)
             if name not in self._listed and path.is_file():
                 link(path, self._path(name))
-                self._list(name, digest)
+                self._list(name, sha256)
 
     def statistics(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Statistics:
         """Second moments, ranges and Fisher weights; the first call runs the teacher, later ones read the disk."""
@@ -279,14 +279,13 @@ class Bank:
 
     def _store(self, name: str, tensors: dict[str, Tensor]) -> None:
         data = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        digest = hashlib.sha256(data).hexdigest()
         write_bytes_atomic(self._path(name), data)
-        self._list(name, digest)
+        self._list(name, hashlib.sha256(data).hexdigest())
 
-    def _list(self, name: str, digest: str) -> None:
+    def _list(self, name: str, sha256: str) -> None:
         with open(self.folder / "manifest.jsonl", "a") as manifest:
-            manifest.write("\n" + json.dumps({"name": name, "sha256": digest}))
-        self._listed[name] = digest
+            manifest.write("\n" + json.dumps({"name": name, "sha256": sha256}))
+        self._listed[name] = sha256
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -299,9 +298,8 @@ class Bank:
             return None
         path = self._path(name)
         if name not in self._checked:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != self._listed[name]:
-                    raise BankError(f"{path} does not match its hash in manifest.jsonl: delete the file and run again")
+            if digest(path) != self._listed[name]:
+                raise BankError(f"{path} does not match its hash in manifest.jsonl: delete the file and run again")
             self._checked.add(name)
         try:
             return load_file(path)

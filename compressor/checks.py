@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compressor import actions
 from compressor.errors import BudgetError, RecipeError, RuntimeTargetError
 from compressor.measure import Target
+from compressor.model import read_decoder
 from compressor.recipe import Recipe
 from compressor.report import size
 from compressor.runtimes import runtime
 from compressor.student import Decoder
 
 
-def check_model(recipe: Recipe, decoder: Decoder) -> None:
-    """Whether a recipe suits a model.
+def checked(recipe: Recipe, trust_remote_code: bool) -> tuple[Recipe, Target, Decoder]:
+    """The recipe with the formats that its target runs, the target, and the shape of the model there.
 
     Raises:
-        RecipeError: it asks of the model what only another kind does.
+        RuntimeTargetError: the target does not run a format that the recipe names, or none at all.
+        ModelError: the model's configuration cannot be read, or it is not supported.
+        RecipeError: the recipe asks of the model what only another kind does.
         BudgetError: even the smallest plan has more bytes than are budgeted.
     """
+    target, model = Target.of(recipe.target), recipe.model
+    recipe = _runnable(recipe, target)
+    decoder = read_decoder(model.path, **model.weights, trust_remote_code=trust_remote_code)
+    decoder = replace(decoder, precision=target.precision)
     _check_asked(recipe, decoder)
     _check_bytes(recipe, decoder)
+    return recipe, target, decoder
 
 
-def runnable(recipe: Recipe, target: Target) -> Recipe:
-    """The recipe with the formats that the target runs.
-
-    Raises:
-        RuntimeTargetError: it does not run one that the recipe names, or none at all.
-    """
+def _runnable(recipe: Recipe, target: Target) -> Recipe:
     search, left = recipe.search, {}
     for key, kind in (("formats", "ffn"), ("embedding_formats", "embedding")):
         formats = getattr(search, key)

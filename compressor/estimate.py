@@ -4,18 +4,15 @@ configuration, none of its weights."""
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from compressor import actions
-from compressor.checks import check_model, runnable
+from compressor.checks import checked
 from compressor.errors import RecipeError
 from compressor.latency import ANCHORS, CORRECTIONS
-from compressor.measure import Target, available_bytes
-from compressor.model import read_decoder
+from compressor.measure import available_bytes
 from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
@@ -48,11 +45,7 @@ def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> Dry
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     recipe.check_files()
-    target, model = Target.of(recipe.target), recipe.model
-    recipe = runnable(recipe, target)
-    given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
-    decoder = replace(read_decoder(model.path, **given), precision=target.precision)
-    check_model(recipe, decoder)
+    recipe, _, decoder = checked(recipe, trust_remote_code)
     layerwise = layer_by_layer(recipe, decoder)
     sites = decoder.sites()
     menu = actions.menu(recipe.search, sites)
@@ -63,7 +56,7 @@ def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> Dry
     where = runtime(recipe.target.runtime)
     fixed, reference, limit = where.fixed_bytes(decoder), where.fp32_bytes(decoder), recipe.budget.bytes
     return DryRun(
-        model=model.path,
+        model=recipe.model.path,
         sites=tuple(lines),
         bytes_largest=fixed + sum(line.largest_bytes for line in lines),
         bytes_smallest=fixed + sum(line.smallest_bytes for line in lines),

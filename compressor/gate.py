@@ -79,11 +79,11 @@ def against_limits(rows: Sequence[Row], gate: GateSection) -> tuple[GateLine, ..
             lines.append(GateLine(kind, most, ratio := find(rows), ratio <= most))
     if gate.kl is not None:
         lines.append(GateLine("kl", gate.kl, kl := _measured(student.kl), kl <= gate.kl))
-    for name, limit, role in (("bytes", gate.bytes, "size_bytes"), ("memory", gate.memory, "peak_memory_bytes")):
+    for name, limit in (("bytes", gate.bytes), ("memory", gate.memory)):
         if limit is not None:
-            most = limit.resolve(_measured(getattr(reference, role)) if limit.relative else 0.0)
-            size = _measured(getattr(student, role))
-            lines.append(GateLine(name, most, size, size <= most))  # type: ignore[arg-type]
+            _, _, get = AXES[name]
+            most = limit.resolve(_measured(get(reference)) if limit.relative else 0.0)
+            lines.append(GateLine(name, most, size := _measured(get(student)), size <= most))  # type: ignore[arg-type]
     for name, limit in (("prefill", gate.prefill), ("decode", gate.decode)):
         if limit is not None:
             time = _timed(getattr(student, f"{name}_ms"))

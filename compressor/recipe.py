@@ -167,6 +167,11 @@ class ModelSection(Section):
         return _beside_recipe_or_on_hub(path, info)
 
     @property
+    def weights(self) -> dict[str, str | None]:
+        """Which ones there: arguments of `model.load_teacher` and `model.read_decoder`."""
+        return {"gguf": self.gguf, "revision": self.revision}
+
+    @property
     def is_local(self) -> bool:
         """Whether `path` is a folder rather than a hub id."""
         return not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path) or Path(self.path).is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch
 
 from compressor import measure, report
 from compressor.errors import ModelError
+from compressor.files import digest
 from compressor.gate import against_limits
 from compressor.latency import Latency
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
@@ -64,12 +64,14 @@ def collect(
     student = recovery.student
     run.bank.forget()  # models are opened now
     models = {**folders, **latency.folders}
-    made_of = key_of(run.target.environment, run.bank.key, {key: _digest(run, models[key]) for key in folders})
+    files = {key: _digests(run, folder) for key, folder in models.items()}  # what changed is measured again
+    made_of = key_of(run.target.environment, run.bank.key, {key: files[key] for key in folders})
     quality = _quality(run, folders, made_of)
-    times = _times(run, models, key_of(made_of, {key: _digest(run, folder) for key, folder in models.items()}))
+    times = _times(run, models, key_of(made_of, files))
     memory = _memory(run, folders, made_of)
-    parity = _parity(run, student.plan, folders["student"], made_of)
-    samples = _samples(run, folders["student"], made_of)
+    shown = key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2]))
+    parity = _parity(run, student.plan, folders["student"], shown)
+    samples = _samples(run, folders["student"], shown)
     overall = {key: Quality.mean(list(by_text.values())) for key, by_text in quality.items()}
     rows = _rows(run, latency, folders, quality, overall, times, memory)
     policy = run.recipe.search.policy
@@ -135,13 +137,8 @@ def _open(run: Run, folder: Path, exact: bool = False) -> Deployed:
     return runtime(run.target.runtime).open_model(folder, run.target.device, run.target.threads, exact=exact)
 
 
-def _digest(run: Run, folder: Path) -> list[str]:
-    """Of the exported files: what is measured of them is measured again where they changed."""
-    digests = []
-    for path in runtime(run.target.runtime).exported_files(folder):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests
+def _digests(run: Run, folder: Path) -> list[str]:
+    return [digest(path) for path in runtime(run.target.runtime).exported_files(folder)]
 
 
 def _size(run: Run, folder: Path) -> int:
@@ -200,7 +197,7 @@ def _parity(run: Run, plan: Plan, folder: Path, made_of: str) -> report.Parity:
         with _open(run, folder) as deployed:
             return {**found, "equal": equal, "rounding": error(deployed)}
 
-    found = run.stages.value("parity", key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2])), make)
+    found = run.stages.value("parity", made_of, make)
     return report.Parity(found["error"], found["equal"], run.recipe.export.parity_tolerance, found["rounding"])
 
 
@@ -220,8 +217,7 @@ def _samples(run: Run, folder: Path, made_of: str) -> tuple[report.Sample, ...]:
                 made.append(asdict(sample))
         return made
 
-    key = key_of(made_of, tokens_digest(run.texts.evaluation_NL[:2]))
-    return tuple(report.Sample(**texts) for texts in run.stages.value("samples", key, make))
+    return tuple(report.Sample(**texts) for texts in run.stages.value("samples", made_of, make))
 
 
 def _prompts(run: Run) -> list[torch.Tensor]:
@@ -374,16 +370,15 @@ def _plan(problem: Problem, plan: Plan, found: Sequence[Plan]) -> tuple[report.P
 
 def _next_better(problem: Problem, place: int, index: int) -> report.Alternative | None:
     """Of the actions from which less KL is expected, the one that takes the least more of the budgets."""
-    site, menu, sensitivity = problem.sites[place], problem.actions[place], problem.sensitivity[place]
+    menu, sensitivity = problem.actions[place], problem.sensitivity[place]
     (better,) = np.nonzero(sensitivity < sensitivity[index])
     if not len(better):
         return None
     share_AD = problem.share_SAD[place]
     more = (share_AD[better] - share_AD[index]).max(-1)
     found = int(better[more.argmin()])
-    extra = {"bytes": float(site.size_bytes(menu[found]) - site.size_bytes(menu[index]))}
-    for name in problem.budgets:
-        extra[name.removesuffix("_ms")] = float(problem.costs[name][place][found] - problem.costs[name][place][index])
+    costs = {name: problem.costs[name][place] for name in ("bytes", *problem.budgets)}
+    extra = {name.removesuffix("_ms"): float(cost_A[found] - cost_A[index]) for name, cost_A in costs.items()}
     return report.Alternative(str(menu[found]), float(sensitivity[found]), extra)
 
 

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor import actions
 from compressor.bank import MEMORY_BYTES, Bank
-from compressor.checks import check_model, runnable
+from compressor.checks import checked
 from compressor.errors import ModelError, RecipeError
 from compressor.estimate import layer_by_layer
 from compressor.executor import Executor
 from compressor.measure import Target, available_bytes, return_memory_at_once
-from compressor.model import Teacher, load_teacher, read_decoder
+from compressor.model import Teacher, load_teacher
 from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, menu_json
 from compressor.recipe import Recipe
@@ -137,19 +136,22 @@ def start(
         RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
         BudgetError: the smallest plan has more bytes than are budgeted.
     """
-    target = Target.of(recipe.target)
-    recipe, model = runnable(recipe, target), recipe.model
     if (reuse := recipe.search.reuse) and Path(reuse).resolve() == out.resolve():
         raise RecipeError(f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another")
     with stages.timed("teacher"):
-        given: dict[str, Any] = {"gguf": model.gguf, "revision": model.revision, "trust_remote_code": trust_remote_code}
-        decoder = replace(read_decoder(model.path, **given), precision=target.precision)
-        check_model(recipe, decoder)
+        recipe, target, decoder = checked(recipe, trust_remote_code)
+        model = recipe.model
         layerwise = layer_by_layer(recipe, decoder)
         out.mkdir(parents=True, exist_ok=True)
         if layerwise:
             return_memory_at_once()
-        teacher = load_teacher(model.path, **given, precision=target.precision, layerwise=out if layerwise else None)
+        teacher = load_teacher(
+            model.path,
+            **model.weights,
+            trust_remote_code=trust_remote_code,
+            precision=target.precision,
+            layerwise=out if layerwise else None,
+        )
         anchors = recipe.data.anchors if teacher.network.decoder.pooling else 0
         texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
         highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
