@@ -157,7 +157,7 @@ def check(
         ),
     ] = None,
     times: Annotated[
-        bool, typer.Option("--times/--no-times", help="Whether times are compared with the baseline's.")
+        bool, typer.Option("--times/--no-times", help="Whether times and memory are looked at, which depend on the device.")
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the checks as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(help="File for the checks as JUnit XML.")] = None,

@@ -25,6 +25,9 @@ from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
 TOLERANCE: dict[str, float] = ToleranceSection().model_dump()
 """What may be lost against a baseline, as a share of it, where nothing else is said."""
 
+OF_DEVICE = ("prefill", "decode", "memory")
+"""Names of the lines of which another device may tell otherwise."""
+
 OF_TIMES = ("Prefill:", "Decode:", "Times:", "Peak memory:")
 """How sentences of a protocol begin that are about times and memory."""
 
@@ -147,6 +150,7 @@ def every_line(
 ) -> tuple[GateLine, ...]:
     """The lines of the run's own recipe, of further limits, as a recipe's `gate` has them, and those against a baseline, if
     there is one: a report, or where it lies. What is given here takes the place of what the recipe has of the same kind.
+    Without `times` the recipe's lines of what depends on the device are left out, too.
 
     Raises:
         RecipeError: a limit or a tolerance is none.
@@ -156,7 +160,8 @@ def every_line(
             raise RecipeError(
                 f"tolerance {name} = {share}: expected a share of at least 0 of one of {', '.join(TOLERANCE)}"
             )
-    lines = tuple(line for line in report.gate if line.name not in (limits or {}) or line.baseline is not None)
+    lines = tuple(line for line in report.gate if times or line.name not in OF_DEVICE)
+    lines = tuple(line for line in lines if line.name not in (limits or {}) or line.baseline is not None)
     if limits:
         lines += against_limits(report.rows, GateSection.of_limits(limits))
     if baseline is not None:

@@ -352,9 +352,9 @@ class SearchSection(Section):
     )
     """Weight formats of attention and feed-forward; of the default, those that the target runs. A pair such as w4+w8 is
     w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w4a8 takes the bytes of w4 in the
-    file, and the time and the memory of int8: the fastest prefill. What reads outliers suffers in both; of w4a8+w8 the down
-    projection doesn't, and only feed-forwards have such a pair. w6, w5 and w3 take so many bits in the file, and the time
-    and the memory of w8 and w4. For the seconds that a session takes to open, all four take six or seven bytes a weight."""
+    file, and the time and the memory of int8: the fastest prefill. Both lose much where a matrix reads outliers, as down
+    projections often do: w4a8+w8, of feed-forwards alone, keeps these in w8. w6, w5 and w3 save bytes of the file alone, in
+    memory they are w8 and w4. A session with w4a8, w6, w5 or w3 takes seconds to open, and six or seven bytes a weight then."""
     embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
@@ -375,10 +375,10 @@ class SearchSection(Section):
     """Searches of `policy`, from the seeds `seed`, `seed` + 1, and so on; the report says on which sites their best plans
     agree."""
     reuse: Annotated[str, AfterValidator(_beside_recipe)] | None = None
-    """Folder of an earlier run, at another budget say. Of the same model and texts, what it made is not made again: variants,
-    sensitivities, the latency table. Of the same menu, too: what it scored that fits is told to every policy before the
-    search, costs nothing, and comes into question. Where at most half of it fits, and of other models or menus: what its
-    agent learned about families of actions starts ours."""
+    """Folder of an earlier run, at another budget say. Of the same model and texts: its variants, sensitivities and latency
+    table are taken over. Of the same menu, too: every policy is told the plans it scored that fit, at no cost, and one of
+    them may become the student. Where at most half of them fit, and of another model or menu: the agent starts from what
+    that run's agent learned about families of actions."""
 
     @field_validator("formats")
     @classmethod

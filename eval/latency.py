@@ -114,10 +114,6 @@ def _settled(measured_ms: Sequence[float]) -> bool:
     return len(measured_ms) >= most
 
 
-NOTHING = Entry((0.0,), (0.0,))
-"""What a dropped sub-layer takes."""
-
-
 class LatencyTable:
     """Entries on disk, under a key that names all that they depend on.
 
@@ -148,14 +144,6 @@ class LatencyTable:
     def __iter__(self) -> Iterator[tuple[str, Entry]]:
         """All entries and their keys."""
         return iter(self._entries.items())
-
-    def entry(self, site: Site, action: Action) -> Entry:
-        """The entry of a measured (site, action).
-
-        Raises:
-            KeyError: it was never measured.
-        """
-        return NOTHING if action.keep == 0 else self._entries[entry_key(site, action)]
 
     def missing(self, wanted: Iterable[tuple[Site, Action]]) -> dict[str, tuple[Site, Action]]:
         """Those that have to be measured, for the first time or once more, one for each key: sites of the same shape share an

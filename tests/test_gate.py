@@ -97,6 +97,14 @@ def test_what_was_measured_otherwise_is_not_compared():
     assert len(against_baseline(newer, report)) == 4
 
 
+def test_without_times_the_gates_own_lines_of_the_device_are_left_out():
+    missed = [GateLine(name, 1.0, 2.0, False) for name in ("kl", "prefill", "decode", "memory")]
+    report = replace(example(), gate=tuple(missed))
+    assert [line.name for line in every_line(report)] == ["kl", "prefill", "decode", "memory"]
+    assert [line.name for line in every_line(report, times=False)] == ["kl"]
+    assert [line.name for line in every_line(report, times=False, limits={"memory": "1MB"})] == ["kl", "memory"]
+
+
 def test_check_raises_with_a_table_of_what_missed_and_by_how_much(tmp_path):
     report = example()
     assert report.check() == report.gate

@@ -113,7 +113,7 @@ def test_last_level_cache_is_found():
 def test_entry_is_the_slope_without_the_run_itself(tmp_path, stacks):
     table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
     table.measure([(ffn(0), Action(64, "w4"))], stacks)
-    entry = table.entry(ffn(0), Action(64, "w4"))
+    ((_, entry),) = table
     assert (entry.prefill_ms, entry.decode_ms) == (pytest.approx(64), pytest.approx(6.4))
     assert stacks.closed == len(stacks.made) == 2
 
@@ -122,9 +122,6 @@ def test_same_shapes_are_measured_once_and_dropped_sites_never(tmp_path, stacks)
     table = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
     table.measure([(ffn(layer), action) for layer in range(3) for action in (Action(64, "w4"), DROP)], stacks)
     assert len(table) == 1 and len(stacks.made) == 2
-    assert table.entry(ffn(7), DROP).prefill_ms == 0
-    with pytest.raises(KeyError):
-        table.entry(ffn(0), Action(32, "w4"))
 
 
 def test_entries_of_another_table_are_taken_where_there_are_none(tmp_path, stacks):
@@ -150,7 +147,7 @@ def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path, stacks):
     assert len(again) == 2
     again.measure(wanted, stacks)
     assert {action.keep for _, action, _ in stacks.made} == {48, 64}
-    assert again.entry(*wanted[0]).prefill_ms == pytest.approx(16)
+    assert dict(again)[entry_key(*wanted[0])].prefill_ms == pytest.approx(16)
 
 
 def test_what_was_disturbed_is_measured_more_often(tmp_path, stacks, monkeypatch):
@@ -172,9 +169,10 @@ def test_what_was_disturbed_is_measured_more_often(tmp_path, stacks, monkeypatch
 
     table.measure(wanted, disturbed)
     assert [action.keep for _, action, _ in stacks.made[::2]] == [16, 32, 48] * 3 + [32] * 3
-    assert [table.entry(*pair).prefill_ms for pair in wanted] == pytest.approx([16, 32, 48])
+    assert [dict(table)[entry_key(*pair)].prefill_ms for pair in wanted] == pytest.approx([16, 32, 48])
     again = LatencyTable(tmp_path / "table.json", {"cpu": "x"})
-    assert len(again.entry(*wanted[1]).prefill) == 6 and len(again.entry(*wanted[1]).decode) == 3
+    entry = dict(again)[entry_key(*wanted[1])]
+    assert len(entry.prefill) == 6 and len(entry.decode) == 3
     assert not again.missing(wanted)
 
 
