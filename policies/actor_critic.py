@@ -145,7 +145,7 @@ class ActorCritic:
         if question is not None:
             return question
         history = self.history
-        slot = (history.tried - 1 - self.settings.tempered) % self.settings.tries
+        slot = max(0, history.tried - 1 - self.settings.tempered) % self.settings.tries
         if slot == 0 and (hoped := self._hoped()) is not None:
             return self._next(hoped)
         begin = len(history) - slot
@@ -179,7 +179,8 @@ class ActorCritic:
         if self.uniform not in history:
             return self._next(self.uniform)
         if history.tried < 1 + self.settings.tempered:
-            return self._next(tempered(problem, self.seed, history))
+            plan_S = tempered(problem, self.seed, history)
+            return self._next(plan_S) if plan_S not in history else None  # it knows of nothing else
         return None
 
     def _hoped(self) -> np.ndarray | None:

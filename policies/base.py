@@ -36,7 +36,8 @@ class Question:
 
 
 class Meter:
-    """What questions cost, in evaluations, after those that were asked before.
+    """What questions cost, in evaluations, after those that were asked before. One that was asked costs its share again, so
+    that a policy which knows of nothing else comes to an end, too.
 
     spent: by all questions so far.
     """
@@ -57,6 +58,8 @@ class Meter:
         cost = self.cost(question)
         if question.part is not None:
             self._parts.setdefault(question.plan, set()).add(question.part)
+        else:
+            self._parts.pop(question.plan, None)
         self.spent += cost
         return cost
 
@@ -108,9 +111,11 @@ class History:
         return None in self._told.get(_key(indices), ())
 
     def untried(self, indices: np.ndarray) -> list[int]:
-        """The parts on which a plan was not told, the one on which the best plan does worst first."""
-        told, best_P = self._told.get(_key(indices), ()), self._best_by_part()
-        return [part for part in (-best_P).argsort(kind="stable").tolist() if part not in told]
+        """The parts on which a plan was not told, the one on which the best plan does worst first; none after all of the
+        text."""
+        told = self._told.get(_key(indices), set())
+        worst_first = (-self._best_by_part()).argsort(kind="stable").tolist()
+        return [part for part in worst_first if part not in told] if None not in told else []
 
     def generation_part(self) -> int:
         """The part on which a generation is tried, all of it on the same one; a score on all of the text ends it."""

@@ -22,13 +22,14 @@ from policies.uniform import uniform_plans
 
 
 class Evolution:
-    """children: tried in a generation, each on a part of the text; without any, one child is scored on all of it."""
+    """children: tried in a generation, each on a part of the text, and each the fullest of `draws`."""
 
     name = "evolution"
+    children = 8
+    draws = 8
 
-    def __init__(self, problem: Problem, seed: int = 0, children: int = 8, draws: int = 8):
-        self.problem, self.seed, self.draws, self.history = problem, seed, draws, History(problem)
-        self.children = children
+    def __init__(self, problem: Problem, seed: int = 0):
+        self.problem, self.seed, self.history = problem, seed, History(problem)
         self.starts = [uniform_plans(problem)[0], solve(problem)]
         self.share_SA = np.where(problem.valid_SA, problem.share_SAD.sum(-1), np.nan)
 
@@ -41,9 +42,7 @@ class Evolution:
         tried = history.log_kl[begin:]
         if len(tried) < self.children:
             return Question(self.problem.plan(self._child(history.best())), history.generation_part())
-        if tried:
-            return Question(self.problem.plan(history.plans[begin + int(np.argmin(tried))]))
-        return Question(self.problem.plan(self._child(history.best())))
+        return Question(self.problem.plan(history.plans[begin + int(np.argmin(tried))]))
 
     def tell(self, plan: Plan, score: Score) -> None:
         self.history.add(plan, score)

@@ -97,6 +97,28 @@ def test_no_question_is_asked_twice(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("kind", ["one plan", "four plans", "all fits"])
+def test_ends_where_there_is_little_to_find(name, kind):
+    """Policies that know of no other plan ask one again, which costs; in an endless budget the best one loses nothing."""
+    problem, score = landscape(2, blocks=2)
+    keep = {"one plan": lambda s: 1, "four plans": lambda s: 2 if s < 2 else 1, "all fits": lambda s: 99}[kind]
+
+    def first(rows):
+        return tuple(row[: keep(s)] for s, row in enumerate(rows))
+
+    problem = Problem(
+        problem.sites,
+        first(problem.actions),
+        tuple(np.append(0.0, row[1:]) for row in first(problem.sensitivity)),
+        {cost: first(rows) for cost, rows in problem.costs.items()},
+        problem.fixed,
+        dict.fromkeys(problem.limits, 1e12),
+    )
+    ledger = play(POLICIES[name](problem, 0), score, 12)
+    assert len(ledger) <= 12 * PARTS and any(told.part is None for _, told in ledger)
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_survives_destroyed_students_and_plans_of_others(name):
     problem, score = landscape(7, blocks=3, tight=0.5)
     policy = POLICIES[name](problem, 0)
