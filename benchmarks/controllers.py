@@ -36,11 +36,10 @@ from compressor.executor import Reference
 from compressor.files import write_json_atomic
 from compressor.latency import Latency, measure_latency
 from compressor.ledger import Ledger
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import Plan, menu_json
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
-from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.run import start
 from compressor.search import Scorer, Trials, agreement, best, run_policy, spent

@@ -35,7 +35,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 import torch
 
-from compressor.export import BenchCalls, OnnxDecoder
+from compressor.export import OnnxDecoder
 from compressor.files import write_json_atomic
 from compressor.measure import Target, cores, opened, time_models, versions
 from compressor.progress import LineProgress
@@ -43,6 +43,7 @@ from compressor.recipe import Recipe
 from compressor.report import number, table
 from compressor.results import reading
 from compressor.run import Run, start
+from compressor.runtimes import BenchCalls
 from compressor.stages import Stages
 from compressor.student import Decoder
 from compressor.text import predictions

@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from compressor.files import write_json_atomic
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recovery.cache import TeacherCache, outcomes
-from compressor.recovery.distill import Curve, Imitation, Settings, distill, loaded, visited
+from compressor.recovery.distill import Curve, Imitation, Settings, distill, visited
 from compressor.recovery.trained import LEARNING_RATES, Trained
 from compressor.report import table
 from compressor.run import start

@@ -30,12 +30,12 @@ from compressor import pipeline
 from compressor.bank import Bank
 from compressor.executor import Reference
 from compressor.latency import measure_latency
+from compressor.network import loaded
 from compressor.plan import Action, Plan, Site
 from compressor.progress import LineProgress
 from compressor.quantize import Weight
 from compressor.recipe import Recipe
 from compressor.recovery import distill
-from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.recovery.trained import LEARNING_RATES, Train
 from compressor.report import number, table

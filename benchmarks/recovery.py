@@ -31,11 +31,10 @@ from compressor import pipeline
 from compressor.executor import Reference
 from compressor.files import write_json_atomic
 from compressor.latency import measure_latency
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recover import recover
-from compressor.recovery.distill import loaded
 from compressor.recovery.rollouts import judged, write
 from compressor.report import number, table
 from compressor.run import start

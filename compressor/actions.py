@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from compressor.errors import RecipeError
 from compressor.plan import DROP, Action, ActionMenu, Formats, Site
 from compressor.recipe import SearchSection
 
@@ -12,6 +13,9 @@ def menu(search: SearchSection, sites: Iterable[Site]) -> ActionMenu:
     """The actions of every site by its name, each once, in order of bytes from largest to smallest.
 
     Ties in bytes go by units kept, most first, then by the name of the format.
+
+    Raises:
+        RecipeError: a site has none.
     """
     return {site.name: _actions(search, site) for site in sites}
 
@@ -22,6 +26,12 @@ def _actions(search: SearchSection, site: Site) -> tuple[Action, ...]:
     else:
         keeps, formats = kept_units(search, site), search.formats
     actions = {Action(keep, fmt) if keep else DROP for keep in keeps for fmt in formats if _possible(site, keep, fmt)}
+    if not actions:
+        widths = ", ".join(sorted({"{}x{}".format(*matrix.shape(site.units, site.units)) for matrix in site.matrices}))
+        raise RecipeError(
+            f"search.formats = {', '.join(formats)}: none suits {site.name}, whose matrices are {widths}; expected one that "
+            "does not split an attention's input, and whose blocks divide what the matrices read; add another, fp16 say"
+        )
     return tuple(sorted(actions, key=lambda action: (-site.size_bytes(action), -action.keep, action.format)))
 
 

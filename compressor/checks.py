@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from compressor import actions
 from compressor.errors import BudgetError, RecipeError, RuntimeTargetError
+from compressor.gate import read_report
 from compressor.measure import Target
 from compressor.model import read_decoder
 from compressor.recipe import Recipe
+from compressor.recovery.reward import Reward, check_rewards
 from compressor.report import size
 from compressor.runtimes import runtime
 from compressor.student import Decoder
 
 
-def checked(recipe: Recipe, trust_remote_code: bool) -> tuple[Recipe, Target, Decoder]:
+def checked(
+    recipe: Recipe, trust_remote_code: bool, rewards: Mapping[str, Reward] = MappingProxyType({})
+) -> tuple[Recipe, Target, Decoder]:
     """The recipe with the formats that its target runs, the target, and the shape of the model there.
 
+    rewards: the caller's own, which the recipe may name.
+
     Raises:
+        DataError: the gate's baseline is no report.
         RuntimeTargetError: the target does not run a format that the recipe names, or none at all.
         ModelError: the model's configuration cannot be read, or it is not supported.
         RecipeError: the recipe asks of the model what only another kind does.
         BudgetError: even the smallest plan has more bytes than are budgeted.
     """
+    recipe.check_files()
+    if recipe.distill.method == "rl":
+        check_rewards(recipe.distill.rl.rewards, rewards)
+    if recipe.gate.baseline:
+        read_report(recipe.gate.baseline)
     target, model = Target.of(recipe.target), recipe.model
     recipe = _runnable(recipe, target)
     decoder = read_decoder(model.path, **model.weights, trust_remote_code=trust_remote_code)
     decoder = replace(decoder, precision=target.precision)
     _check_asked(recipe, decoder)
+    _check_lengths(recipe, decoder)
     _check_bytes(recipe, decoder)
     return recipe, target, decoder
 
@@ -70,6 +85,25 @@ def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
     for said, wrong, expected in refused:
         if wrong:
             raise RecipeError(f"{said}: expected {expected}; leave it out")
+
+
+def _check_lengths(recipe: Recipe, decoder: Decoder) -> None:
+    if (most := decoder.longest) is None:
+        return
+    workload, data, answer = recipe.target.workload, recipe.data, recipe.data.said_length
+    lengths = {"target.workload.prefill": workload.prefill}
+    if decoder.causal:
+        lengths["target.workload.context + 1"] = workload.context + 1
+    if decoder.encoder:
+        lengths |= {
+            "data.sequence_length less the answer's": data.sequence_length - answer,
+            "data.target_length": answer,
+        }
+    else:
+        lengths["data.sequence_length"] = data.sequence_length
+    for key, length in lengths.items():
+        if length > most:
+            raise RecipeError(f"{key} = {length}: expected at most {most}, the positions that the model has; lower it")
 
 
 def _check_bytes(recipe: Recipe, decoder: Decoder) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from compressor.errors import CompressorError, DataError, ModelError, RecipeError
+from compressor.errors import CompressorError, DataError, ModelError, RecipeError, is_out_of_memory
 
 if TYPE_CHECKING:
     from compressor.report import DryRun
@@ -157,7 +157,8 @@ def check(
         ),
     ] = None,
     times: Annotated[
-        bool, typer.Option("--times/--no-times", help="Whether times and memory are looked at, which depend on the device.")
+        bool,
+        typer.Option("--times/--no-times", help="Whether times and memory are looked at, which depend on the device."),
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the checks as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(help="File for the checks as JUnit XML.")] = None,
@@ -236,6 +237,7 @@ def generate(
         from transformers import AutoTokenizer
 
         from compressor.folder import ends_of
+        from compressor.model import read_decoder
         from compressor.runtimes import runtime_of
         from compressor.text import chat_text
 
@@ -255,6 +257,12 @@ def generate(
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes those itself
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
+            longest = read_decoder(folder).longest
+            if longest is not None and len(ids) + tokens > longest:
+                raise DataError(
+                    f"{len(ids)} tokens of prompt and --tokens {tokens}: expected at most {longest} together, the positions "
+                    "that the model has; give a shorter text, or fewer"
+                )
             made = decoder.generate(np.array(ids), tokens, ends_of(folder))
         shown = made if decoder.answers or chat else [*ids, *made]
         typer.echo(tokenizer.decode(shown, skip_special_tokens=True))
@@ -286,7 +294,7 @@ def told() -> Iterator[None]:
         )
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not is_out_of_memory(error):
             raise
         typer.echo(
             "error: out of memory. What is finished is kept; lower distill.batch_tokens, search.tokens or "

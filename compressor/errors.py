@@ -60,3 +60,12 @@ class RegressionError(CompressorError):
     def __init__(self, message: str, missed: tuple = (), report: Any = None):
         super().__init__(message)
         self.missed, self.report = missed, report
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too short: torch says so on a GPU with a class of its own, on a CPU with a RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -3,7 +3,6 @@ configuration, none of its weights."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from compressor.recipe import Recipe
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
 from compressor.student import Decoder
+from eval.timing import time_call
 
 EFFICIENCY = 0.6
 """Share of a plain matrix product's speed that a whole forward pass reaches."""
@@ -44,7 +44,6 @@ def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> Dry
         RuntimeTargetError, BudgetError, RecipeError: the run itself would end with that before any work.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    recipe.check_files()
     recipe, _, decoder = checked(recipe, trust_remote_code)
     layerwise = layer_by_layer(recipe, decoder)
     sites = decoder.sites()
@@ -169,12 +168,8 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
 
 
 def measured_flops() -> float:
-    """Floating-point operations a second of a square matrix product where torch will work, the best of five."""
+    """Floating-point operations a second of a square matrix product where torch will work."""
     device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 768)
     a = torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    ms = time_call(lambda: float((a @ a)[0, 0]), repeats=5)  # a number, so it waits for a GPU
+    return 2 * size**3 / ms * 1e3

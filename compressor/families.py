@@ -36,7 +36,8 @@ class Family:
     """places: of the modules, which may depend on the shape. shape: what its configuration says beside the common keys, as
     changes of the `Decoder`. problems: what of a configuration is not supported. gain_offset: is added to every stored norm
     gain. positions_too: a table, the first row of which is added to every position's. head_bias: a tensor that is the head's.
-    classifier: places of the modules at the end of a classifier; transforms: its transform's own changes of the `Decoder`."""
+    classifier: places of the modules at the end of a classifier; transforms: its transform's own changes of the `Decoder`.
+    genai: whether ONNX Runtime GenAI knows it, and expects the inputs that our graphs have."""
 
     places: Places | Callable[[Decoder], Places]
     shape: Callable[[Any, Decoder], Decoder] = lambda config, decoder: decoder
@@ -46,6 +47,7 @@ class Family:
     classifier: Places = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
     head_bias: str | None = None
+    genai: bool = True
 
 
 # -- parts of tensors --
@@ -492,9 +494,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_LLAMA),
     "qwen2": Family(_LLAMA, _qwen2),
     "qwen3": Family(_QWEN3, _qwen3),
-    "mixtral": Family(_LLAMA | _MIXTURE, _mixture, _mixture_problems),
-    "qwen2_moe": Family(_LLAMA | _MIXTURE | _SHARED, _qwen2_moe, _mixture_problems),
-    "qwen3_moe": Family(_QWEN3 | _MIXTURE, _qwen3_moe, _mixture_problems),
+    "mixtral": Family(_LLAMA | _MIXTURE, _mixture, _mixture_problems, genai=False),
+    "qwen2_moe": Family(_LLAMA | _MIXTURE | _SHARED, _qwen2_moe, _mixture_problems, genai=False),
+    "qwen3_moe": Family(_QWEN3 | _MIXTURE, _qwen3_moe, _mixture_problems, genai=False),
     "phi3": Family(_PHI3),
     "gemma2": Family(_GEMMA2, _gemma, _gemma_problems, gain_offset=1.0),
     "gemma3_text": Family(
@@ -503,8 +505,8 @@ FAMILIES: dict[str, Family] = {
         _gemma_problems,
         gain_offset=1.0,
     ),
-    "gpt2": Family(_GPT2, _gpt2, _gpt2_problems),
-    "gpt_neox": Family(_NEOX, _neox),
+    "gpt2": Family(_GPT2, _gpt2, _gpt2_problems, genai=False),
+    "gpt_neox": Family(_NEOX, _neox, genai=False),
     "phi": Family(_PHI, _phi, _phi_problems),
     "bert": Family(
         _BERT,
@@ -603,6 +605,11 @@ def _text_problems(family: Family, config: Any) -> list[str]:
     return problems
 
 
+def genai_type(model_type: str) -> str:
+    """Of a family of decoders, the name by which ONNX Runtime GenAI runs it: its own, or the general one."""
+    return model_type if FAMILIES[model_type].genai else "decoder"
+
+
 def decoder_of(config: Any) -> Decoder:
     """The shape that a supported configuration describes."""
     heads = config.num_attention_heads
@@ -687,8 +694,8 @@ def _frequencies(config: Any, kind: str, rotation: dict) -> tuple[tuple[float, .
 
 
 def weights_of(state: Mapping[str, Tensor], config: Any, decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a transformers model -> those of a `network.Transformer` and their names, float32, one after the other; a
-    tied head is left out."""
+    """Weights of a transformers model -> those of a `Transformer` and their names, float32, one after the other; a tied head
+    is left out."""
     family = FAMILIES[config.model_type]
     turned = 2 * sum(map(bool, decoder.rope_frequencies)) % decoder.head_dim
     order = _whole_rotation(turned, decoder.head_dim) if turned else None

@@ -19,8 +19,8 @@ from torch import nn
 from compressor.errors import BankError, ModelError, RecipeError
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import Teacher, network_from_config
+from compressor.network import load_student
 from compressor.plan import Formats, Plan
-from compressor.recovery.distill import load_student
 from compressor.runtimes import RuntimeName, runtime, runtime_of
 from compressor.student import Student
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from compressor.errors import ComparisonError, DataError, RecipeError, RegressionError
 from compressor.recipe import GateSection, ToleranceSection
-from compressor.report import AXES, GateLine, Report, Row, Timing, number, table
+from compressor.report import AXES, GateLine, Parity, Report, Row, Timing, number, table
 
 TOLERANCE: dict[str, float] = ToleranceSection().model_dump()
 """What may be lost against a baseline, as a share of it, where nothing else is said."""
@@ -153,13 +153,15 @@ def every_line(
     Without `times` the recipe's lines of what depends on the device are left out, too.
 
     Raises:
-        RecipeError: a limit or a tolerance is none.
+        RecipeError: a limit or a tolerance is none, or there is a tolerance and no baseline.
     """
     for name, share in tolerance.items():
         if name not in TOLERANCE or not share >= 0:
             raise RecipeError(
                 f"tolerance {name} = {share}: expected a share of at least 0 of one of {', '.join(TOLERANCE)}"
             )
+        if baseline is None and tolerance is not TOLERANCE:
+            raise RecipeError(f"tolerance {name} = {share}: expected a baseline, to which it belongs; give one")
     lines = tuple(line for line in report.gate if times or line.name not in OF_DEVICE)
     lines = tuple(line for line in lines if line.name not in (limits or {}) or line.baseline is not None)
     if limits:
@@ -220,12 +222,16 @@ def require(report: Report, lines: Sequence[GateLine]) -> None:
     if missed:
         told.append(f"{len(missed)} of {len(lines)} checks missed\n\n{gate_table(missed)}")
     if (parity := report.parity) and not parity.passed:
-        told.append(
-            f"export parity: expected a relative error of at most {parity.tolerance:g} and the same greedy text as torch, "
-            f"got {parity.relative_error:.2g} and {'the same' if parity.greedy_equal else 'another'} text"
-        )
+        told.append(f"export parity: {_parity_missed(parity)}")
     if told:
         raise RegressionError("\n\n".join(told), tuple(missed), report)
+
+
+def _parity_missed(parity: Parity) -> str:
+    return (
+        f"expected a relative error of at most {parity.tolerance:g} and the same greedy text as torch, got "
+        f"{parity.relative_error:.2g} and {'the same' if parity.greedy_equal else 'another'} text"
+    )
 
 
 def gate_table(lines: Sequence[GateLine]) -> str:
@@ -267,8 +273,15 @@ def compare(ours: str | Path | Report, theirs: str | Path | Report) -> str:
 
 
 def as_json(lines: Sequence[GateLine], report: Report) -> str:
-    """{"passed": ..., "checks": [{"name", "limit", "measured", "passed", "baseline"}]}."""
-    return json.dumps({"passed": _passed(lines, report), "checks": [vars(line) for line in lines]}, indent=2) + "\n"
+    """{"passed": ..., "parity": ..., "checks": [{"name", "limit", "measured", "passed", "baseline"}]}; parity: whether the
+    export's was within its tolerance, null without any. A figure that is not finite is null."""
+    checks = [
+        {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in vars(line).items()}
+        for line in lines
+    ]
+    parity = report.parity.passed if report.parity else None
+    passed = all(line.passed for line in lines) and parity is not False
+    return json.dumps({"passed": passed, "parity": parity, "checks": checks}, indent=2, allow_nan=False) + "\n"
 
 
 def as_junit(lines: Sequence[GateLine], report: Report) -> str:
@@ -284,8 +297,7 @@ def as_junit(lines: Sequence[GateLine], report: Report) -> str:
     if report.parity:
         case = ElementTree.SubElement(suite, "testcase", classname="compress.export", name="parity")
         if not report.parity.passed:
-            text = f"expected at most {report.parity.tolerance:g}, measured {report.parity.relative_error:.2g}"
-            ElementTree.SubElement(case, "failure", message=text)
+            ElementTree.SubElement(case, "failure", message=_parity_missed(report.parity))
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(sum(case.find("failure") is not None for case in suite)))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -305,7 +317,3 @@ def as_benchmark(report: Report) -> str:
             half = (timing.high - timing.low) / 2
             entries.append({"name": name, "unit": "ms", "value": timing.median, "range": f"± {half:.3g}"})
     return json.dumps([entry for entry in entries if entry["value"] is not None], indent=2) + "\n"
-
-
-def _passed(lines: Sequence[GateLine], report: Report) -> bool:
-    return all(line.passed for line in lines) and (report.parity is None or report.parity.passed)

@@ -50,7 +50,7 @@ class Ledger:
         trial = optuna.trial.create_trial(
             params={name: str(action) for name, action in plan.items()},
             distributions=self._distributions,
-            value=min(score.kl, WORST_KL),
+            value=score.kl if score.kl < WORST_KL else WORST_KL,
             user_attrs={"score": asdict(score)},
         )
         self._study.add_trial(trial)

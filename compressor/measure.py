@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressor.export import BenchCalls
-from compressor.export.runtime import Device
 from compressor.network import Network
 from compressor.recipe import TargetSection
-from compressor.runtimes import RuntimeName, runtime
+from compressor.runtimes import BenchCalls, Device, RuntimeName, runtime
 from compressor.student import Precision
 from eval.latency import Milliseconds
 from eval.memory import peak_growth_bytes

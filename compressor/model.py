@@ -1,4 +1,4 @@
-"""The teacher: loaded by transformers, moved into a `network.Transformer`."""
+"""The teacher: loaded by transformers, moved into a `transformer.Transformer`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.errors import ModelError
+from compressor.errors import ModelError, is_out_of_memory
 from compressor.families import POOLING, blocks_beyond, check_supported, checkpoint_of, decoder_of, embeds, weights_of
 from compressor.network import Network
 from compressor.student import Decoder, Precision
@@ -75,9 +76,11 @@ def load_teacher(
         options |= {"dtype": "auto" if layerwise else torch.float32, "output_loading_info": True}
         options |= {} if gguf else {"config": config}
         model, found = kind.from_pretrained(path, **safe, **options)
-    except (MemoryError, torch.OutOfMemoryError, ModelError):
+    except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each have their own tree of errors
+        if is_out_of_memory(error):
+            raise
         raise _cannot_load(path, gguf, error) from error
     config = model.config
     if gguf:  # the weights are plain floats now
@@ -134,7 +137,9 @@ def _mask_token(path: str | Path, decoder: Decoder, tokenizer: Any) -> int | Non
 
 def _on_disk(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
     """The same weights, mapped from files in `folder` that have no name any more: the system reads what is used, and takes
-    back its memory where that is short. They are gone from the disk when the tensors are."""
+    back its memory where that is short. They are gone from the disk when the tensors are, after a kill too."""
+    for killed in folder.glob(".teacher-*"):  # in the moment in which a file still had its name
+        rmtree(killed, ignore_errors=True)
     found: dict[str, Tensor] = {}
     with TemporaryDirectory(prefix=".teacher-", dir=folder) as drafts:
 
@@ -142,6 +147,7 @@ def _on_disk(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, T
             path = Path(drafts, f"{len(found)}.safetensors")
             save_file(batch, path)
             found.update(load_file(path))
+            path.unlink()
 
         batch: dict[str, Tensor] = {}
         for name, weight in weights:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compressor.plan import Action, Format, Formats, Site
 from compressor.quantize import Weight, as_floats, fake_dynamic_int8, fake_row_int8
-from compressor.student import Forced
+from compressor.student import Forced, Student
 from compressor.transformer import Cache, Linear, Rounder, Sides, Transformer
 
 Rounding = Literal["none", "dynamic", "all"]
@@ -493,3 +493,18 @@ def _watching(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def load_student(student: Student, network: Network, rounding: Rounding = "dynamic") -> None:
+    """Put a student's weights into a network; `rounding` as for `Network.install`."""
+    for name, action in student.plan.items():
+        network.install(network.sites[name], action, student.matrices, rounding)
+    for name, vector in student.vectors.items():
+        network.replace_vector(name, vector)
+
+
+def loaded(teacher: Network, student: Student, rounding: Rounding = "dynamic") -> Network:
+    """A network of its own with a student's weights; `rounding` as for `Network.install`."""
+    network = teacher.student()
+    load_student(student, network, rounding)
+    return network

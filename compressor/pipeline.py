@@ -8,7 +8,8 @@ the last one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -28,7 +29,7 @@ from compressor.plan import Plan, menu_json
 from compressor.progress import ProgressCallback, silent
 from compressor.recipe import Recipe
 from compressor.recover import choose, recover
-from compressor.recovery.reward import Reward, check_rewards
+from compressor.recovery.reward import Reward
 from compressor.run import Run, start
 from compressor.runtimes import runtime
 from compressor.search import Scorer, Searches, Trials, best, build_problem, complete, label, run_policy
@@ -63,10 +64,6 @@ def compress(
     """
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    recipe.check_files()
-    if recipe.distill.method == "rl":
-        check_rewards(recipe.distill.rl.rewards, rewards)
-    earlier = gate.read_report(recipe.gate.baseline) if recipe.gate.baseline else None
     with exclusive(out):
         run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
         known, memory = reused(run)
@@ -83,8 +80,9 @@ def compress(
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
         try:
-            lines = gate.every_line(result, earlier, recipe.gate.tolerance.model_dump(), recipe.gate.times)
-            result = replace(result, gate=lines)
+            if baseline := recipe.gate.baseline:
+                against = result, gate.read_report(baseline), recipe.gate.tolerance.model_dump(), recipe.gate.times
+                result = replace(result, gate=(*result.gate, *gate.against_baseline(*against)))
         finally:  # what was measured is written, whether it can be compared or not
             page.write(result, out)
             write_text_atomic(out / recipe.deployed / "README.md", page.card(result))
@@ -98,6 +96,8 @@ def compress(
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:
     """Predicted KL of every action, by site name: float64 [actions]; the way is the recipe's if none is given."""
     way = way or run.recipe.search.sensitivity
+    with run.stages.timed("statistics", run.bank.key) as report_statistics:
+        run.bank.statistics(report_statistics)
     made_of = [run.bank.key, menu_json(run.menu)]
     if way == "noise":
         made_of.append(tokens_digest(run.texts.score_NL))
@@ -170,12 +170,26 @@ def search(run: Run, problem: Problem, earlier: Trials = (), memory: Memory | No
             )
             trials[name, seed] = run_policy(policy, settings.evaluations, scorer, ledger, report_progress, earlier)
             if isinstance(policy, ActorCritic):
+                keep_rounds(run.out / ROUNDS_FILE, key, seed, policy.log)
                 write_bytes_atomic(run.out / MEMORY_FILE, policy.memory().to_bytes())
     return trials
 
 
 MEMORY_FILE = "policy.safetensors"
 """What the agent leaves to the searches of other runs, in the run's folder."""
+
+ROUNDS_FILE = "agent.jsonl"
+"""What it logged of its rounds."""
+
+
+def keep_rounds(path: Path, search: str, seed: int, rounds: Iterable[Mapping[str, float]]) -> None:
+    """Write what the agent logged, a line a round (`policies.actor_critic.METRICS`). A search that went on after a kill adds
+    the rounds that it saw; those of another one are gone."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [row for row in map(json.loads, lines) if row["search"] == search]
+    known = {(row["seed"], row["scored"]): row for row in kept}
+    known |= {(seed, row["scored"]): {"search": search, "seed": seed, **row} for row in rounds}
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in known.values()))
 
 
 def reused(run: Run) -> tuple[Trials, Memory | None]:

@@ -113,6 +113,12 @@ def _distinct(values: tuple) -> tuple:
     return tuple(dict.fromkeys(values))
 
 
+def _not_the_runs(name: str | None) -> str | None:
+    if name in ("stages", "bank"):
+        raise ValueError("expected another name, a run has a folder of this one")
+    return name
+
+
 FormatName = Annotated[str, AfterValidator(_format_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FormatNames = Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(_distinct)]
@@ -227,8 +233,12 @@ class TextSource(Section):
             raise ValueError("expected the path of a text file or {dataset: ..., split: ...}, one of the two")
         if self.dataset is not None and self.split is None:
             raise ValueError("expected a split beside the data set; add for example split: train")
-        if (self.label or self.target) and not self.rows:
-            raise ValueError("expected a file of JSON lines (.jsonl) or a data set beside a label or a target")
+        if (self.label or self.target or self.column != "text") and not self.rows:
+            raise ValueError(
+                "expected a file of JSON lines (.jsonl) or a data set beside a column, a label or a target"
+            )
+        if self.file is not None and (self.config or self.split):
+            raise ValueError("expected no config and no split beside a file, they are of data sets; leave them out")
         return self
 
     @model_serializer
@@ -354,7 +364,8 @@ class SearchSection(Section):
     w4, but w8 for keys, values and down projection, where errors cost most for the bytes. w4a8 takes the bytes of w4 in the
     file, and the time and the memory of int8: the fastest prefill. Both lose much where a matrix reads outliers, as down
     projections often do: w4a8+w8, of feed-forwards alone, keeps these in w8. w6, w5 and w3 save bytes of the file alone, in
-    memory they are w8 and w4. A session with w4a8, w6, w5 or w3 takes seconds to open, and six or seven bytes a weight then."""
+    memory they are w8 and w4. With w4a8, w6, w5 or w3 a session takes seconds to open, and six or seven bytes a weight
+    then."""
     embedding_formats: FormatNames = ("fp32", "w8", "w4")
     """Weight formats of the embedding and the output head; of the default, those that the target runs."""
     attention_keep: Fractions | None = None
@@ -537,7 +548,7 @@ class DistillSection(Section):
 class ExportSection(Section):
     """The exported student."""
 
-    folder: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
+    folder: Annotated[str, Field(pattern=r"^\w[\w-]*$"), AfterValidator(_not_the_runs)] | None = None
     """Name of its folder, inside the run's; `onnx` or `torch`, by the runtime, when absent."""
     parity_tolerance: Annotated[float, Field(gt=0)] = 0.001
     """Largest relative error of the exported student's logits against the same student in torch, neither of them with
@@ -651,7 +662,7 @@ class Recipe(Section):
             data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
         except OSError as error:
             raise RecipeError(f"{path}: expected a recipe (YAML file), {error.strerror}; check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (ValueError, yaml.YAMLError) as error:  # a date that is none, say
             raise RecipeError(f"{path}: expected YAML; {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{path}: expected a mapping with the keys {', '.join(cls.model_fields)}; got {data!r}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressor.errors import DataError
 from compressor.executor import Reference
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import Plan
 from compressor.recovery import distill, on_policy, reinforce
 from compressor.recovery.cache import TeacherCache
@@ -75,7 +75,7 @@ def recover(run: Run, plan: Plan, steps: int, name: str = "distill") -> Recovery
     def rebuild(report_progress) -> list[float]:
         students = [run.bank.realize(plan), reconstruct(run.bank, plan, fitted_NL, report_progress)]
         held_out = Reference(run.teacher.network, held_out_NL)
-        return [held_out.kl(distill.loaded(run.teacher.network, student)) for student in students]
+        return [held_out.kl(loaded(run.teacher.network, student)) for student in students]
 
     student, before, rebuilt = run.bank.realize(plan), None, None
     if wanted.reconstruct:

@@ -19,10 +19,9 @@ from compressor.files import digest
 from compressor.gate import against_limits
 from compressor.latency import Latency
 from compressor.measure import Times, opened, opened_torch, peak_memory_bytes, time_models
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import Plan
 from compressor.recover import Finalist, Recovery
-from compressor.recovery.distill import loaded
 from compressor.run import Run
 from compressor.runtimes import Deployed, runtime
 from compressor.search import Searches, best, label, spent

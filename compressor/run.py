@@ -71,7 +71,7 @@ class Texts:
         trained_NL = fitted_NL
         if training := recipe.distill.steps * recipe.batch_windows:
             fresh_NL = more(tokens=training * data.sequence_length, spared_NL=torch.cat([windows_NL, fitted_NL]))
-            trained_NL = fresh_NL if len(fresh_NL) else fitted_NL
+            trained_NL = fresh_NL if len(fresh_NL) >= training else torch.cat([fresh_NL, fitted_NL])
         each = data.evaluation_tokens // len(data.evaluation)
         every = f"data.evaluation_tokens = {data.evaluation_tokens}, of which every text gives as many"
         evaluation = {source.name: load([source], tokens=each, asked=every) for source in data.evaluation}
@@ -130,7 +130,7 @@ def start(
     stages: Stages,
     rewards: Mapping[str, Reward] = MappingProxyType({}),
 ) -> Run:
-    """Load the teacher and the texts, and take the teacher's statistics.
+    """Load the teacher and the texts.
 
     Raises:
         RuntimeTargetError: ONNX Runtime does not run on the target, or not in every format of the recipe.
@@ -139,9 +139,10 @@ def start(
     if (reuse := recipe.search.reuse) and Path(reuse).resolve() == out.resolve():
         raise RecipeError(f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another")
     with stages.timed("teacher"):
-        recipe, target, decoder = checked(recipe, trust_remote_code)
+        recipe, target, decoder = checked(recipe, trust_remote_code, rewards)
         model = recipe.model
-        layerwise = layer_by_layer(recipe, decoder)
+        # memory may be shorter, or not, when a run goes on
+        layerwise = stages.kept("layerwise", key_of(recipe.to_dict()), lambda: layer_by_layer(recipe, decoder))
         out.mkdir(parents=True, exist_ok=True)
         if layerwise:
             return_memory_at_once()
@@ -177,8 +178,6 @@ def start(
     if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
         bank.take_over(Path(reuse) / "bank")
         stages.take_over(Path(reuse) / "stages", "sensitivity-*.json")
-    with stages.timed("statistics", bank.key) as report_progress:
-        bank.statistics(report_progress)
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
 

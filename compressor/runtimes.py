@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from compressor.export import BenchCalls
-from compressor.export.runtime import Device
 from compressor.network import Network
 from compressor.plan import Action, Plan, Site
 from compressor.student import Decoder, Precision, Student
 
 RuntimeName = Literal["onnx", "torch"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class BenchCalls:
+    """Two calls without arguments, to be timed: a prefill of an empty cache to the logits of its last token, and one decoded
+    token on a filled one. Of a masked language model: to all logits, and of a single token."""
+
+    prefill: Callable[[], object]
+    decode: Callable[[], object]
+    close: Callable[[], None]
 
 
 class Deployed(Protocol):

@@ -76,6 +76,14 @@ class Stages:
         self.seconds[name] = stored["seconds"]
         return stored["value"]
 
+    def kept(self, name: str, key: str, make: Callable[[], T]) -> T:
+        """A JSON value that takes no time to make, in the same way."""
+        stored = self._stored(name, key)
+        if stored is None:
+            stored = {"key": key, "value": make()}
+            write_json_atomic(self.folder / f"{name}.json", stored)
+        return stored["value"]
+
     def student(
         self, name: str, key: str, decoder: Decoder, make: Callable[[Callable[..., None]], tuple[Student, Any]]
     ) -> tuple[Student, Any]:

@@ -258,6 +258,12 @@ class Decoder:
         """Of exported students."""
         return np.dtype(self.precision)
 
+    @property
+    def longest(self) -> int | None:
+        """Positions that a text may have; None without a limit."""
+        limited = self.learned_positions or self.rope_frequencies or self.local_frequencies
+        return self.max_positions if limited else None
+
     def window_of(self, layer: int) -> int | None:
         """Positions that the attention of a block sees; None is all of them."""
         return self.window if layer in self.local else None

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise, zip_longest
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,7 +84,7 @@ class Labelling:
         """
         assert self.classes is not None
         known = isinstance(label, int) and not isinstance(label, bool) and label in self.classes.values()
-        if not known and label not in self.classes:
+        if not known and not (isinstance(label, str) and label in self.classes):
             raise DataError(
                 f"{where}: expected the class of the text, its number or one of {', '.join(self.classes)}; got "
                 f"{str(label)[:60]!r}"
@@ -447,12 +447,17 @@ def chat_text(messages: list, tokenizer: Any, where: str, **options: bool) -> st
 def _dataset_rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import datasets  # type: ignore[import-untyped]
 
-    try:
-        rows = iter(datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True))
-        first = next(rows, None)
-    except Exception as error:  # the hub, the network and the builders each have their own tree of errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{source}: expected a data set that loads; {reason}; check its name, config and split"
-        ) from error
-    yield from ((str(source), row) for row in chain([first], rows) if row is not None)
+    rows = None
+    while True:
+        try:
+            if rows is None:
+                rows = iter(datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True))
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the hub, the network and the builders each have their own tree of errors
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{source}: expected a data set that loads; {reason}; check its name, config and split"
+            ) from error
+        yield str(source), row

@@ -22,13 +22,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from compressor.errors import BankError, RuntimeTargetError
-from compressor.export.runtime import BenchCalls, Device
 from compressor.families import module_names
 from compressor.files import write_bytes_atomic, write_text_atomic
 from compressor.model import network_from_config
 from compressor.network import Network
 from compressor.plan import Action, Format, Formats, Plan, Site
 from compressor.quantize import Weight, codebook, quantize
+from compressor.runtimes import BenchCalls, Device
 from compressor.student import Decoder, Lazy, Precision, Student, full_plan
 from compressor.transformer import Attention, Cache, Context, FeedForward, Norm
 
@@ -303,6 +303,8 @@ class TorchDecoder:
     @torch.no_grad()
     def __init__(self, folder: Path, device: Device = "cpu", threads: int | None = None, *, exact: bool = False):
         folder = Path(folder)
+        if not (folder / "plan.json").is_file():
+            raise RuntimeTargetError(f"{folder}: expected an exported model, it has no plan.json")
         network = network_from_config(folder)
         plan = Plan.from_json((folder / "plan.json").read_text())
         student = read_student(folder, network.decoder, plan)

@@ -218,5 +218,5 @@ def measure_entry(
             found[phase] = share * max(0.0, (long - short) / (long_copies - short_copies))
         return found
     finally:
-        for stack in stacks:
+        for stack in reversed(stacks):  # what one found when it was made is there again
             stack.close()

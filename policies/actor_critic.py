@@ -88,7 +88,7 @@ class Memory:
         """The inverse, from a file.
 
         Raises:
-            SafetensorError, KeyError, ValueError: it is no such file.
+            SafetensorError, KeyError, TypeError, ValueError: it is no such file.
         """
         with safe_open(path, "pt") as stored:
             families = json.loads(stored.metadata()["families"])

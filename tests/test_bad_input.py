@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import compressor
+from compressor import Recipe
 from compressor.bank import Bank
 from compressor.cli import app
 from compressor.errors import CompressorError
@@ -174,8 +175,48 @@ def test_texts(tiny_folder, tmp_path, name):
     assert said in found and str(path) in found, found
 
 
+RECIPES: dict[str, tuple[dict, str]] = {
+    "windows longer than the model's positions": (
+        {"data.sequence_length": 300},
+        "data.sequence_length = 300: expected at most 256",
+    ),
+    "a prefill longer than them": ({"target.workload.prefill": 300}, "prefill = 300: expected at most 256"),
+    "a context longer than them": ({"target.workload.context": 256}, "context + 1 = 257: expected at most 256"),
+    "a reward that there is not": (
+        {
+            "distill.method": "rl",
+            "distill.steps": 1,
+            "distill.batch_tokens": 512,
+            "distill.rl.rewards": {"fluancy": 1.0},
+        },
+        "fluancy",
+    ),
+    "a baseline that is no report": ({"gate.baseline": str(TEXT / "wiki-calibration.txt")}, "expected a report"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_model_does_not_do_is_refused_by_run_and_dry_run_alike(tiny_folder, tmp_path, name):
+    changes, said = RECIPES[name]
+    data = recipe(tiny_folder).to_dict()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    if "data.sequence_length" in changes:
+        data["data"] |= {"calibration_tokens": 3000, "evaluation_tokens": 3000}
+        data["search"] |= {"tokens": 600}
+    wrong = Recipe.from_dict(data)
+    for attempt in (lambda: compressor.dry_run(wrong), lambda: compressor.compress(wrong, tmp_path / "out")):
+        with pytest.raises(CompressorError, match=said.replace("+", r"\+")):
+            attempt()
+    assert not (tmp_path / "out" / "bank").exists()
+
+
 def test_enough_of_them():
-    assert len(MODELS) + len(TEXTS) >= 50
+    assert len(MODELS) + len(TEXTS) + len(RECIPES) >= 50
 
 
 def linked(folder: Path) -> None:

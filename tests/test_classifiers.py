@@ -21,9 +21,10 @@ from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes, open_ses
 from compressor.folder import save_folder
 from compressor.measure import Target, opened_torch
 from compressor.model import load_teacher
+from compressor.network import loaded
 from compressor.plan import Action, Plan
 from compressor.recipe import TextSource
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.runtimes import runtime
 from compressor.student import full_plan

@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import compressor
@@ -213,6 +213,16 @@ def export_tiny(folder: Path) -> list[str]:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        vocab_size=32,
+        head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    ).save_pretrained(folder)
     return words
 
 
@@ -229,11 +239,26 @@ def test_generate_from_a_real_export(tmp_path):
     result = invoke("generate", str(tmp_path), "w2", "--tokens", "5", "--chat")
     assert result.exit_code == 0 and result.stdout.split() == expected  # the prompt is the same, and is not shown
     assert "expected at least one token" in invoke("generate", str(tmp_path), "").stderr
+    result = invoke("generate", str(tmp_path), "w1 w2", "--tokens", "63")
+    assert result.exit_code == 1 and "expected at most 64 together" in result.stderr
     for path in tmp_path.glob("token*"):
         path.unlink()
     assert "expected a tokenizer" in invoke("generate", str(tmp_path), "w1").stderr
     result = invoke("generate", str(tmp_path / "none"), "w1")
     assert result.exit_code == 1 and "expected an exported model" in result.stderr
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "model.safetensors").touch()  # any model's folder
+    result = invoke("generate", str(tmp_path / "none"), "w1")
+    assert result.exit_code == 1 and "it has no plan.json" in result.stderr
+
+
+def test_memory_that_is_short_on_a_processor_is_told_as_that(recipe, pipeline):
+    """torch has an error of its own for GPUs alone."""
+    pipeline.raises = RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    )
+    result = invoke(recipe)
+    assert result.exit_code == 1 and "error: out of memory" in result.stderr
 
 
 def test_a_run_without_a_student_has_a_headline(recipe, pipeline, monkeypatch):

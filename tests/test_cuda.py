@@ -14,9 +14,10 @@ from compressor.bank import Bank
 from compressor.executor import Executor
 from compressor.export import OnnxDecoder, export_onnx, refused_formats
 from compressor.model import load_teacher
+from compressor.network import loaded
 from compressor.plan import Action
 from compressor.recipe import Recipe
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.sensitivity import noise_coefficients, sensitivities
 from tests.test_export import FORMATS

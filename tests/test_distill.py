@@ -10,9 +10,10 @@ import compressor.recovery.cache
 import compressor.recovery.distill
 from compressor.bank import Bank
 from compressor.executor import Reference
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.recovery.cache import TeacherCache, outcomes
-from compressor.recovery.distill import Imitation, Settings, distill, loaded, visited
+from compressor.recovery.distill import Imitation, Settings, distill, visited
 from compressor.recovery.relations import related, relation_kl
 from compressor.recovery.trained import RANK, Trained
 from compressor.student import Student, full_plan

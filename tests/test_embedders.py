@@ -19,9 +19,10 @@ from compressor.executor import Executor
 from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes, open_session
 from compressor.folder import save_folder
 from compressor.model import load_teacher, read_decoder
+from compressor.network import loaded
 from compressor.plan import DROP, Plan
 from compressor.recipe import TextSource
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.run import Texts
 from compressor.student import full_plan

@@ -20,9 +20,10 @@ from compressor.export import OnnxDecoder, exported_bytes, fixed_bytes, open_ses
 from compressor.families import FAMILIES
 from compressor.folder import save_folder
 from compressor.model import load_teacher, read_decoder
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.recipe import TextSource
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from compressor.text import Masking, load_tokens, predictions

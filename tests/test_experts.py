@@ -14,10 +14,9 @@ from compressor.estimate import dry_run
 from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, export_onnx, export_random, exported_bytes, read_student, site_stack
 from compressor.model import load_teacher
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.quantize import as_floats, fake_dynamic_int8
-from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import reconstruct
 from compressor.sensitivity import noise_coefficients, sensitivities
 from compressor.student import Decoder, Experts, full_plan

@@ -15,8 +15,9 @@ from compressor.executor import Executor, Reference
 from compressor.export import OnnxDecoder, export_onnx, exported_bytes, fixed_bytes
 from compressor.folder import save_folder
 from compressor.model import Teacher, load_teacher, read_decoder, save_teacher
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from tests.conftest import check_golden

@@ -12,7 +12,7 @@ import compressor
 from compressor import Recipe
 from compressor.cli import app
 from compressor.errors import ComparisonError, DataError, RecipeError, RegressionError
-from compressor.gate import against_baseline, against_limits, as_junit, compare, every_line
+from compressor.gate import against_baseline, against_limits, as_json, as_junit, compare, every_line
 from compressor.page import write
 from compressor.recipe import GateSection
 from compressor.report import GateLine, Report, Timing
@@ -121,6 +121,16 @@ def test_check_raises_with_a_table_of_what_missed_and_by_how_much(tmp_path):
     failed = replace(report, parity=replace(report.parity, relative_error=0.5))
     with pytest.raises(RegressionError, match="export parity: expected a relative error of at most 0.001"):
         failed.check()
+    told = json.loads(as_json(failed.gate, failed))
+    assert not told["passed"] and told["parity"] is False and all(check["passed"] for check in told["checks"])
+    with pytest.raises(RecipeError, match="tolerance bytes = 0.1: expected a baseline"):
+        report.check(tolerance={"bytes": 0.1})
+
+
+def test_figures_without_end_are_no_json_numbers():
+    report = example()
+    told = json.loads(as_json([GateLine("accuracy_ratio", 1.0, float("inf"), False)], report))
+    assert told["checks"][0]["measured"] is None and not told["passed"]
 
 
 def test_further_limits_are_checked_without_running_anything_again():

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("compressor", "policies", "eval")
 FILES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-TOP = {f"compressor.{name}" for name in ("pipeline", "run", "search", "results", "measure", "latency")}
+TOP = {f"compressor.{name}" for name in ("pipeline", "run", "search", "results", "measure", "latency", "estimate")}
 """Modules of `compressor` that may bring `eval` and `policies` together."""
 
 

@@ -13,9 +13,9 @@ from compressor.errors import RecipeError
 from compressor.estimate import dry_run
 from compressor.executor import Executor
 from compressor.model import load_teacher
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.progress import silent
-from compressor.recovery.distill import loaded
 from compressor.run import start
 from compressor.stages import Stages
 from compressor.student import full_plan
@@ -39,6 +39,13 @@ def test_a_teacher_on_the_disk_is_the_teacher(tiny, layerwise, tmp_path, windows
     assert layerwise.digest() == tiny.digest()
     assert torch.equal(layerwise.hidden(windows[:2]), tiny.hidden(windows[:2]))
     assert not list(tmp_path.iterdir())  # its files have no name any more
+
+
+def test_what_a_kill_left_of_the_files_is_cleared_away(tiny_folder, tmp_path):
+    (tmp_path / ".teacher-killed").mkdir()
+    (tmp_path / ".teacher-killed" / "0.safetensors").write_bytes(b"0" * 99)
+    load_teacher(tiny_folder, layerwise=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_weights_are_mapped_from_files(layerwise):
@@ -156,6 +163,7 @@ def test_it_is_chosen_where_memory_is_short(tiny_folder, tmp_path, monkeypatch):
     assert not begun(tiny_folder, tmp_path / "a").teacher.network.layerwise
     monkeypatch.setattr("compressor.estimate.available_bytes", lambda: 10**6)
     assert begun(tiny_folder, tmp_path / "b").teacher.network.layerwise
+    assert not begun(tiny_folder, tmp_path / "a").teacher.network.layerwise  # what was begun goes on as it was
     whole, parts = (dry_run(recipe(tiny_folder, model={"layerwise": kept}, **WHOLE)) for kept in (False, True))
     assert parts.layerwise and not whole.layerwise
     assert sum(s.memory_bytes for s in parts.stages) < sum(s.memory_bytes for s in whole.stages)

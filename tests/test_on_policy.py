@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import compressor.recovery.distill
-from compressor.network import Network
+from compressor.network import Network, loaded
 from compressor.plan import DROP, Format, Plan
 from compressor.quantize import quantize
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.on_policy import OnPolicy, ValueHead
 from compressor.recovery.on_policy import Settings as Own
 from compressor.recovery.rollouts import Rollouts, Writer, distinct, entropy, judged, repetition, reverse_kl, write

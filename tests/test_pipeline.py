@@ -214,12 +214,27 @@ def test_the_same_recipe_makes_the_same_bytes(finished, tiny_folder, tmp_path):
         for folder in (tmp_path, out)
     )
     assert ours.keys() == theirs.keys()
-    told = ("README.md", "latency.json", "ledger.log", "report", "search.png", "quality.png", "stages/")
+    told = ("README.md", "agent.jsonl", "latency.json", "ledger.log", "report", "search.png", "quality.png", "stages/")
     same = [name for name in ours if not any(part in name for part in told)]
-    assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/plan.json", "policy.safetensors"} <= set(same)
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/plan.json", "policy.safetensors"} <= set(
+        same
+    )
     assert sum(name.startswith("bank/") for name in same) > 20
     for name in same:
         assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+
+
+def test_rounds_of_the_agent_are_kept_over_a_kill_and_not_over_searches(tmp_path):
+    def kept():
+        return [(row["search"], row["seed"], row["scored"], row["best"]) for row in map(json.loads, path.open())]
+
+    path = tmp_path / "agent.jsonl"
+    pipeline.keep_rounds(path, "a", 0, [{"scored": 10, "best": -1.0}])
+    pipeline.keep_rounds(path, "a", 1, [{"scored": 10, "best": -1.5}])
+    pipeline.keep_rounds(path, "a", 0, [{"scored": 14, "best": -2.0}])
+    assert kept() == [("a", 0, 10, -1.0), ("a", 1, 10, -1.5), ("a", 0, 14, -2.0)]
+    pipeline.keep_rounds(path, "b", 0, [{"scored": 10, "best": -3.0}])
+    assert kept() == [("b", 0, 10, -3.0)]
 
 
 def test_a_longer_search_goes_on_from_the_ledger(finished, tiny_folder, tmp_path):

@@ -5,8 +5,8 @@ import torch
 
 from compressor.bank import Bank
 from compressor.executor import Reference
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
-from compressor.recovery.distill import loaded
 from compressor.recovery.reconstruct import RIDGE, _Fitting, _LeastSquares, reconstruct
 from compressor.student import full_plan
 

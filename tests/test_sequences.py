@@ -24,9 +24,10 @@ from compressor.export import OnnxEncoderDecoder, export_onnx, exported_bytes, f
 from compressor.export.graph import graph_files
 from compressor.folder import save_folder
 from compressor.model import load_teacher, read_decoder
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.recipe import TextSource
-from compressor.recovery.distill import Imitation, Settings, distill, loaded
+from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.reconstruct import reconstruct
 from compressor.student import full_plan
 from compressor.text import Spans, load_tokens, plain, predictions

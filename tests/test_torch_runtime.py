@@ -12,12 +12,12 @@ import transformers
 import compressor
 from compressor import actions, pipeline
 from compressor.bank import Bank
-from compressor.errors import BankError, RuntimeTargetError
+from compressor.errors import BankError, RecipeError, RuntimeTargetError
 from compressor.folder import save_folder
 from compressor.model import load_teacher
+from compressor.network import loaded
 from compressor.plan import DROP, Action, Format, Plan
 from compressor.quantize import CODEBOOKS, Hessian, damped, fake_row_int8, quantize
-from compressor.recovery.distill import loaded
 from compressor.runtimes import runtime, runtime_of
 from compressor.student import full_plan
 from compressor.torch_runtime import TorchDecoder, linear
@@ -185,6 +185,9 @@ def test_widths_that_blocks_do_not_divide_are_not_offered(tiny_folder):
     sites = load_teacher(tiny_folder).network.decoder.sites()
     menu = actions.menu(search, sites)
     assert {str(a) for a in menu["layers.0.ffn"]} == {"128:fp32", "96:fp32", "64:fp32", "128:nf4", "64:nf4"}
+    alone = recipe(tiny_folder, search={"formats": ["nf4"], "ffn_keep": [0.75], "ffn_multiple": 32}).search
+    with pytest.raises(RecipeError, match="search.formats = nf4: none suits layers.0.ffn, whose matrices are"):
+        actions.menu(alone, sites)
     assert {str(a) for a in menu["layers.0.attention"]} == {"2:fp32", "1:fp32", "2:nf4", "dropped"}
     with pytest.raises(RuntimeTargetError, match="in blocks of 64, a matrix reads 96 channels"):
         linear(quantize(torch.ones(8, 96), Format.parse("nf4")), "float32", "cpu")

@@ -25,7 +25,6 @@ from compressor.export.files import (
 from compressor.export.genai import genai_config
 from compressor.export.layout import int8_products_are_exact
 from compressor.export.runtime import (
-    BenchCalls,
     Cache,
     OnnxDecoder,
     OnnxEncoderDecoder,
@@ -34,6 +33,7 @@ from compressor.export.runtime import (
     refused_formats,
     site_stack,
 )
+from compressor.families import genai_type
 from compressor.files import write_text_atomic
 from compressor.network import Network
 from compressor.plan import Plan
@@ -46,7 +46,7 @@ def save_model(student: Student, network: Network, folder: Path) -> None:
     """Write a student's graph and weights into `folder`, and what ONNX Runtime GenAI reads. network: the teacher's."""
     export_onnx(student, folder)
     if student.decoder.causal and not student.decoder.encoder:
-        genai = genai_config(student.decoder, student.plan, network.family, network.special_tokens())
+        genai = genai_config(student.decoder, student.plan, genai_type(network.family), network.special_tokens())
         write_text_atomic(folder / GENAI_FILE, json.dumps(genai, indent=1))
 
 
@@ -56,7 +56,6 @@ def save_random(plan: Plan, network: Network, folder: Path) -> None:
 
 
 __all__ = [
-    "BenchCalls",
     "Cache",
     "OnnxDecoder",
     "OnnxEncoderDecoder",

@@ -9,22 +9,20 @@ from compressor.export.graph import GRAPH_FILE
 from compressor.plan import Action
 from compressor.student import Decoder
 
-UNKNOWN = ("gpt2", "gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Families that GenAI does not know, or under whose name it expects other inputs; it runs them by the general one."""
-
 
 def genai_config(
-    decoder: Decoder, plan: Mapping[str, Action], family: str, special_tokens: Mapping[str, Any]
+    decoder: Decoder, plan: Mapping[str, Action], kind: str, special_tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
     """For GenAI 0.18 or newer, which takes the numbers of key/value heads from the graph, layer by layer; those given here
     are the full ones. Its cache is one buffer of `search.max_length` positions, which decoding writes in place.
 
-    family: transformers' `model_type`. special_tokens: ids by name, `eos_token_id` and so on.
+    kind: of the model, as GenAI calls it (`compressor.families.genai_type`). special_tokens: ids by name, `eos_token_id`
+    and so on.
     """
     caches = sum(site.kind == "attention" and plan[site.name].keep > 0 for site in decoder.sites())
     return {
         "model": {
-            "type": "decoder" if family in UNKNOWN else family,
+            "type": kind,
             **special_tokens,
             "context_length": decoder.max_positions,
             "vocab_size": decoder.vocabulary,

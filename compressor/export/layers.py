@@ -711,7 +711,7 @@ def ascending(b: GraphBuilder, x_N: ir.Value, name: str) -> ir.Value:
 
 
 def activation(b: GraphBuilder, x: ir.Value, kind: str, name: str) -> ir.Value:
-    """An activation of `network.ACTIVATIONS`."""
+    """An activation of `transformer.ACTIVATIONS`."""
     if kind == "silu":
         return b.op("Mul", [x, b.op("Sigmoid", [x], f"{name}.sigmoid")], f"{name}.silu")
     if kind in ("relu", "tanh"):

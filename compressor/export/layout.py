@@ -6,7 +6,7 @@ Knows formats and numpy, neither graphs nor files.
     blockwise   codes [O, G, block * bits / 8] uint8, levels [O, G] uint8, units [O, 1] float32, zeros [O, ceil(G * bits / 8)]
                 uint8; the scales that the kernel reads, levels * units, are computed when a session is made, and so are
                 its codes where these are of 3, 5 or 6 bits, in two tensors: `low` and `high`
-    w4a8        codes [O, I] uint4, levels [O, G] uint8, zeros [O, G] uint4, units [O] floats; the int8 codes that the kernel
+    w4a8        codes [O, I] uint4, levels [O, G] uint8, zeros [O, G] uint4, units [O] float32; the int8 codes that the kernel
                 reads are computed when a session is made
     int8        codes [I, O] int8, scales [O] floats; where int8 products saturate, codes uint8 and zeros [O] = 128
 

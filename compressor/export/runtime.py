@@ -35,9 +35,8 @@ from compressor.export.graph import (
 from compressor.export.layers import Store
 from compressor.export.layout import Stored
 from compressor.plan import Action, Formats, Site
+from compressor.runtimes import BenchCalls, Device
 from compressor.student import Decoder, Forced, Precision
-
-Device = Literal["cpu", "cuda"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PLACED = ("MatMulNBits", "MatMulIntegerToFloat", "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention")
@@ -258,16 +257,6 @@ class Cache:
 
     length: int
     values: dict[str, ort.OrtValue]
-
-
-@dataclass(frozen=True)
-class BenchCalls:
-    """Two calls without arguments, to be timed: a prefill of an empty cache to the logits of its last token, and one decoded
-    token on a filled one. Of a masked language model: to all logits, and of a single token."""
-
-    prefill: Callable[[], object]
-    decode: Callable[[], object]
-    close: Callable[[], None]
 
 
 class OnnxDecoder(_Runner):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compressor.executor import Reference
 from compressor.files import write_bytes_atomic
-from compressor.network import Network, Rounding
+from compressor.network import Network, loaded
 from compressor.recovery.cache import TeacherCache
 from compressor.recovery.relations import related, relation_kl
 from compressor.recovery.trained import Train, Trained
@@ -46,7 +46,7 @@ class Settings:
 
     learning_rate: peak; linear warm-up over `warmup` steps, then cosine to a tenth; check_every: steps between two looks at
     the held-out text; seed: of whatever a step draws; precision: of the products, weights and sums stay in fp32;
-    checkpointing: see `network.Transformer`.
+    checkpointing: see `transformer.Transformer`.
     """
 
     steps: int
@@ -107,21 +107,6 @@ class Curve:
     @classmethod
     def from_dict(cls, data: dict) -> Curve:
         return cls(**{**data, "held_out": [(step, told) for step, told in data["held_out"]]})
-
-
-def load_student(student: Student, network: Network, rounding: Rounding = "dynamic") -> None:
-    """Put a student's weights into a network; `rounding` as for `Network.install`."""
-    for name, action in student.plan.items():
-        network.install(network.sites[name], action, student.matrices, rounding)
-    for name, vector in student.vectors.items():
-        network.replace_vector(name, vector)
-
-
-def loaded(teacher: Network, student: Student, rounding: Rounding = "dynamic") -> Network:
-    """A network of its own with a student's weights; `rounding` as for `Network.install`."""
-    network = teacher.student()
-    load_student(student, network, rounding)
-    return network
 
 
 def distill(
