@@ -216,9 +216,7 @@ def test_the_same_recipe_makes_the_same_bytes(finished, tiny_folder, tmp_path):
     assert ours.keys() == theirs.keys()
     told = ("README.md", "agent.jsonl", "latency.json", "ledger.log", "report", "search.png", "quality.png", "stages/")
     same = [name for name in ours if not any(part in name for part in told)]
-    assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/plan.json", "policy.safetensors"} <= set(
-        same
-    )
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/plan.json", "policy.safetensors"} <= set(same)
     assert sum(name.startswith("bank/") for name in same) > 20
     for name in same:
         assert ours[name].read_bytes() == theirs[name].read_bytes(), name
