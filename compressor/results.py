@@ -404,8 +404,11 @@ def _task(decoder: Decoder) -> report.Task:
 
 
 def _environment(run: Run, folder: Path) -> report.Environment:
-    with _open(run, folder) as decoder:
-        provider = decoder.provider
+    def find() -> str:
+        with _open(run, folder) as decoder:
+            return decoder.provider
+
+    provider = run.stages.kept("provider", key_of(run.target.environment), find)
     threads = run.target.threads or measure.cores()
     gpu = measure.gpu() if run.target.device == "cuda" else None
     return report.Environment(platform.platform(), measure.processor(), threads, provider, measure.versions(), gpu)

@@ -299,9 +299,26 @@ def test_the_fixture_for_other_peoples_suites(pytester, monkeypatch, tmp_path):
 
         def test_missed_again(compressed):
             compressed("missed.yaml")
+
+        def test_another_worker_is_waited_for(compressed, tmp_path):
+            import time
+            from threading import Event, Thread
+            from filelock import FileLock
+            held, done = Event(), []
+
+            def work():
+                with FileLock(tmp_path / ".session.lock"):
+                    held.set()
+                    time.sleep(0.3)
+                    done.append(True)
+
+            Thread(target=work).start()
+            held.wait()
+            compressed("recipe.yaml", out=tmp_path)
+            assert done
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, failed=3)
-    assert made == ["recipe.yaml", "missed.yaml"]
+    result.assert_outcomes(passed=2, failed=3)
+    assert made == ["recipe.yaml", "missed.yaml", "recipe.yaml"]
     result.stdout.fnmatch_lines(["*RegressionError: 1 of 5 checks missed*"])
