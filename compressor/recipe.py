@@ -350,11 +350,11 @@ class SearchSection(Section):
 
     policy: PolicyName = "actor_critic"
     """Policy whose best plan becomes the student, unless one of a rival, or of the run in `reuse`, is better."""
-    evaluations: Count = 64
+    evaluations: Count = 16
     """Passes over the tokens that each policy may spend; a plan that is tried on an eighth of them costs an eighth."""
     tokens: Count = 2048
     """Calibration tokens that score a plan, the same for every plan; at least eight windows, cut if it takes that."""
-    rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "random")
+    rivals: Annotated[tuple[PolicyName, ...], AfterValidator(_distinct)] = ("uniform", "dynamic_programming")
     """Policies that run beside it, at the same budget and number of evaluations."""
     formats: FormatNames = (
         *("fp32", "int8", "int8+w8", "w4a8+int8", "w4a8+w8", "w4a8", "w8", "w4+w8", "w4b64+w8", "w4", "w4b64"),

@@ -33,8 +33,8 @@ budget:                  # one or more of
   bytes: 25%             # of the fp32 export's, or 60MB
   # prefill: 60%         # or 120ms
   # decode: 50%          # or 12ms a token
-search:
-  evaluations: 16        # more is better; each is a pass over search.tokens tokens
+# search:
+#   evaluations: 16      # more is better; each is a pass over search.tokens tokens
 # distill:
 #   steps: 50            # training behind the reconstruction
 # gate:

@@ -54,7 +54,7 @@ def test_defaults_and_paths_relative_to_the_recipe(folder, monkeypatch):
     assert recipe.model.path == str(folder / "teacher") and recipe.model.is_local
     assert [source.file for source in recipe.data.calibration] == [str(folder / "a.txt")]
     assert recipe.budget.bytes == Limit(0.25, True)
-    assert recipe.search.searches == (("uniform", 0), ("random", 0), ("actor_critic", 0))
+    assert recipe.search.searches == (("uniform", 0), ("dynamic_programming", 0), ("actor_critic", 0))
     assert recipe.distill.steps == 0
 
 
@@ -295,7 +295,11 @@ def test_every_key_with_every_bad_value_is_either_fine_or_one_clear_line(tmp_pat
 
 
 def test_a_rival_that_is_the_policy_runs_once():
-    assert Search(policy="random", seed=7, seeds=2).searches == (("uniform", 7), ("random", 7), ("random", 8))
+    assert Search(policy="dynamic_programming", seed=7, seeds=2).searches == (
+        ("uniform", 7),
+        ("dynamic_programming", 7),
+        ("dynamic_programming", 8),
+    )
 
 
 def test_recipe_cannot_be_changed():
