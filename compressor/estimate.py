@@ -66,7 +66,8 @@ def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> Dry
 
 
 def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
-    """Whether the recipe's model is compressed layer by layer: as it says, or where memory is too short for all of it.
+    """Whether the recipe's model is compressed layer by layer: as it says, or where memory, a GPU's if there is one, is too
+    short for all of it.
 
     Raises:
         RecipeError: the recipe has what takes the whole model.
@@ -75,6 +76,8 @@ def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
     if asked is False or (asked == "auto" and recipe.model.gguf):
         return False
     stages, free = memory(recipe, decoder, False), available_bytes()
+    if torch.cuda.is_available():  # the teacher goes there
+        free = min(free, torch.cuda.mem_get_info()[0])
     needed = LIBRARIES_BYTES + max(size for stage, size in stages.items() if stage != "distill")
     if asked == "auto" and needed <= free:
         return False

@@ -475,7 +475,8 @@ class DistillSection(Section):
     tokens: Count | None = None
     """Calibration tokens that are fitted, whole windows; those of `data.calibration_tokens` when absent."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of the training; 0 turns it off. It sees text that was not fitted, as long as there is some."""
+    """Steps of the training; 0 turns it off. It sees text that was not fitted, and what was fitted, too, where
+    that is less than it visits."""
     method: Literal["kd", "on_policy", "rl"] = "kd"
     """What the training aims at: the teacher's predictions on given text, or on what the student writes itself, or a
     composed reward."""

@@ -10,9 +10,9 @@ import torch
 from compressor import measure, pipeline
 from compressor.bank import Bank
 from compressor.errors import RecipeError
-from compressor.estimate import dry_run
+from compressor.estimate import dry_run, layer_by_layer
 from compressor.executor import Executor
-from compressor.model import load_teacher
+from compressor.model import load_teacher, read_decoder
 from compressor.network import loaded
 from compressor.plan import DROP, Action, Plan
 from compressor.progress import silent
@@ -169,6 +169,14 @@ def test_it_is_chosen_where_memory_is_short(tiny_folder, tmp_path, monkeypatch):
     assert sum(s.memory_bytes for s in parts.stages) < sum(s.memory_bytes for s in whole.stages)
     with pytest.raises(RecipeError, match=r"distill.steps = 4: .* 0.0 GB are free"):
         begun(tiny_folder, tmp_path / "c", distill={})
+
+
+def test_it_is_chosen_where_a_gpu_is_too_small(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = recipe(tiny_folder, **WHOLE)
+    for free, chosen in ((10**9, False), (10**8, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert layer_by_layer(asked, read_decoder(tiny_folder)) is chosen
 
 
 def begun(folder, out, **changes):
