@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import numpy as np
-from seeds import spread  # the script beside this one
+from seeds import agreement, spread  # the script beside this one
 
 from compressor import pipeline
 from compressor.executor import Reference
@@ -42,7 +42,7 @@ from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.recovery.reconstruct import reconstruct
 from compressor.run import start
-from compressor.search import Scorer, Trials, agreement, best, run_policy, spent
+from compressor.search import Scorer, Trials, best, run_policy, spent
 from compressor.stages import Stages, key_of
 from policies import POLICIES, Policy, Problem
 from policies.actor_critic import ActorCritic, Memory

@@ -14,13 +14,14 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from compressor.pipeline import compress
+from compressor.plan import Plan
 from compressor.progress import LineProgress
 from compressor.recipe import Recipe
 from compressor.report import Report, Row, best_so_far, median_of
-from compressor.search import agreement
 
 FIGURES: dict[str, Callable[[Row], float | None]] = {
     "perplexity": lambda row: row.perplexity,
@@ -69,6 +70,12 @@ def spread(values: Sequence[float | None]) -> str:
         return "–"
     mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
     return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.4g} to {high:.4g})"
+
+
+def agreement(plans: Sequence[Plan]) -> float:
+    """Share of the sites that have the same action, mean over all pairs of plans; 1 for a single plan."""
+    pairs = list(combinations(plans, 2))
+    return 1 - sum(len(a.diff(b)) / len(a) for a, b in pairs) / len(pairs) if pairs else 1.0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 
@@ -142,9 +141,3 @@ def finalists(plans: Iterable[Plan], most: int) -> list[Plan]:
         if all(len(plan.diff(other)) * 10 >= len(plan) for other in found) and len(found) < most:
             found.append(plan)
     return found
-
-
-def agreement(plans: Sequence[Plan]) -> float:
-    """Share of the sites that have the same action, mean over all pairs of plans; 1 for a single plan."""
-    pairs = list(combinations(plans, 2))
-    return 1 - sum(len(a.diff(b)) / len(a) for a, b in pairs) / len(pairs) if pairs else 1.0
