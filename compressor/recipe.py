@@ -475,8 +475,8 @@ class DistillSection(Section):
     tokens: Count | None = None
     """Calibration tokens that are fitted, whole windows; those of `data.calibration_tokens` when absent."""
     steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of the training; 0 turns it off. It sees text that was not fitted, and what was fitted, too, where
-    that is less than it visits."""
+    """Steps of the training; 0 turns it off. It sees text that was not fitted, and what was fitted, too, where that is less
+    than it visits."""
     method: Literal["kd", "on_policy", "rl"] = "kd"
     """What the training aims at: the teacher's predictions on given text, or on what the student writes itself, or a
     composed reward."""
@@ -499,7 +499,7 @@ class DistillSection(Section):
     and the more memory."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; when absent, 1e-2 for scales (in units of their precision, 2^-bits), 1e-4 for weights, 1e-3 for
-    lora."""
+    lora. A student of 3 bits a weight learned more at 3e-2 and 1e-3."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate rises to its peak."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
