@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,31 +91,37 @@ def main() -> None:
     fitted_NL = run.texts.fitted_NL
     texts = {name: Reference(teacher, text_NL) for name, text_NL in run.texts.evaluation.items()}
 
-    def trained(student: Student, name: str, train: Train, steps: int, seed: int) -> Student:
+    def kept(name: str, key: str, make: Callable[..., Student]) -> Student:
+        return run.stages.student(name, key, teacher.decoder, lambda report: (make(report), None))[0]
+
+    def trained(given: Callable[[], Student], name: str, train: Train, steps: int, seed: int) -> Student:
         settings = distill.Settings(steps, train, LEARNING_RATES[train], warmup=min(5, steps // 4), seed=seed)
         imitation = lambda network: distill.Imitation(teacher, network, run.texts.trained_NL, seed=seed)  # noqa: E731
 
-        def make(report_progress) -> tuple[Student, float]:
+        def make(report_progress) -> Student:
             part = options.out / "stages" / f"{name}-{seed}.part"
-            better, curve = distill.distill(
-                teacher, student, imitation, run.texts.held_out_NL, settings, part, report_progress
-            )
-            return better, curve.kl
+            return distill.distill(teacher, given(), imitation, run.texts.held_out_NL, settings, part, report_progress)[
+                0
+            ]
 
-        key = key_of(run.bank.key, plan.digest, settings.to_dict())
-        return run.stages.student(f"{name}-{seed}", key, teacher.decoder, make)[0]
+        return kept(f"{name}-{seed}", key_of(run.bank.key, plan.digest, settings.to_dict()), make)
 
     def pdq(name: str, steps: int, seed: int) -> Student:
-        better = trained(reconstruct(run.bank, floats, fitted_NL), name, "weights", steps, seed)
-        return replace(reconstruct(Trained(run.bank, better), plan, fitted_NL), vectors=better.vectors)
+        better = trained(lambda: reconstruct(run.bank, floats, fitted_NL), name, "weights", steps, seed)
+
+        def make(report_progress) -> Student:
+            student = reconstruct(Trained(run.bank, better), plan, fitted_NL, report_progress)
+            return replace(student, vectors=better.vectors)
+
+        return kept(f"{name}-quantized-{seed}", key_of(run.bank.key, plan.digest, steps), make)
 
     half = options.steps // 2
     rebuilt = reconstruct(run.bank, plan, fitted_NL)
     orders = {
-        "PQD": lambda seed: trained(rebuilt, "pqd", "scales", options.steps, seed),
-        "PQD/w": lambda seed: trained(rebuilt, "pqd-w", "weights", options.steps, seed),
+        "PQD": lambda seed: trained(lambda: rebuilt, "pqd", "scales", options.steps, seed),
+        "PQD/w": lambda seed: trained(lambda: rebuilt, "pqd-w", "weights", options.steps, seed),
         "PDQ": lambda seed: pdq("pdq", options.steps, seed),
-        "PDQD": lambda seed: trained(pdq("pdqd-1", half, seed), "pdqd-2", "scales", options.steps - half, seed),
+        "PDQD": lambda seed: trained(lambda: pdq("pdqd-1", half, seed), "pdqd-2", "scales", options.steps - half, seed),
     }
     found = {"not trained": [quality(loaded(teacher, rebuilt), texts)]}
     for name, order in orders.items():
