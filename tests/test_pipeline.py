@@ -109,7 +109,7 @@ def test_policies_had_the_same_budget_and_evaluations(finished):
     by_policy: dict[str, list] = {}
     for trial in report.trials:
         by_policy.setdefault(trial.policy, []).append(trial)
-    assert set(by_policy) == {"uniform", "random", "actor_critic"}
+    assert set(by_policy) == {"uniform", "dynamic_programming", "actor_critic"}
     assert all(trials[-1].index == 6 for trials in by_policy.values())
     assert all(trial.size_bytes <= report.budget[0].limit for trial in report.trials)
     assert {t.share for t in by_policy["actor_critic"]} == {0.125, 1.0}
@@ -453,7 +453,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tiny_folder, tmp_pa
     )
     killed = tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    for stage in ("search: random", "reconstruct", "distill"):
+    for stage in ("search: dynamic_programming", "reconstruct", "distill"):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(path), str(killed)], stdout=subprocess.PIPE, text=True, env=environment
         )
