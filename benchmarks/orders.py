@@ -100,9 +100,10 @@ def main() -> None:
 
         def make(report_progress) -> Student:
             part = options.out / "stages" / f"{name}-{seed}.part"
-            return distill.distill(teacher, given(), imitation, run.texts.held_out_NL, settings, part, report_progress)[
-                0
-            ]
+            better, _ = distill.distill(
+                teacher, given(), imitation, run.texts.held_out_NL, settings, part, report_progress
+            )
+            return better
 
         return kept(f"{name}-{seed}", key_of(run.bank.key, plan.digest, settings.to_dict()), make)
 

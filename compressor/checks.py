@@ -1,4 +1,4 @@
-"""What of a recipe can be refused once the target and the model's configuration are known, before any weight is read."""
+"""What of a recipe can be refused before any weight is read: what it names, what its target runs, what suits the model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from compressor.measure import Target
 from compressor.model import read_decoder
 from compressor.recipe import Recipe
 from compressor.recovery.reward import Reward, check_rewards
-from compressor.report import size
+from compressor.report import Report, size
 from compressor.runtimes import runtime
 from compressor.student import Decoder
 
 
-def checked(
-    recipe: Recipe, trust_remote_code: bool, rewards: Mapping[str, Reward] = MappingProxyType({})
-) -> tuple[Recipe, Target, Decoder]:
-    """The recipe with the formats that its target runs, the target, and the shape of the model there.
-
-    rewards: the caller's own, which the recipe may name.
+def named(recipe: Recipe, rewards: Mapping[str, Reward] = MappingProxyType({})) -> Report | None:
+    """The gate's baseline, if there is one, once all that the recipe names is there; rewards: the caller's own.
 
     Raises:
-        DataError: the gate's baseline is no report.
+        RecipeError: a file or a reward is not there.
+        DataError: the baseline is no report.
+    """
+    recipe.check_files()
+    if recipe.distill.method == "rl":
+        check_rewards(recipe.distill.rl.rewards, rewards)
+    return read_report(recipe.gate.baseline) if recipe.gate.baseline else None
+
+
+def checked(recipe: Recipe, trust_remote_code: bool) -> tuple[Recipe, Target, Decoder]:
+    """The recipe with the formats that its target runs, the target, and the shape of the model there.
+
+    Raises:
         RuntimeTargetError: the target does not run a format that the recipe names, or none at all.
         ModelError: the model's configuration cannot be read, or it is not supported.
         RecipeError: the recipe asks of the model what only another kind does.
         BudgetError: even the smallest plan has more bytes than are budgeted.
     """
-    recipe.check_files()
-    if recipe.distill.method == "rl":
-        check_rewards(recipe.distill.rl.rewards, rewards)
-    if recipe.gate.baseline:
-        read_report(recipe.gate.baseline)
     target, model = Target.of(recipe.target), recipe.model
     recipe = _runnable(recipe, target)
     decoder = read_decoder(model.path, **model.weights, trust_remote_code=trust_remote_code)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compressor import actions
-from compressor.checks import checked
+from compressor.checks import checked, named
 from compressor.errors import RecipeError
 from compressor.latency import ANCHORS, CORRECTIONS
 from compressor.measure import available_bytes
@@ -44,6 +44,7 @@ def dry_run(recipe: Recipe | str | Path, trust_remote_code: bool = False) -> Dry
         RuntimeTargetError, BudgetError, RecipeError: the run itself would end with that before any work.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    named(recipe)
     recipe, _, decoder = checked(recipe, trust_remote_code)
     layerwise = layer_by_layer(recipe, decoder)
     sites = decoder.sites()

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from compressor import gate, page, report, results
+from compressor.checks import named
 from compressor.errors import BudgetError, RecipeError
 from compressor.files import exclusive, write_bytes_atomic, write_text_atomic
 from compressor.folder import save_folder
@@ -64,6 +65,7 @@ def compress(
     """
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    baseline = named(recipe, rewards)
     with exclusive(out):
         run = start(recipe, out, trust_remote_code, Stages(out / "stages", progress), rewards)
         known, memory = reused(run)
@@ -80,9 +82,10 @@ def compress(
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
         try:
-            if baseline := recipe.gate.baseline:
-                against = result, gate.read_report(baseline), recipe.gate.tolerance.model_dump(), recipe.gate.times
-                result = replace(result, gate=(*result.gate, *gate.against_baseline(*against)))
+            if baseline:
+                tolerance, times = recipe.gate.tolerance.model_dump(), recipe.gate.times
+                lines = gate.against_baseline(result, baseline, tolerance, times)
+                result = replace(result, gate=(*result.gate, *lines))
         finally:  # what was measured is written, whether it can be compared or not
             page.write(result, out)
             write_text_atomic(out / recipe.deployed / "README.md", page.card(result))
@@ -94,7 +97,8 @@ def compress(
 
 
 def find_sensitivities(run: Run, way: str = "") -> dict[str, np.ndarray]:
-    """Predicted KL of every action, by site name: float64 [actions]; the way is the recipe's if none is given."""
+    """Predicted KL of every action, by site name: float64 [actions], out of the teacher's statistics, which are taken first;
+    the way is the recipe's if none is given."""
     way = way or run.recipe.search.sensitivity
     with run.stages.timed("statistics", run.bank.key) as report_statistics:
         run.bank.statistics(report_statistics)
@@ -186,8 +190,7 @@ def keep_rounds(path: Path, search: str, seed: int, rounds: Iterable[Mapping[str
     """Write what the agent logged, a line a round (`policies.actor_critic.METRICS`). A search that went on after a kill adds
     the rounds that it saw; those of another one are gone."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [row for row in map(json.loads, lines) if row["search"] == search]
-    known = {(row["seed"], row["scored"]): row for row in kept}
+    known = {(row["seed"], row["scored"]): row for row in map(json.loads, lines) if row["search"] == search}
     known |= {(seed, row["scored"]): {"search": search, "seed": seed, **row} for row in rounds}
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in known.values()))
 

@@ -139,7 +139,7 @@ def start(
     if (reuse := recipe.search.reuse) and Path(reuse).resolve() == out.resolve():
         raise RecipeError(f"search.reuse = {reuse}: expected the folder of another run, it is this one's; name another")
     with stages.timed("teacher"):
-        recipe, target, decoder = checked(recipe, trust_remote_code, rewards)
+        recipe, target, decoder = checked(recipe, trust_remote_code)
         model = recipe.model
         # memory may be shorter, or not, when a run goes on
         layerwise = stages.kept("layerwise", key_of(recipe.to_dict()), lambda: layer_by_layer(recipe, decoder))

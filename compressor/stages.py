@@ -67,22 +67,19 @@ class Stages:
 
     def value(self, name: str, key: str, make: Callable[[Callable[..., None]], T]) -> T:
         """The JSON value of a stage: read if it was made under the same key, else `make(reporter)`."""
-        stored = self._stored(name, key)
-        if stored is None:
+
+        def timed() -> dict:
             with self.timed(name) as report:
                 value = make(report)
-            stored = {"key": key, "seconds": self.seconds[name], "value": value}
-            write_json_atomic(self.folder / f"{name}.json", stored)
+            return {"seconds": self.seconds[name], "value": value}
+
+        stored = self._record(name, key, timed)
         self.seconds[name] = stored["seconds"]
         return stored["value"]
 
     def kept(self, name: str, key: str, make: Callable[[], T]) -> T:
-        """A JSON value that takes no time to make, in the same way."""
-        stored = self._stored(name, key)
-        if stored is None:
-            stored = {"key": key, "value": make()}
-            write_json_atomic(self.folder / f"{name}.json", stored)
-        return stored["value"]
+        """A JSON value in the same way, which is no stage of its own: it is not timed and not told."""
+        return self._record(name, key, lambda: {"value": make()})["value"]
 
     def student(
         self, name: str, key: str, decoder: Decoder, make: Callable[[Callable[..., None]], tuple[Student, Any]]
@@ -99,6 +96,13 @@ class Stages:
 
         record = self.value(name, key, write)
         return Student.from_tensors(decoder, Plan.from_json(record["plan"]), load_file(weights)), record["value"]
+
+    def _record(self, name: str, key: str, make: Callable[[], dict]) -> dict:
+        stored = self._stored(name, key)
+        if stored is None:
+            stored = {"key": key, **make()}
+            write_json_atomic(self.folder / f"{name}.json", stored)
+        return stored
 
     def _stored(self, name: str, key: str) -> dict | None:
         path = self.folder / f"{name}.json"

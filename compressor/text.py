@@ -447,17 +447,11 @@ def chat_text(messages: list, tokenizer: Any, where: str, **options: bool) -> st
 def _dataset_rows(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import datasets  # type: ignore[import-untyped]
 
-    rows = None
-    while True:
-        try:
-            if rows is None:
-                rows = iter(datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True))
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # the hub, the network and the builders each have their own tree of errors
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"{source}: expected a data set that loads; {reason}; check its name, config and split"
-            ) from error
-        yield str(source), row
+    try:
+        for row in datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True):
+            yield str(source), row
+    except Exception as error:  # the hub, the network and the builders each have their own tree of errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{source}: expected a data set that loads; {reason}; check its name, config and split"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -210,13 +211,13 @@ def test_what_a_model_does_not_do_is_refused_by_run_and_dry_run_alike(tiny_folde
         data["search"] |= {"tokens": 600}
     wrong = Recipe.from_dict(data)
     for attempt in (lambda: compressor.dry_run(wrong), lambda: compressor.compress(wrong, tmp_path / "out")):
-        with pytest.raises(CompressorError, match=said.replace("+", r"\+")):
+        with pytest.raises(CompressorError, match=re.escape(said)):
             attempt()
     assert not (tmp_path / "out" / "bank").exists()
 
 
 def test_enough_of_them():
-    assert len(MODELS) + len(TEXTS) + len(RECIPES) >= 50
+    assert len(MODELS) + len(TEXTS) >= 50
 
 
 def linked(folder: Path) -> None:

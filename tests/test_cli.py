@@ -23,11 +23,12 @@ from compressor import Recipe, estimate
 from compressor.cli import app
 from compressor.errors import BudgetError, RegressionError
 from compressor.export import OnnxDecoder, export_onnx
+from compressor.families import decoder_of
 from compressor.plan import Action, Format, Plan
 from compressor.progress import Progress
 from compressor.quantize import Weight
 from compressor.report import DryRun, SiteLine, StageEstimate
-from compressor.student import Decoder, Student
+from compressor.student import Student
 from tests.test_report import example
 
 RECIPE = {
@@ -199,7 +200,11 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 def export_tiny(folder: Path) -> list[str]:
     """An exported decoder of one block with random weights, and a tokenizer that knows eight words."""
-    decoder = Decoder(1, 64, 2, 1, 32, 64, 32, 64, 1e-5, tuple(0.5**i for i in range(16)), 1.0, True)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=64, tie_word_embeddings=True)
+    config.save_pretrained(folder)
+    decoder = decoder_of(config)
     plan = Plan(tuple((site.name, Action(site.units, "fp32")) for site in decoder.sites()))
     draw = torch.Generator().manual_seed(0)
     matrices = {
@@ -213,16 +218,6 @@ def export_tiny(folder: Path) -> list[str]:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        vocab_size=32,
-        head_dim=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    ).save_pretrained(folder)
     return words
 
 
