@@ -258,10 +258,12 @@ def generate(
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
             longest = read_decoder(folder).longest
-            if longest is not None and len(ids) + tokens > longest:
+            asked = max(len(ids), tokens) if decoder.answers else len(ids) + tokens
+            if longest is not None and asked > longest:
                 raise DataError(
-                    f"{len(ids)} tokens of prompt and --tokens {tokens}: expected at most {longest} together, the positions "
-                    "that the model has; give a shorter text, or fewer"
+                    f"{len(ids)} tokens of prompt and --tokens {tokens}: expected at most {longest} "
+                    f"{'each' if decoder.answers else 'together'}, the positions that the model has; give a shorter text, "
+                    "or fewer"
                 )
             made = decoder.generate(np.array(ids), tokens, ends_of(folder))
         shown = made if decoder.answers or chat else [*ids, *made]

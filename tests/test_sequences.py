@@ -518,6 +518,14 @@ def test_a_whole_run_on_pairs(folders, pairs, tmp_path):
     check(pipeline.compress(wanted, tmp_path), tmp_path)
     assert pipeline.compress(wanted, tmp_path).parity.passed  # from what the first run left
 
+    def generate(prompt: str, tokens: int):
+        return CliRunner().invoke(app, ["generate", str(tmp_path / "onnx"), prompt, "--tokens", str(tokens)])
+
+    assert generate("a" * 126, 128).exit_code == 0  # 128 positions each; two special tokens stand around the prompt
+    for prompt, tokens in (("a" * 127, 8), ("a", 129)):
+        refused = generate(prompt, tokens)
+        assert refused.exit_code == 1 and "expected at most 128 each" in refused.output
+
 
 def check(report, out: Path) -> None:
     assert report.parity.passed and report.parity.greedy_equal and report.budget[0].fits
