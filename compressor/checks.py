@@ -68,6 +68,7 @@ def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
     distill, budget, gate = recipe.distill, recipe.budget, recipe.gate
     method, in_torch = f"distill.method = {distill.method}", recipe.target.runtime == "torch"
     targets = [source.target for source in (*recipe.data.calibration, *recipe.data.evaluation) if source.target]
+    generated = next((source for source in recipe.data.calibration if source.generated), None)
     alone = "a decoder alone, this one is an encoder-decoder"
     writes = "a model that writes, this one only reads"
     refused = [  # what the recipe says, whether it does and the model doesn't suit, what was expected
@@ -75,6 +76,8 @@ def _check_asked(recipe: Recipe, decoder: Decoder) -> None:
         (f"distill.attention_weight = {distill.attention_weight}", distill.attention_weight and decoder.encoder, alone),
         ("target.runtime = torch", in_torch and decoder.encoder, alone),
         (method, distill.own_text and not decoder.causal, writes),
+        (f"data.calibration: {generated}", generated and decoder.encoder, alone),
+        (f"data.calibration: {generated}", generated and not decoder.causal, writes),
         ("budget.decode", budget.decode and not decoder.causal, writes),
         ("gate.decode", gate.decode and not decoder.causal, writes),
         ("target.runtime = torch", in_torch and decoder.pooling, "a model with a head, this one is an embedder"),

@@ -258,8 +258,8 @@ def generate(
             if not ids:
                 raise DataError(f"prompt = {prompt!r}: expected at least one token; give some text")
             longest = read_decoder(folder).longest
-            asked = max(len(ids), tokens) if decoder.answers else len(ids) + tokens
-            if longest is not None and asked > longest:
+            needed = max(len(ids), tokens) if decoder.answers else len(ids) + tokens
+            if longest is not None and needed > longest:
                 raise DataError(
                     f"{len(ids)} tokens of prompt and --tokens {tokens}: expected at most {longest} "
                     f"{'each' if decoder.answers else 'together'}, the positions that the model has; give a shorter text, "

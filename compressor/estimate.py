@@ -14,6 +14,7 @@ from compressor.latency import ANCHORS, CORRECTIONS
 from compressor.measure import available_bytes
 from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
+from compressor.recovery.rollouts import ROWS
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
 from compressor.student import Decoder
@@ -21,6 +22,9 @@ from eval.timing import time_call
 
 EFFICIENCY = 0.6
 """Share of a plain matrix product's speed that a whole forward pass reaches."""
+
+TOKEN_BY_TOKEN = 0.25
+"""Share of that speed when a batch of texts is written, a token of each at a time."""
 
 SECONDS_PER_ENTRY = 2.5
 """A latency-table entry: two stacks, opened and timed three to six times."""
@@ -85,6 +89,7 @@ def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
     budget, gate = recipe.budget, recipe.gate
     wholes: dict[str, object] = {
         f"distill.steps = {recipe.distill.steps}": recipe.distill.steps,
+        "generated, in data.calibration": recipe.data.generated,
         "target.runtime = torch": recipe.target.runtime == "torch",
         "an encoder-decoder": decoder.encoder,
         "gate.baseline with gate.times": gate.baseline and gate.times,
@@ -118,7 +123,9 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
     logits = 4 * 4 * (1 if decoder.classes else data.sequence_length) * outputs
     teacher, student = (0, tables + block) if layerwise else (weights, weights)
     deployed = student if layerwise else 2 * runtime(recipe.target.runtime).fp32_bytes(decoder)
+    caches = 4 * ROWS * data.sequence_length * 2 * decoder.kv_heads * decoder.head_dim * decoder.layers
     return {
+        "generate": teacher + 2 * caches if data.generated else 0,
         "statistics": teacher + block + max(moments + streams, logits),
         "sensitivity": teacher + 2 * block + 3 * moments,
         "latency": teacher + (16 * block if layerwise else deployed),
@@ -160,6 +167,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
     searched = CORRECTIONS[0] + 1 if timed else 0  # mostly one is enough behind the search
     wholes = ANCHORS + 1 + 2 * searched  # each of these beside another model
     seconds = {
+        "generate": forward(data.generated * data.sequence_length) / TOKEN_BY_TOKEN,
         "statistics": forward(data.calibration_tokens) + 4 * forward(search.tokens),
         "sensitivity": making + noise,
         "latency": SECONDS_PER_ENTRY * len(shapes) + SECONDS_PER_WHOLE * wholes,

@@ -191,7 +191,7 @@ def _string_too(schema: dict[str, Any]) -> None:
 
 
 class TextSource(Section):
-    """A text: a local file (written as a plain string) or a column of a data set on the hub."""
+    """A text: a local file (written as a plain string), a column of a data set on the hub, or what the teacher generates."""
 
     model_config = ConfigDict(json_schema_extra=_string_too)
 
@@ -203,6 +203,9 @@ class TextSource(Section):
     """Configuration (subset) of the data set."""
     split: str | None = None
     """Split of the data set, such as `train`; needed with `dataset`."""
+    generated: Count | None = None
+    """So many tokens of calibration text, in whole windows, that the teacher generates: of all the kinds of text that it
+    knows, where files are of one kind, or in place of files."""
     column: str = "text"
     """Column, or key of a JSON object, that holds the text, or the messages of a conversation, which the tokenizer's chat
     template makes a text of."""
@@ -229,28 +232,30 @@ class TextSource(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> TextSource:
-        if (self.file is None) == (self.dataset is None):
-            raise ValueError("expected the path of a text file or {dataset: ..., split: ...}, one of the two")
+        if [self.file, self.dataset, self.generated].count(None) != 2:
+            raise ValueError(
+                "expected the path of a text file, {dataset: ..., split: ...} or {generated: TOKENS}, one of the three"
+            )
         if self.dataset is not None and self.split is None:
             raise ValueError("expected a split beside the data set; add for example split: train")
         if (self.label or self.target or self.column != "text") and not self.rows:
             raise ValueError(
                 "expected a file of JSON lines (.jsonl) or a data set beside a column, a label or a target"
             )
-        if self.file is not None and (self.config or self.split):
-            raise ValueError("expected no config and no split beside a file, they are of data sets; leave them out")
+        if self.dataset is None and (self.config or self.split):
+            raise ValueError("expected config and split beside a data set alone; leave them out")
         return self
 
     @model_serializer
-    def _as_written(self) -> str | dict[str, str]:
+    def _as_written(self) -> str | dict[str, Any]:
         if self.file and self.column == "text" and not self.label and not self.target:
             return self.file
-        return {key: value for key, value in self if value is not None}
+        return {key: value for key, value in self if value is not None and (key != "column" or self.rows)}
 
     @property
     def rows(self) -> bool:
         """Whether it has rows with columns: it is a data set, or its file has a JSON object a line."""
-        return self.file is None or self.file.endswith(".jsonl")
+        return self.dataset is not None or bool(self.file and self.file.endswith(".jsonl"))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -263,6 +268,8 @@ class TextSource(Section):
         return Path(self.file).stem if self.file else str(self)
 
     def __str__(self) -> str:
+        if self.generated:
+            return f"generated = {self.generated}"
         parts = (self.dataset, self.config, self.split, self.column)
         return self.file or ":".join(part for part in parts if part)
 
@@ -288,6 +295,11 @@ class DataSection(Section):
 
     anchors: Annotated[int, Field(ge=2)] = 128
     """Of an embedder, how many other texts every text is compared with; they are taken from the calibration texts."""
+
+    @property
+    def generated(self) -> int:
+        """Windows of the calibration text that the teacher generates."""
+        return sum(source.generated or 0 for source in self.calibration) // self.sequence_length
 
     @property
     def said_length(self) -> int:
@@ -748,6 +760,16 @@ class Recipe(Section):
                 yield f"data.evaluation[{i}] = {source}: expected a file name that no other text has; rename it"
             if source in data.calibration:
                 yield f"data.evaluation[{i}] = {source}: expected text that isn't in data.calibration; choose another"
+            if source.generated:
+                yield f"data.evaluation[{i}]: {source}: expected text that the teacher did not generate; give a file"
+        generated = [source.generated for source in data.calibration if source.generated]
+        if len(generated) > 1:
+            yield f"data.calibration: generated = {generated}: expected it once; give the sum of them"
+        if generated and generated[0] < data.sequence_length:
+            yield (
+                f"data.calibration: generated = {generated[0]}: expected at least a window of data.sequence_length = "
+                f"{data.sequence_length} tokens; ask for more"
+            )
 
     def check_files(self) -> None:
         """Whether every local file and folder that the recipe names is there; takes no time.

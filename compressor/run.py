@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, menu_json
 from compressor.recipe import Recipe
 from compressor.recovery.reward import Reward
+from compressor.recovery.rollouts import ROWS, of_its_own
 from compressor.stages import Stages, key_of
 from compressor.text import Labelling, Marking, Masking, Spans, load_tokens, plain, tokens_digest
 
@@ -42,9 +43,16 @@ class Texts:
     anchors_NL: Tensor
 
     @classmethod
-    def read(cls, recipe: Recipe, tokenizer, marking: Marking | None = None, anchors: int = 0) -> Texts:
+    def read(
+        cls,
+        recipe: Recipe,
+        tokenizer,
+        marking: Marking | None = None,
+        anchors: int = 0,
+        generated: Sequence[list[int]] = (),
+    ) -> Texts:
         """The calibration text gives `anchors`, scoring and held-out windows first, then the rest. Scoring windows are cut
-        where it takes that for every part to have one."""
+        where it takes that for every part to have one. generated: the windows of a source that the teacher generates."""
         data, tokens = recipe.data, recipe.search.tokens
         held_out = tokens // data.sequence_length
         count = max(held_out, PARTS)
@@ -56,7 +64,7 @@ class Texts:
             marking=marking,
             target_length=data.said_length,
         )
-        more = partial(load, data.calibration)
+        more = partial(load, data.calibration, generated=generated)
         to_lower = f"data.calibration_tokens = {data.calibration_tokens} or search.tokens = {tokens}"
         counted = f"{to_lower} (these count twice: plans are scored, and recovery is judged, on other text)"
         windows_NL = more(tokens=total, asked=counted)
@@ -153,18 +161,24 @@ def start(
             precision=target.precision,
             layerwise=out if layerwise else None,
         )
-        anchors = recipe.data.anchors if teacher.network.decoder.pooling else 0
-        texts = Texts.read(recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
+        if torch.cuda.is_available() and not layerwise:  # wherever the student will run
+            teacher.network.to("cuda")
+        data, anchors = recipe.data, recipe.data.anchors if teacher.network.decoder.pooling else 0
+        read = partial(Texts.read, recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
+        texts = read([[0] * data.sequence_length] * data.generated)  # what is wrong with the others is found first
         highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := teacher.network.decoder.vocabulary):
             raise ModelError(
                 f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
                 f"gives {highest}; give the tokenizer that belongs to the model"
             )
-        if torch.cuda.is_available() and not layerwise:  # wherever the student will run
-            teacher.network.to("cuda")
         if anchors:
             texts = texts.answered(teacher.network)
+    if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
+        for pattern in ("generated-*.json", "sensitivity-*.json"):
+            stages.take_over(Path(reuse) / "stages", pattern)
+    if data.generated:
+        texts = read(_generated(teacher, data.generated, data.sequence_length, stages))
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     kept = min(MEMORY_BYTES, available_bytes() // 16)
     bank = Bank(
@@ -175,11 +189,24 @@ def start(
         recipe.search.quantizer,
         memory_bytes=kept,
     )
-    if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
+    if reuse:
         bank.take_over(Path(reuse) / "bank")
-        stages.take_over(Path(reuse) / "stages", "sensitivity-*.json")
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
+
+
+def _generated(teacher: Teacher, count: int, length: int, stages: Stages) -> list[list[int]]:
+    """`count` windows that the teacher generates; those that it has generated already are taken as they are."""
+    key, windows = key_of(teacher.network.digest(), length), []
+
+    def batch(start: int) -> list[list[int]]:
+        return of_its_own(teacher.network, teacher.tokenizer, ROWS, length, seed=start).tolist()
+
+    with stages.timed("generate", key) as report_progress:
+        for start in range(0, count, ROWS):
+            report_progress(start, count)
+            windows += stages.kept(f"generated-{start}", key, partial(batch, start))
+    return windows[:count]
 
 
 def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:

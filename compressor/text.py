@@ -226,6 +226,7 @@ def load_tokens(
     marking: Marking | None = None,
     target_length: int = 0,
     asked: str = "the number of tokens",
+    generated: Sequence[list[int]] = (),
 ) -> Tensor:
     """Windows of tokens, [N, L] int64 with L = `sequence_length` and N = `tokens` // L.
 
@@ -236,7 +237,7 @@ def load_tokens(
     So is every row of a source with a target: its text, cut to what is left of the window, and `target_length` tokens of its
     target (see `Spans`), both with special tokens.
 
-    asked: what is to be lowered where texts are too short.
+    asked: what is to be lowered where texts are too short. generated: the windows of the source that the teacher generates.
     spared_NL: windows of the same sources that are not taken again. Where it is given, what there is will do: fewer than N
     windows may come back, even none.
 
@@ -251,12 +252,11 @@ def load_tokens(
     spared = set() if spared_NL is None else set(map(tuple, spared_NL.tolist()))
     reach = max(min(REACH * -(-wanted // len(sources)), MOST // sequence_length), wanted + len(spared))
     read = [
-        [
-            window
-            for window in islice(_windows(source, tokenizer, sequence_length, marking, target_length), reach)
-            if tuple(window) not in spared
-        ]
-        for source in sources
+        [window for window in islice(windows, reach) if tuple(window) not in spared]
+        for windows in (
+            generated if source.generated else _windows(source, tokenizer, sequence_length, marking, target_length)
+            for source in sources
+        )
     ]
     found = sum(map(len, read))
     if spared_NL is not None:

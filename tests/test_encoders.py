@@ -246,6 +246,7 @@ def test_a_whole_run(folders, tmp_path):
     [
         ({"budget": {"decode": "50%"}}, "budget.decode: expected a model that writes"),
         ({"distill": {"method": "on_policy"}}, "distill.method = on_policy: expected a model that writes"),
+        ({"data": {"calibration": [{"generated": 64}]}}, "generated = 64: expected a model that writes"),
     ],
 )
 def test_what_only_causal_models_do_is_refused(folders, tmp_path, changes, said):

@@ -138,6 +138,7 @@ def test_what_takes_the_whole_model_is_left_out_of_the_report(runs):
     ("change", "said"),
     [
         ({"distill": {"steps": 4}}, "distill.steps = 4"),
+        ({"data": {"calibration": [{"generated": 1024}]}}, "generated, in data.calibration"),
         ({"gate": {"memory": "50%"}}, "gate.memory as a share of the fp32 export's"),
         ({"budget": {"decode": "50%"}}, "budget.decode"),
         ({"gate": {"prefill": "90%"}}, "gate.prefill"),

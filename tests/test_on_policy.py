@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import compressor.recovery.distill
@@ -16,7 +17,17 @@ from compressor.quantize import quantize
 from compressor.recovery.distill import Imitation, Settings, distill
 from compressor.recovery.on_policy import OnPolicy, ValueHead
 from compressor.recovery.on_policy import Settings as Own
-from compressor.recovery.rollouts import Rollouts, Writer, distinct, entropy, judged, repetition, reverse_kl, write
+from compressor.recovery.rollouts import (
+    Rollouts,
+    Writer,
+    distinct,
+    entropy,
+    judged,
+    of_its_own,
+    repetition,
+    reverse_kl,
+    write,
+)
 from compressor.student import Student, full_plan
 
 TOKENS, LENGTH = 3, 3
@@ -226,6 +237,25 @@ def on_policy(teacher: Network, windows: torch.Tensor, share: float = 0.5):
 
 
 SETTINGS = Settings(steps=24, train="scales", learning_rate=0.3, warmup=2, check_every=8)
+
+
+def test_windows_that_a_network_generates(tiny, tiny_folder):
+    """They begin with words of all kinds, and are likelier to the network than a random one."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        tiny.model.embedding.weight *= 4  # or all tokens are alike to it
+    ids_BL = of_its_own(tiny, tokenizer, rows=20, length=24, seed=1)
+    assert ids_BL.shape == (20, 24) and ids_BL.dtype == torch.int64 and len(ids_BL[:, 0].unique()) > 15
+    assert not set(ids_BL[:, 0].tolist()) & set(tokenizer.all_special_ids)
+    assert torch.equal(ids_BL, of_its_own(tiny, tokenizer, 20, 24, seed=1))
+    assert not torch.equal(ids_BL, of_its_own(tiny, tokenizer, 20, 24, seed=2))
+
+    def likelihood(ids_BL: torch.Tensor) -> float:
+        log_p_BLV = torch.log_softmax(tiny.logits(tiny.hidden(ids_BL[:, :-1])), -1)
+        return float(log_p_BLV.gather(-1, ids_BL[:, 1:, None]).mean())
+
+    with torch.no_grad():
+        assert likelihood(ids_BL) > likelihood(torch.randint(tiny.decoder.vocabulary, (20, 24))) + 0.5
 
 
 def test_the_student_writes_more_as_the_teacher_would(tiny, student, windows, tmp_path):

@@ -22,6 +22,7 @@ from compressor.bank import Bank
 from compressor.errors import (
     BudgetError,
     CompressorError,
+    DataError,
     ModelError,
     RecipeError,
     RegressionError,
@@ -38,6 +39,7 @@ from compressor.progress import silent
 from compressor.recover import _prompts, _teacher_cache, recover
 from compressor.recovery.cache import TeacherCache
 from compressor.recovery.distill import Imitation, visited
+from compressor.recovery.rollouts import of_its_own
 from compressor.run import Texts, start
 from compressor.search import complete
 from compressor.stages import Stages
@@ -303,6 +305,38 @@ def test_an_earlier_run_with_another_menu_leaves_its_memory(finished, tiny_folde
     shutil.copy(out / "ledger.log", empty)
     with pytest.raises(RecipeError, match="search.reuse = .*expected a run of the same model, texts and menu"):
         pipeline.reused(replace(run, recipe=recipe(tiny_folder, search={**search, "reuse": str(empty)})))
+
+
+def test_the_teacher_generates_calibration_text(tiny_folder, tmp_path, monkeypatch):
+    """In turns with a file, only once, also where it was cut off, and not again for a run that reuses this one."""
+    sources = [str(TEXT / "wiki-calibration.txt"), {"generated": 24 * 64}]
+    data = {**recipe(tiny_folder).to_dict()["data"], "calibration": sources}
+    asked, made = [], []
+
+    def begun(out: Path, **changes):
+        return start(recipe(tiny_folder, data=data, **changes), out, False, Stages(out / "stages", silent)).texts
+
+    def cut_off(*arguments, seed):
+        asked.append(seed)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        made.append(of_its_own(*arguments, seed=seed))
+        return made[-1]
+
+    monkeypatch.setattr("compressor.run.of_its_own", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        begun(tmp_path / "a")
+    texts = begun(tmp_path / "a")
+    assert asked == [0, 16, 16]
+    generated = {tuple(window) for batch in made for window in batch.tolist()}
+    for windows_NL, share in ((texts.calibration_NL, 0.5), (texts.held_out_NL, 0.5)):
+        assert sum(tuple(window) in generated for window in windows_NL.tolist()) == share * len(windows_NL)
+    reused = begun(tmp_path / "b", search={"reuse": str(tmp_path / "a")})
+    assert len(asked) == 3 and torch.equal(reused.calibration_NL, texts.calibration_NL)
+    data |= {"calibration": sources[1:], "calibration_tokens": 95 * 64}
+    with pytest.raises(DataError, match="expected 10. windows .*found 24"):  # before it generates anything
+        begun(tmp_path / "c")
+    assert len(asked) == 3
 
 
 def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):

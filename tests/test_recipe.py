@@ -69,6 +69,9 @@ def test_round_trip(folder):
     recipe = Recipe.load(folder / "recipe.yaml", overrides)
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert recipe.to_dict()["data"]["evaluation"] == [{"dataset": "x", "split": "test", "column": "text"}]
+    generated = Recipe.load(folder / "recipe.yaml", ["data.calibration=[{generated: 1024}]"]).to_dict()
+    assert generated["data"]["calibration"] == [{"generated": 1024}]
+    assert Recipe.from_dict(generated).data.generated == 1024 // Recipe.from_dict(generated).data.sequence_length
 
 
 @pytest.mark.parametrize(
@@ -183,6 +186,22 @@ def test_a_missing_key_says_what_it_means():
             "data.evaluation_tokens = 600: expected at least a window of 512 for each of 2 texts",
         ),
         ({"data": {"calibration": [{"dataset": "x"}], "evaluation": ["b"]}}, "expected a split beside the data set"),
+        (
+            {"data": {"calibration": [{"file": "a", "generated": 512}], "evaluation": ["b"]}},
+            "{generated: TOKENS}, one of the three",
+        ),
+        (
+            {"data": {"calibration": ["a", {"generated": 500}], "evaluation": ["b"]}},
+            "data.calibration: generated = 500: expected at least a window of data.sequence_length = 512",
+        ),
+        (
+            {"data": {"calibration": [{"generated": 1024}, {"generated": 512}], "evaluation": ["b"]}},
+            "data.calibration: generated = [1024, 512]: expected it once; give the sum of them",
+        ),
+        (
+            {"data": {"calibration": ["a"], "evaluation": ["b", {"generated": 512}]}},
+            "data.evaluation[1]: generated = 512: expected text that the teacher did not generate",
+        ),
         ({"distill": {"steps": 1, "kl_weight": 0}}, "expected kl_weight, hidden_weight or attention_weight above 0"),
         (
             {"distill": {"top_k": 8, "hidden_weight": 0.1}},

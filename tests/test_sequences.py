@@ -547,6 +547,7 @@ def check(report, out: Path) -> None:
     ("name", "changes", "said"),
     [
         ("t5", {"distill": {"method": "on_policy"}}, "distill.method = on_policy: expected a decoder alone"),
+        ("t5", {"data": {"calibration": [{"generated": 64}]}}, "generated = 64: expected a decoder alone"),
         ("t5", {"distill": {"attention_weight": 1}}, "distill.attention_weight = 1.0: expected a decoder alone"),
         (
             "t5",

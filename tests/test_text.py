@@ -51,6 +51,17 @@ def test_sources_take_turns_and_drop_out(tmp_path):
     assert (load_tokens(sources, words, 80, 10)[:, 0] // 1000).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
+def test_generated_windows_are_a_source_like_others(tmp_path):
+    sources = [source(tmp_path, 0, 45), TextSource(generated=30)]
+    generated = [list(range(1000 * i, 1000 * i + 10)) for i in (1, 2, 3)]
+    windows = load_tokens(sources, words, 70, 10, generated=generated)
+    assert windows[:, 0].tolist() == [0, 1000, 20, 3000, 10, 2000, 30]
+    others = load_tokens(sources, words, 70, 10, windows[:3], generated=generated)
+    assert sorted(others[:, 0].tolist()) == [10, 30, 2000, 3000]
+    with pytest.raises(DataError, match="a.txt, generated = 30: expected 8 windows of 10 tokens, found 7"):
+        load_tokens(sources, words, 80, 10, generated=generated)
+
+
 def test_json_lines_are_texts_with_a_blank_line_between(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"text": "1 2 3", "id": 0}, {"text": "4 5 6"}]

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,18 @@ def write(
             live_BN = ended_BN.cumsum(1) - ended_BN.long() == 0
             written.append(Rollouts(ids_BL, length, live_BN))
     return written
+
+
+def of_its_own(network: Network, tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
+    """Windows [rows, length] that a network writes from nothing: a first token at random, the rest sampled at temperature 1.
+
+    As Liu et al. 2023, "LLM-QAT", and Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning",
+    have it, but with no token chosen greedily and none that ends a text: behind one the next text begins.
+    """
+    words = {*range(network.decoder.vocabulary)} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
+    firsts_R = np.random.default_rng(seed).choice(sorted(words), rows)
+    written = write(network, list(torch.from_numpy(firsts_R)[:, None]), length - 1, seed)
+    return torch.cat([rollouts.ids_BL for rollouts in written]).cpu()
 
 
 @dataclass(frozen=True)
