@@ -25,7 +25,7 @@ from compressor.recipe import Recipe
 from compressor.recovery.reward import Reward
 from compressor.recovery.rollouts import ROWS, of_its_own
 from compressor.stages import Stages, key_of
-from compressor.text import Labelling, Marking, Masking, Spans, load_tokens, plain, tokens_digest
+from compressor.text import Beginning, Labelling, Marking, Masking, Spans, around, load_tokens, plain, tokens_digest
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Texts:
         counted = f"{to_lower} (these count twice: plans are scored, and recovery is judged, on other text)"
         windows_NL = more(tokens=total, asked=counted)
         paired = any(source.target for source in data.calibration)
-        # a part of such a window may predict nothing
-        length = data.sequence_length if marking or paired else tokens // count
+        goes_on = not paired and (marking is None or isinstance(marking, Beginning))
+        length = tokens // count if goes_on else data.sequence_length  # a part of other windows may predict nothing
         anchors_NL, found_NL = windows_NL[:anchors], windows_NL[anchors:]
         score_NL, rest_NL = found_NL[:count, :length], found_NL[count:]
         fitted_NL = rest_NL[held_out:]
@@ -217,6 +217,9 @@ def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:
         return Labelling.of(teacher.tokenizer, classes)
     if not network.decoder.causal:
         return Masking.of(teacher.tokenizer)
-    if network.decoder.encoder and not all(source.target for source in (*data.calibration, *data.evaluation)):
+    if not network.decoder.encoder:
+        before, _ = around(teacher.tokenizer)
+        return Beginning(before) if before else None
+    if not all(source.target for source in (*data.calibration, *data.evaluation)):
         return Spans.of(teacher.tokenizer, data.sequence_length)
     return None

@@ -19,6 +19,30 @@ from compressor.errors import DataError
 from compressor.recipe import TextSource
 
 
+def around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer puts in front of a text and behind it."""
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    return tuple(whole[:at]), tuple(whole[at + len(inner) :])
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Makes windows of a decoder whose tokenizer puts special tokens in front of a text: these, then the text."""
+
+    before: tuple[int, ...]
+
+    @property
+    def added(self) -> int:
+        """Special tokens in a window."""
+        return len(self.before)
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        """Text of a window -> the window."""
+        return [*self.before, *ids]
+
+
 @dataclass(frozen=True)
 class Masking:
     """Makes windows of a masked language model: special tokens around the text, and some of it masked, always the same.
@@ -34,10 +58,7 @@ class Masking:
     @classmethod
     def of(cls, tokenizer: Any) -> Masking:
         """With the special tokens that the tokenizer puts around a text."""
-        inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-        return cls(tuple(whole[:at]), tuple(whole[at + len(inner) :]))
+        return cls(*around(tokenizer))
 
     @property
     def added(self) -> int:
@@ -67,8 +88,7 @@ class Labelling:
     @classmethod
     def of(cls, tokenizer: Any, classes: Mapping[str, int] | None) -> Labelling:
         """With the special tokens that the tokenizer puts around a text."""
-        masking = Masking.of(tokenizer)
-        return cls(masking.before, masking.behind, tokenizer.pad_token_id, classes)
+        return cls(*around(tokenizer), tokenizer.pad_token_id, classes)
 
     def __call__(self, ids: list[int], label: int, length: int) -> list[int]:
         """A text of a class -> its window."""
@@ -121,7 +141,7 @@ class Spans:
         Raises:
             DataError: it has neither.
         """
-        around = Masking.of(tokenizer)
+        before, behind = around(tokenizer)
         found = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
         marks = tuple(token for token in found if token not in (None, tokenizer.unk_token_id))
         whole = not marks
@@ -130,9 +150,7 @@ class Spans:
                 "expected sentinels <extra_id_0> or a mask token in the tokenizer, to make tasks of plain text; give pairs "
                 "of texts instead: a file or data set with a column and a target"
             )
-        spans = cls(
-            length, around.before, around.behind, marks or (tokenizer.mask_token_id,), whole, tokenizer.pad_token_id
-        )
+        spans = cls(length, before, behind, marks or (tokenizer.mask_token_id,), whole, tokenizer.pad_token_id)
         if spans._total(1) > length:
             raise DataError(
                 f"data.sequence_length = {length}: expected at least {spans._total(1)}, for source and target"
@@ -191,7 +209,7 @@ def plain(ids: Tensor) -> Tensor:
     return torch.maximum(ids, ~ids)
 
 
-Marking = Masking | Labelling | Spans
+Marking = Beginning | Masking | Labelling | Spans
 """What is done to texts, beyond cutting them into windows."""
 
 
@@ -273,23 +291,23 @@ def load_tokens(
 
 def load_prompts(file: str, tokenizer: Any, most: int) -> list[Tensor]:
     """The prompts [P] of a file, JSON lines: {"prompt": text}, or {"messages": [...]} for the tokenizer's chat template; of a
-    longer prompt the last `most` tokens.
+    longer prompt the last `most` tokens, special tokens in front of a text beside.
 
     Raises:
         DataError: the file cannot be read, or a line is neither.
     """
-    prompts = []
+    prompts, begin = [], list(around(tokenizer)[0])
     for where, entry in _json_lines(TextSource(file=file)):
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            text = entry["prompt"]
+            text, before = entry["prompt"], begin
         elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-            text = chat_text(entry["messages"], tokenizer, where, add_generation_prompt=True)
+            text, before = chat_text(entry["messages"], tokenizer, where, add_generation_prompt=True), []  # has them
         else:
             raise DataError(f'{where}: expected {{"prompt": text}} or {{"messages": [...]}}, got {str(entry)[:60]}')
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise DataError(f"{where}: expected at least one token; give some text")
-        prompts.append(torch.tensor(ids[-most:]))
+        prompts.append(torch.tensor([*before, *ids[-most:]]))
     return prompts
 
 

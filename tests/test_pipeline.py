@@ -339,6 +339,39 @@ def test_the_teacher_generates_calibration_text(tiny_folder, tmp_path, monkeypat
     assert len(asked) == 3
 
 
+def test_windows_begin_as_the_tokenizer_begins_texts(tiny_folder, tmp_path):
+    """With its BOS token, say: that is how the student will be asked."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    written = json.loads((folder / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    begin = {"id": "!", "ids": [written["model"]["vocab"]["!"]], "tokens": ["!"]}
+    written["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": {"!": begin},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "once"}\n{"prompt": "twice"}\n')
+
+    sources = [str(TEXT / "wiki-calibration.txt"), {"generated": 16 * 64}]
+    asked = recipe(
+        folder,
+        data={"calibration": sources},
+        distill={"rollouts": {"prompts": str(tmp_path / "prompts.jsonl"), "held_out": 1, "prompt_tokens": 3}},
+    )
+    run = start(asked, tmp_path / "run", False, Stages(tmp_path / "stages", silent))
+    texts, (first,) = run.texts, begin["ids"]
+    others = (texts.score_NL, texts.held_out_NL, texts.calibration_NL, texts.trained_NL, *texts.evaluation.values())
+    assert all((windows_NL[:, 0] == first).all() for windows_NL in others)
+    assert texts.score_NL.shape == (8, 16)
+    tokenizer, file = run.teacher.tokenizer, Path(sources[0]).read_text()
+    shown = [tokenizer.decode(window[1:]).strip("\ufffd") for window in texts.calibration_NL]
+    assert 0 < sum(text in file for text in shown) < len(shown)  # the others are generated
+    ((prompt,), _) = _prompts(run)
+    assert prompt.tolist() == tokenizer("twice")["input_ids"][:1] + tokenizer("twice")["input_ids"][-3:]
+
+
 def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
     """Among what was scored on all of the text, and by what is known of times when the search has ended."""
     plans = [Plan((("layers.0.ffn", Action(keep, "w4")),)) for keep in (8, 16, 32, 64)]

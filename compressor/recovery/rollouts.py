@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compressor.network import Network
 from compressor.recovery.distill import visited
+from compressor.text import around
 
 ROWS = 16
 """Rows that run together at most: their logits over the vocabulary lie in memory several times."""
@@ -87,14 +88,16 @@ def write(
 
 
 def of_its_own(network: Network, tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
-    """Windows [rows, length] that a network writes from nothing: a first token at random, the rest sampled at temperature 1.
+    """Windows [rows, length] that a network writes from nothing: what its tokenizer puts in front of a text, a random token,
+    and what is sampled at temperature 1.
 
     As Liu et al. 2023, "LLM-QAT", and Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning",
     have it, but with no token chosen greedily and none that ends a text: behind one the next text begins.
     """
     words = {*range(network.decoder.vocabulary)} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
-    firsts_R = np.random.default_rng(seed).choice(sorted(words), rows)
-    written = write(network, list(torch.from_numpy(firsts_R)[:, None]), length - 1, seed)
+    before, _ = around(tokenizer)
+    firsts = np.random.default_rng(seed).choice(sorted(words), rows).tolist()
+    written = write(network, [torch.tensor([*before, word]) for word in firsts], length - 1 - len(before), seed)
     return torch.cat([rollouts.ids_BL for rollouts in written]).cpu()
 
 
