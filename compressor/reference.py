@@ -24,7 +24,7 @@ FIRST = """\
 model:
   path: {model}
 data:
-  calibration: {calibration}
+  calibration: {calibration}   # {{generated: 16384}} among them is text of all kinds that the model writes itself
   evaluation: {evaluation}   # seen by nothing before the end
 target:
   device: auto
