@@ -163,22 +163,10 @@ def start(
         )
         if torch.cuda.is_available() and not layerwise:  # wherever the student will run
             teacher.network.to("cuda")
-        data, anchors = recipe.data, recipe.data.anchors if teacher.network.decoder.pooling else 0
-        read = partial(Texts.read, recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
-        texts = read([[0] * data.sequence_length] * data.generated)  # what is wrong with the others is found first
-        highest = max(int(plain(teacher.network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
-        if highest >= (vocabulary := teacher.network.decoder.vocabulary):
-            raise ModelError(
-                f"model.path = {model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the tokenizer "
-                f"gives {highest}; give the tokenizer that belongs to the model"
-            )
-        if anchors:
-            texts = texts.answered(teacher.network)
     if reuse:  # what doesn't depend on a budget; all of it is known by keys of what it was made from
         for pattern in ("generated-*.json", "sensitivity-*.json"):
             stages.take_over(Path(reuse) / "stages", pattern)
-    if data.generated:
-        texts = read(_generated(teacher, data.generated, data.sequence_length, stages))
+    texts = _texts(recipe, teacher, stages)
     fisher_NL = texts.calibration_NL[: len(texts.held_out_NL)]
     kept = min(MEMORY_BYTES, available_bytes() // 16)
     bank = Bank(
@@ -193,6 +181,24 @@ def start(
         bank.take_over(Path(reuse) / "bank")
     menu = actions.menu(recipe.search, teacher.network.decoder.sites())
     return Run(recipe, out, stages, target, teacher, texts, bank, menu, rewards)
+
+
+def _texts(recipe: Recipe, teacher: Teacher, stages: Stages) -> Texts:
+    """The texts of a run. What is wrong with those that are given is found before the teacher generates any."""
+    network, data = teacher.network, recipe.data
+    anchors = data.anchors if network.decoder.pooling else 0
+    read = partial(Texts.read, recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
+    with stages.timed("texts"):
+        texts = read([[0] * data.sequence_length] * data.generated)
+        highest = max(int(plain(network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
+        if highest >= (vocabulary := network.decoder.vocabulary):
+            raise ModelError(
+                f"model.path = {recipe.model.path}: expected token ids below {vocabulary}, vocab_size of config.json, the "
+                f"tokenizer gives {highest}; give the tokenizer that belongs to the model"
+            )
+        if anchors:
+            texts = texts.answered(network)
+    return read(_generated(teacher, data.generated, data.sequence_length, stages)) if data.generated else texts
 
 
 def _generated(teacher: Teacher, count: int, length: int, stages: Stages) -> list[list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -559,21 +560,22 @@ def attend(
 
     window: positions that a query sees, see `Decoder`. cap: scores x become cap tanh(x / cap). bias: is added to them.
     """
-    k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
+    product = partial(functional.scaled_dot_product_attention, q, k, v, enable_gqa=True)
     length, total = q.shape[2], k.shape[2]
     plain = window is None or total <= window
     if cap is None and plain and (not causal or (bias is None and length in (1, total))):
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and length > 1)
+        return product(attn_mask=bias, is_causal=causal and length > 1)
     distance_LM = torch.arange(total - length, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
     distance_LM = distance_LM if causal else distance_LM.abs()
     visible_LM = (distance_LM >= 0) if window is None else (distance_LM >= 0) & (distance_LM < window)
     if cap is None:
         if bias is None:
-            return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible_LM)
+            return product(attn_mask=visible_LM)
         mask = bias.masked_fill(~visible_LM, -torch.inf)
         # padding far from all text sees nothing, and a softmax over nothing is no number
         mask = mask.masked_fill(mask.isneginf().all(-1, keepdim=True), 0.0)
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return product(attn_mask=mask)
+    k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], 1) for side in (k, v))
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / q.shape[3] ** 0.5 / cap)
     scores = scores if bias is None else scores + bias
     return scores.masked_fill(~visible_LM, -torch.inf).softmax(-1) @ v
