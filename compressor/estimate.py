@@ -89,7 +89,7 @@ def layer_by_layer(recipe: Recipe, decoder: Decoder) -> bool:
     budget, gate = recipe.budget, recipe.gate
     wholes: dict[str, object] = {
         f"distill.steps = {recipe.distill.steps}": recipe.distill.steps,
-        "generated, in data.calibration": recipe.data.generated,
+        "generated, in data.calibration": recipe.data.generated_windows,
         "target.runtime = torch": recipe.target.runtime == "torch",
         "an encoder-decoder": decoder.encoder,
         "gate.baseline with gate.times": gate.baseline and gate.times,
@@ -125,7 +125,7 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
     deployed = student if layerwise else 2 * runtime(recipe.target.runtime).fp32_bytes(decoder)
     caches = 4 * ROWS * data.sequence_length * 2 * decoder.kv_heads * decoder.head_dim * decoder.layers
     return {
-        "generate": teacher + 2 * caches if data.generated else 0,
+        "generate": teacher + 2 * caches if data.generated_windows else 0,
         "statistics": teacher + block + max(moments + streams, logits),
         "sensitivity": teacher + 2 * block + 3 * moments,
         "latency": teacher + (16 * block if layerwise else deployed),
@@ -167,7 +167,7 @@ def _estimates(recipe: Recipe, decoder: Decoder, menu, layerwise: bool) -> list[
     searched = CORRECTIONS[0] + 1 if timed else 0  # mostly one is enough behind the search
     wholes = ANCHORS + 1 + 2 * searched  # each of these beside another model
     seconds = {
-        "generate": forward(data.generated * data.sequence_length) / TOKEN_BY_TOKEN,
+        "generate": forward(data.generated_windows * data.sequence_length) / TOKEN_BY_TOKEN,
         "statistics": forward(data.calibration_tokens) + 4 * forward(search.tokens),
         "sensitivity": making + noise,
         "latency": SECONDS_PER_ENTRY * len(shapes) + SECONDS_PER_WHOLE * wholes,

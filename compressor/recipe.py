@@ -297,7 +297,7 @@ class DataSection(Section):
     """Of an embedder, how many other texts every text is compared with; they are taken from the calibration texts."""
 
     @property
-    def generated(self) -> int:
+    def generated_windows(self) -> int:
         """Windows of the calibration text that the teacher generates."""
         return sum(source.generated or 0 for source in self.calibration) // self.sequence_length
 

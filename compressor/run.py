@@ -189,7 +189,7 @@ def _texts(recipe: Recipe, teacher: Teacher, stages: Stages) -> Texts:
     anchors = data.anchors if network.decoder.pooling else 0
     read = partial(Texts.read, recipe, teacher.tokenizer, _marking(recipe, teacher), anchors)
     with stages.timed("texts"):
-        texts = read([[0] * data.sequence_length] * data.generated)
+        texts = read([[0] * data.sequence_length] * data.generated_windows)
         highest = max(int(plain(network.seen(x)).max()) for x in (texts.score_NL, texts.evaluation_NL))
         if highest >= (vocabulary := network.decoder.vocabulary):
             raise ModelError(
@@ -198,7 +198,9 @@ def _texts(recipe: Recipe, teacher: Teacher, stages: Stages) -> Texts:
             )
         if anchors:
             texts = texts.answered(network)
-    return read(_generated(teacher, data.generated, data.sequence_length, stages)) if data.generated else texts
+    if not data.generated_windows:
+        return texts
+    return read(_generated(teacher, data.generated_windows, data.sequence_length, stages))
 
 
 def _generated(teacher: Teacher, count: int, length: int, stages: Stages) -> list[list[int]]:

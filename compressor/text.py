@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, zip_longest
 from pathlib import Path
@@ -269,12 +269,12 @@ def load_tokens(
         raise DataError(f"tokens = {tokens}: expected at least one window of {sequence_length}; ask for more tokens")
     spared = set() if spared_NL is None else set(map(tuple, spared_NL.tolist()))
     reach = max(min(REACH * -(-wanted // len(sources)), MOST // sequence_length), wanted + len(spared))
+
+    def windows_of(source: TextSource) -> Iterable[list[int]]:
+        return generated if source.generated else _windows(source, tokenizer, sequence_length, marking, target_length)
+
     read = [
-        [window for window in islice(windows, reach) if tuple(window) not in spared]
-        for windows in (
-            generated if source.generated else _windows(source, tokenizer, sequence_length, marking, target_length)
-            for source in sources
-        )
+        [window for window in islice(windows_of(source), reach) if tuple(window) not in spared] for source in sources
     ]
     found = sum(map(len, read))
     if spared_NL is not None:

@@ -71,7 +71,9 @@ def test_round_trip(folder):
     assert recipe.to_dict()["data"]["evaluation"] == [{"dataset": "x", "split": "test", "column": "text"}]
     generated = Recipe.load(folder / "recipe.yaml", ["data.calibration=[{generated: 1024}]"]).to_dict()
     assert generated["data"]["calibration"] == [{"generated": 1024}]
-    assert Recipe.from_dict(generated).data.generated == 1024 // Recipe.from_dict(generated).data.sequence_length
+    assert (
+        Recipe.from_dict(generated).data.generated_windows == 1024 // Recipe.from_dict(generated).data.sequence_length
+    )
 
 
 @pytest.mark.parametrize(
