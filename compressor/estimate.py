@@ -14,7 +14,7 @@ from compressor.latency import ANCHORS, CORRECTIONS
 from compressor.measure import available_bytes
 from compressor.plan import PARTS, Formats
 from compressor.recipe import Recipe
-from compressor.recovery.rollouts import ROWS
+from compressor.recovery.rollouts import cache_bytes, rows_at_once
 from compressor.report import DryRun, SiteLine, StageEstimate
 from compressor.runtimes import runtime
 from compressor.student import Decoder
@@ -23,7 +23,7 @@ from eval.timing import time_call
 EFFICIENCY = 0.6
 """Share of a plain matrix product's speed that a whole forward pass reaches."""
 
-TOKEN_BY_TOKEN = 0.25
+TOKEN_BY_TOKEN = 0.4
 """Share of that speed when a batch of texts is written, a token of each at a time."""
 
 SECONDS_PER_ENTRY = 2.5
@@ -123,9 +123,10 @@ def memory(recipe: Recipe, decoder: Decoder, layerwise: bool) -> dict[str, int]:
     logits = 4 * 4 * (1 if decoder.classes else data.sequence_length) * outputs
     teacher, student = (0, tables + block) if layerwise else (weights, weights)
     deployed = student if layerwise else 2 * runtime(recipe.target.runtime).fp32_bytes(decoder)
-    caches = 4 * ROWS * data.sequence_length * 2 * decoder.kv_heads * decoder.head_dim * decoder.layers
+    written = rows_at_once(decoder, data.sequence_length) if data.generated_windows else 0
+    caches = written * cache_bytes(decoder, data.sequence_length)
     return {
-        "generate": teacher + 2 * caches if data.generated_windows else 0,
+        "generate": teacher + 2 * caches if written else 0,
         "statistics": teacher + block + max(moments + streams, logits),
         "sensitivity": teacher + 2 * block + 3 * moments,
         "latency": teacher + (16 * block if layerwise else deployed),

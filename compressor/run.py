@@ -23,7 +23,7 @@ from compressor.network import Network
 from compressor.plan import PARTS, ActionMenu, menu_json
 from compressor.recipe import Recipe
 from compressor.recovery.reward import Reward
-from compressor.recovery.rollouts import ROWS, of_its_own
+from compressor.recovery.rollouts import of_its_own, rows_at_once
 from compressor.stages import Stages, key_of
 from compressor.text import Beginning, Labelling, Marking, Masking, Spans, around, load_tokens, plain, tokens_digest
 
@@ -206,15 +206,17 @@ def _texts(recipe: Recipe, teacher: Teacher, stages: Stages) -> Texts:
 def _generated(teacher: Teacher, count: int, length: int, stages: Stages) -> list[list[int]]:
     """`count` windows that the teacher generates; those that it has generated already are taken as they are."""
     key, windows = key_of(teacher.network.digest(), length), []
+    at_once = rows_at_once(teacher.network.decoder, length)
 
-    def batch(start: int) -> list[list[int]]:
-        return of_its_own(teacher.network, teacher.tokenizer, ROWS, length, seed=start).tolist()
+    def batch(start: int, rows: int) -> list[list[int]]:
+        return of_its_own(teacher.network, teacher.tokenizer, rows, length, seed=start).tolist()
 
     with stages.timed("generate", key) as report_progress:
-        for start in range(0, count, ROWS):
+        for start in range(0, count, at_once):
             report_progress(start, count)
-            windows += stages.kept(f"generated-{start}", key, partial(batch, start))
-    return windows[:count]
+            rows = min(at_once, count - start)
+            windows += stages.kept(f"generated-{start}-{rows}", key, partial(batch, start, rows))
+    return windows
 
 
 def _marking(recipe: Recipe, teacher: Teacher) -> Marking | None:

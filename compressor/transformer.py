@@ -51,15 +51,13 @@ class Cache:
     def __init__(self, source: Source | None = None) -> None:
         self.length = 0
         self.source = source
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, _Room] = {}
         self._of_source: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append to a layer; returns all of it."""
-        if layer in self._layers:
-            key, value = (torch.cat(pair, 2) for pair in zip(self._layers[layer], (key, value), strict=True))
-        self._layers[layer] = key, value
-        return key, value
+        room = self._layers.setdefault(layer, _Room())
+        return room.append(key, value)
 
     def of_source(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Those of the source, which are made once."""
@@ -70,9 +68,29 @@ class Cache:
     def crop(self, length: int) -> None:
         """Forget what lies behind the first `length` tokens."""
         self.length = length
-        self._layers = {
-            layer: (key[:, :, :length], value[:, :, :length]) for layer, (key, value) in self._layers.items()
-        }
+        for room in self._layers.values():
+            room.length = length
+
+
+class _Room:
+    """Keys and values of one layer, with room for more behind them: twice as much whenever it gets too small."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._pair: tuple[Tensor, ...] = ()
+
+    def append(self, *fresh: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = self.length, self.length + fresh[0].shape[2]
+        if not self._pair or self._pair[0].shape[2] < end:
+            grown = tuple(one.new_empty(*one.shape[:2], max(end, 2 * start), one.shape[3]) for one in fresh)
+            for new, old in zip(grown, self._pair):
+                new[:, :, :start] = old[:, :, :start]
+            self._pair = grown
+        for whole, one in zip(self._pair, fresh):
+            whole[:, :, start:end] = one
+        self.length = end
+        key, value = (whole[:, :, :end] for whole in self._pair)
+        return key, value
 
 
 @dataclass(frozen=True)

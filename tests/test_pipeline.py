@@ -323,6 +323,7 @@ def test_the_teacher_generates_calibration_text(tiny_folder, tmp_path, monkeypat
         made.append(of_its_own(*arguments, seed=seed))
         return made[-1]
 
+    monkeypatch.setattr("compressor.recovery.rollouts.MOST_ROWS", 16)
     monkeypatch.setattr("compressor.run.of_its_own", cut_off)
     with pytest.raises(KeyboardInterrupt):
         begun(tmp_path / "a")

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from compressor.network import Network
 from compressor.recovery.distill import visited
+from compressor.student import Decoder
 from compressor.text import around
 
 ROWS = 16
 """Rows that run together at most: their logits over the vocabulary lie in memory several times."""
+CACHES, MOST_ROWS = 2_000_000_000, 64
+"""Bytes of the caches of rows that are written together and not judged, and how many there are at most."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,28 @@ class Rollouts:
 
 
 def write(
-    network: Network, prompts: Sequence[Tensor], new_tokens: int, seed: int, ends: Collection[int] = ()
+    network: Network,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    seed: int,
+    ends: Collection[int] = (),
+    together: int = ROWS,
 ) -> list[Rollouts]:
-    """Continue every prompt [P] by sampling at temperature 1; prompts of one length run together, at most `ROWS`.
+    """Continue every prompt [P] by sampling at temperature 1.
 
-    ends: ids of tokens that end a text.
+    ends: ids of tokens that end a text. together: prompts of one length that run at once, at most.
     """
     generator = torch.Generator(network.device).manual_seed(seed)
 
     def pick(logits_BV: Tensor) -> Tensor:
-        return torch.multinomial(torch.softmax(logits_BV, -1), 1, generator=generator)[:, 0]
+        return sampled(torch.softmax(logits_BV, -1), generator)
 
     by_length: dict[int, list[Tensor]] = {}
     for prompt_P in prompts:
         by_length.setdefault(len(prompt_P), []).append(prompt_P)
     written = []
     for length, alike in by_length.items():
-        for prompts_BP in torch.stack(alike).split(ROWS):
+        for prompts_BP in torch.stack(alike).split(together):
             ids_BL = network.generate(prompts_BP, new_tokens, pick, ends)
             ended_BN = torch.isin(ids_BL[:, length:], torch.tensor(list(ends), device=ids_BL.device))
             live_BN = ended_BN.cumsum(1) - ended_BN.long() == 0
@@ -87,9 +95,27 @@ def write(
     return written
 
 
+def sampled(p_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token id for every row of probabilities, int64 [B]. By the inverse of the distribution: one random number a row,
+    where `torch.multinomial` draws one for every token of the vocabulary, a third of the time of a forward pass."""
+    below_BV = p_BV.cumsum(-1, dtype=torch.float64)
+    drawn_B1 = torch.rand(len(p_BV), 1, generator=generator, device=p_BV.device, dtype=torch.float64)
+    return torch.searchsorted(below_BV, drawn_B1 * below_BV[:, -1:], right=True)[:, 0]
+
+
+def cache_bytes(decoder: Decoder, length: int) -> int:
+    """Of one row of so many tokens, in float32."""
+    return 4 * length * 2 * decoder.kv_heads * decoder.head_dim * decoder.layers
+
+
+def rows_at_once(decoder: Decoder, length: int) -> int:
+    """How many windows `of_its_own` may be asked for: a token of many takes hardly longer than one of a few."""
+    return max(1, min(MOST_ROWS, CACHES // cache_bytes(decoder, length)))
+
+
 def of_its_own(network: Network, tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
-    """Windows [rows, length] that a network writes from nothing: what its tokenizer puts in front of a text, a random token,
-    and what is sampled at temperature 1.
+    """Windows [rows, length] that a network writes from nothing, all at once: what its tokenizer puts in front of a text, a
+    random token, and what is sampled at temperature 1.
 
     As Liu et al. 2023, "LLM-QAT", and Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning",
     have it, but with no token chosen greedily and none that ends a text: behind one the next text begins.
@@ -97,8 +123,9 @@ def of_its_own(network: Network, tokenizer: Any, rows: int, length: int, seed: i
     words = {*range(network.decoder.vocabulary)} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
     before, _ = around(tokenizer)
     firsts = np.random.default_rng(seed).choice(sorted(words), rows).tolist()
-    written = write(network, [torch.tensor([*before, word]) for word in firsts], length - 1 - len(before), seed)
-    return torch.cat([rollouts.ids_BL for rollouts in written]).cpu()
+    prompts = [torch.tensor([*before, word]) for word in firsts]
+    (written,) = write(network, prompts, length - 1 - len(before), seed, together=rows)
+    return written.ids_BL.cpu()
 
 
 @dataclass(frozen=True)
