@@ -17,6 +17,7 @@ from compressor.files import write_bytes_atomic, write_json_atomic, write_text_a
 from compressor.pictures import figures
 from compressor.report import (
     AXES,
+    CORRECTED,
     Alternative,
     Report,
     Sample,
@@ -468,8 +469,20 @@ def _search_part(report: Report) -> str:
         "![Best KL so far against evaluations](search.png)\n\n"
         + table(head, rows)
         + _reused_part(report)
-        + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best.\n\n"
+        + "\n\nA policy that has fewer plans to offer than it may evaluate keeps its best."
+        + _corrected_part(report)
+        + "\n\n"
         + "![KL against size and latency](quality.png)"
+    )
+
+
+def _corrected_part(report: Report) -> str:
+    """What the searches are that went on behind the others."""
+    if not any(trial.policy.endswith(CORRECTED) for trial in report.trials):
+        return ""
+    return (
+        f" *{CORRECTED.strip(', ')}*: the best plans turned out too slow as whole models, so the search went on for a few "
+        "evaluations, knowing that."
     )
 
 
@@ -573,9 +586,17 @@ def _stages_part(report: Report) -> str:
     return table(("stage", "time"), [*rows, ("**all**", f"**{total:.1f} s**")])
 
 
+STAGES = {
+    "searched": "searched plan {}, timed whole",
+    "search-on": "search, going on with corrected times, {}",
+    "reconstruct": "reconstruction of plan {}",
+}
+"""Stages of which there are several, by what their names begin with."""
+
+
 def _stage(name: str) -> str:
     """`searched-2` -> `searched plan 2, timed whole`; `reconstruct-ec21ba` -> `reconstruction of plan ec21ba`."""
-    for kind, words in (("searched", "searched plan {}, timed whole"), ("reconstruct", "reconstruction of plan {}")):
+    for kind, words in STAGES.items():
         if name.startswith(f"{kind}-"):
             return words.format(name.removeprefix(f"{kind}-"))
     return name.replace("-", " ")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -75,9 +76,8 @@ def compress(
         problem = pose(run, sensitivity, latency)
         fitting = [trial for trial in known if problem.fits(problem.indices(trial[0]))]
         trials = search(run, problem, fitting, memory if 2 * len(fitting) <= len(known) else None)
-        scored = complete([*trials.values(), fitting])
-        latency = corrected(run, latency, lambda latency: next(iter(within(run, latency, scored))), CORRECTIONS[1])
-        chosen = choose(run, within(run, latency, scored))
+        latency, plans = settle(run, latency, sensitivity, trials, fitting)
+        chosen = choose(run, plans)
         recovery = recover(run, chosen[0].plan, recipe.distill.steps)
         folders = export(run, problem, trials, recovery.student)
         result = results.collect(run, problem, latency, trials, chosen, recovery, folders)
@@ -159,10 +159,7 @@ def obvious_plan(run: Run, sensitivity: dict[str, np.ndarray], latency: Latency)
 def search(run: Run, problem: Problem, earlier: Trials = (), memory: Memory | None = None) -> Searches:
     """All searches, the rivals' first. A plan that one had scored costs the next nothing. earlier, memory: see `reused`."""
     settings = run.recipe.search
-    numbers = [[a.tolist() for a in arrays] for arrays in (problem.sensitivity, *problem.costs.values())]
-    limits = [dict(problem.fixed), dict(problem.limits)]
-    told = [[plan.digest, score.part, score.kl] for plan, score in earlier]
-    key = key_of(run.comparable, numbers, limits, told, memory and memory.families)
+    key = key_of(run.comparable, _numbers(problem), _told(earlier), memory and memory.families)
     scorer = Scorer(lambda *asked: run.executor.score(*asked))  # the executor is made when it is needed
     trials: Searches = {}
     with run.stages.timed("search", key_of(key, settings.searches)):
@@ -178,6 +175,38 @@ def search(run: Run, problem: Problem, earlier: Trials = (), memory: Memory | No
                 write_bytes_atomic(run.out / MEMORY_FILE, policy.memory().to_bytes())
     return trials
 
+
+def _numbers(problem: Problem) -> list:
+    """What a problem is known by."""
+    arrays = [[a.tolist() for a in of_sites] for of_sites in (problem.sensitivity, *problem.costs.values())]
+    return [arrays, dict(problem.fixed), dict(problem.limits)]
+
+
+def _told(trials: Trials) -> list:
+    """What scores are known by."""
+    return [[plan.digest, score.part, score.kl] for plan, score in trials]
+
+
+def search_on(run: Run, problem: Problem, searches: Searches, number: int) -> None:
+    """The recipe's policy goes on, with the seed of its best search, for `GOING_ON` of the evaluations and knowing what all
+    have found, on a problem whose costs have changed. Adds what it finds to `searches`. number: of the time that this is.
+    """
+    name = run.recipe.search.policy
+    seed = min((best(trials)[1].kl, seed) for (policy, seed), trials in searches.items() if policy == name)[1]
+    told = [trial for trials in searches.values() for trial in trials]
+    key = key_of(run.comparable, _numbers(problem), _told(told))
+    ledger = Ledger(run.out / "ledger.log", f"{name}{report.CORRECTED}-{seed}-{key}", run.menu, run.comparable)
+    evaluations = max(1, round(GOING_ON * run.recipe.search.evaluations))
+    scorer = Scorer(lambda *asked: run.executor.score(*asked))
+    with run.stages.timed(f"search-on-{number}", key):
+        report_progress = run.stages.reporter(f"search: {name}{report.CORRECTED}")
+        found = run_policy(POLICIES[name](problem, seed), evaluations, scorer, ledger, report_progress, told)
+    goes_on = name + report.CORRECTED, seed
+    searches[goes_on] = [*searches.get(goes_on, []), *found]
+
+
+GOING_ON = 0.25
+"""Share of a search's evaluations that it has again whenever its best plans turn out to be too slow."""
 
 MEMORY_FILE = "policy.safetensors"
 """What the agent leaves to the searches of other runs, in the run's folder."""
@@ -213,6 +242,32 @@ def reused(run: Run) -> tuple[Trials, Memory | None]:
 
 
 # After the search -----------------------------------------------------------------------------------------------------
+
+
+def settle(
+    run: Run, latency: Latency, sensitivity: dict[str, np.ndarray], searches: Searches, known: Trials
+) -> tuple[Latency, dict[Plan, float]]:
+    """Time the best plans as whole models, until one is within the limits. Where the best of all turns out too slow, search
+    on with what is now known of times: what was scored beside it may be far worse.
+
+    Returns what is known of times, and the plans that come into question, as `within` has them. Adds to `searches`.
+    """
+    searched_with = [latency]
+
+    def plans(now: Latency) -> dict[Plan, float]:
+        return within(run, now, complete([*searches.values(), known]))
+
+    def propose(now: Latency) -> Plan:
+        scored = complete([*searches.values(), known])
+        if now is not searched_with[-1] and min(scored, key=lambda plan: scored[plan]) not in plans(now):
+            searched_with.append(now)
+            with suppress(BudgetError):  # then it is the plan that misses by least
+                search_on(run, pose(run, sensitivity, now), searches, len(searched_with) - 1)
+        return next(iter(plans(now)))
+
+    latency = corrected(run, latency, propose, CORRECTIONS[1])
+    propose(latency)
+    return latency, plans(latency)
 
 
 def within(run: Run, latency: Latency, scored: Mapping[Plan, float]) -> dict[Plan, float]:

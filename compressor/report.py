@@ -87,6 +87,10 @@ class BudgetLine:
     error: float = 0.0
 
 
+CORRECTED = ", with corrected times"
+"""How a search is called that went on because the best plans were too slow as whole models, behind its policy's name."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One plan that a policy had scored. `index`: what the policy had spent by then in evaluations, rounded up.

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ from compressor.estimate import dry_run
 from compressor.export import OnnxDecoder, exported_bytes
 from compressor.files import exclusive
 from compressor.folder import save_folder
-from compressor.latency import measure_latency, mixed_plan
+from compressor.latency import Latency, measure_latency, mixed_plan
 from compressor.model import load_teacher
 from compressor.plan import Action, Plan, Score
 from compressor.progress import silent
@@ -41,7 +41,7 @@ from compressor.recovery.cache import TeacherCache
 from compressor.recovery.distill import Imitation, visited
 from compressor.recovery.rollouts import of_its_own
 from compressor.run import Texts, start
-from compressor.search import complete
+from compressor.search import complete, spent
 from compressor.stages import Stages
 from eval.latency import Milliseconds
 from policies.actor_critic import ActorCritic, Memory
@@ -391,6 +391,55 @@ def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
         found = pipeline.within(run, known, complete(trials.values()))
         assert [plan["layers.0.ffn"].keep for plan in found] == fitting
         assert all(found[plan] == kls[plan] for plan in found)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What is known of times when one plan turned out to take a hundred times as long as it was expected to."""
+
+    slow: Plan
+    before: Latency
+
+    @property
+    def model(self):
+        model = self.before.model
+
+        def predict(plan):
+            return Milliseconds(*((100 if plan == self.slow else 1) * ms for ms in astuple(model.predict(plan))))
+
+        return SimpleNamespace(predict=predict, site_ms=model.site_ms, rest=model.rest)
+
+    def __getattr__(self, name):
+        return getattr(self.before, name)
+
+
+def test_a_search_goes_on_where_its_best_plan_turns_out_too_slow(finished, tiny_folder, tmp_path, monkeypatch):
+    """With what is known of times by then, and of all that was scored; what it finds comes into question. Once, however
+    often that is asked."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    wanted = recipe(tiny_folder, budget={"bytes": "45%", "prefill": "3x"}, distill={"steps": 0})
+    run = start(wanted, tmp_path / "run", False, Stages(tmp_path / "run" / "stages", silent))
+    sensitivity, latency = pipeline.find_sensitivities(run), measure_latency(run)
+    problem = pipeline.pose(run, sensitivity, latency)
+    searches = pipeline.search(run, problem)
+    before = {name: list(found) for name, found in searches.items()}
+    first = min(complete(searches.values()).items(), key=lambda item: item[1])[0]
+
+    def corrected(run, latency, propose, most):
+        assert propose(latency) == propose(latency) == first and searches == before
+        slow = Corrected(first, latency)
+        assert propose(slow) == propose(slow)
+        return slow
+
+    monkeypatch.setattr(pipeline, "corrected", corrected)
+    _, plans = pipeline.settle(run, latency, sensitivity, searches, [])
+    ((name, seed),) = searches.keys() - before.keys()
+    assert name == "actor_critic, with corrected times" and seed == wanted.search.seed
+    found = searches[name, seed]
+    asked = {plan for trials in before.values() for plan, score in trials if score.part is None}
+    assert 0 < spent(found)[-1] <= max(1, round(0.25 * wanted.search.evaluations))
+    assert first not in plans and {plan for plan, score in found if score.part is None} - asked <= set(plans)
+    assert min(plans.values()) == next(iter(plans.values()))
 
 
 def test_what_times_are_uncertain_by_is_left_free(finished, tiny_folder, tmp_path):

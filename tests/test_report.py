@@ -20,6 +20,7 @@ from compressor.page import card, headline, markdown, write
 from compressor.pictures import figures
 from compressor.progress import LineProgress, Progress, duration
 from compressor.report import (
+    CORRECTED,
     BudgetLine,
     Environment,
     GateLine,
@@ -111,6 +112,16 @@ def test_page():
     assert "variants have 1.60; reconstruction gives 1.40; 20 steps of distillation 0.700 (-56% in all)" in page
     assert "> a \\# time" in page
     assert "| **all** | **30.5 s** |" in page
+
+
+def test_a_search_that_went_on_is_told_apart():
+    report = example()
+    assert "went on" not in markdown(report)
+    more = replace(report.trials[0], policy=f"actor_critic{CORRECTED}", kl=1.2)
+    page = markdown(replace(report, trials=(*report.trials, more), stage_seconds={"search-on-1": 3.0}))
+    assert "| actor_critic, with corrected times | 1 | 1.20 |" in page
+    assert "*with corrected times*: the best plans turned out too slow as whole models, so the search went on" in page
+    assert "| search, going on with corrected times, 1 | 3.0 s |" in page
 
 
 def test_several_texts_stand_side_by_side():
