@@ -62,6 +62,11 @@ class Latency:
         measured = [(plan, self.measured[name]) for name, plan in self.wholes.items()]
         return LatencyModel.fit(self.table, self.sites, measured)
 
+    def expected(self, plan: Plan) -> Milliseconds:
+        """What is predicted of a plan, and no less than what it took where it was timed as a whole."""
+        took = [self.measured[name] for name, whole in self.wholes.items() if whole == plan]
+        return Milliseconds(*(max(getattr(ms, p) for ms in (self.model.predict(plan), *took)) for p in PHASES))
+
     def at(self, now: Mapping[str, Milliseconds]) -> Latency:
         """The same on a machine that is as fast as it is now; now: what the models in `folders` take."""
         pace = {p: median(getattr(now[n], p) / getattr(self.measured[n], p) for n in self.folders) for p in PHASES}

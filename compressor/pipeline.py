@@ -275,7 +275,7 @@ def within(run: Run, latency: Latency, scored: Mapping[Plan, float]) -> dict[Pla
     if none is, the one that misses by least."""
     limits, over = limits_of(run, latency), {}
     for plan in scored:
-        expected = latency.model.predict(plan)
+        expected = latency.expected(plan)
         over[plan] = max(getattr(expected, phase) / limits.get(f"{phase}_ms", inf) for phase in PHASES)
     most = max(1.0, min(over.values()))
     return {plan: kl for plan, kl in sorted(scored.items(), key=lambda item: item[1]) if over[plan] <= most}

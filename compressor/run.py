@@ -208,12 +208,15 @@ def _generated(teacher: Teacher, count: int, length: int, stages: Stages) -> lis
     key, windows = key_of(teacher.network.digest(), length), []
     at_once = rows_at_once(teacher.network.decoder, length)
 
-    def batch(start: int, rows: int) -> list[list[int]]:
-        return of_its_own(teacher.network, teacher.tokenizer, rows, length, seed=start).tolist()
-
     with stages.timed("generate", key) as report_progress:
+
+        def batch(start: int, rows: int) -> list[list[int]]:
+            def report(tokens: int) -> None:
+                report_progress(start + rows * tokens // length, count)
+
+            return of_its_own(teacher.network, teacher.tokenizer, rows, length, seed=start, report=report).tolist()
+
         for start in range(0, count, at_once):
-            report_progress(start, count)
             rows = min(at_once, count - start)
             windows += stages.kept(f"generated-{start}-{rows}", key, partial(batch, start, rows))
     return windows

@@ -311,16 +311,16 @@ def test_the_teacher_generates_calibration_text(tiny_folder, tmp_path, monkeypat
     """In turns with a file, only once, also where it was cut off, and not again for a run that reuses this one."""
     sources = [str(TEXT / "wiki-calibration.txt"), {"generated": 24 * 64}]
     data = {**recipe(tiny_folder).to_dict()["data"], "calibration": sources}
-    asked, made = [], []
+    asked, made, shown = [], [], []
 
     def begun(out: Path, **changes):
-        return start(recipe(tiny_folder, data=data, **changes), out, False, Stages(out / "stages", silent)).texts
+        return start(recipe(tiny_folder, data=data, **changes), out, False, Stages(out / "stages", shown.append)).texts
 
-    def cut_off(*arguments, seed):
+    def cut_off(*arguments, seed, report):
         asked.append(seed)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        made.append(of_its_own(*arguments, seed=seed))
+        made.append(of_its_own(*arguments, seed=seed, report=report))
         return made[-1]
 
     monkeypatch.setattr("compressor.recovery.rollouts.MOST_ROWS", 16)
@@ -329,6 +329,8 @@ def test_the_teacher_generates_calibration_text(tiny_folder, tmp_path, monkeypat
         begun(tmp_path / "a")
     texts = begun(tmp_path / "a")
     assert asked == [0, 16, 16]
+    told = [progress.done for progress in shown if progress.stage == "generate" and progress.total == 24]
+    assert set(range(16, 25)) < set(told) and told[-1] == 24
     generated = {tuple(window) for batch in made for window in batch.tolist()}
     for windows_NL, share in ((texts.calibration_NL, 0.5), (texts.held_out_NL, 0.5)):
         assert sum(tuple(window) in generated for window in windows_NL.tolist()) == share * len(windows_NL)
@@ -380,7 +382,8 @@ def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
     trials = {("random", 0): [(plan, Score(kl, 1.0, 8)) for plan, kl in kls.items()]}
     trials["random", 0].append((Plan((("layers.0.ffn", Action(4, "w4")),)), Score(0.05, 1.0, 8, part=0)))
     model = SimpleNamespace(predict=lambda plan: Milliseconds(float(plan["layers.0.ffn"].keep), 5.0))
-    known = SimpleNamespace(model=model, fp32_bytes=0, fp32_ms=Milliseconds(40.0, 10.0))
+    known = Latency(None, (), 0, {}, {"fp32": Milliseconds(40.0, 10.0)}, {})
+    vars(known)["model"] = model
     for budget, fitting in (
         ({"prefill": "50%"}, [16, 8]),
         ({"prefill": "50%", "decode": "6 ms"}, [16, 8]),
@@ -391,6 +394,12 @@ def test_plans_that_turn_out_too_slow_are_passed_over(tiny_folder):
         found = pipeline.within(run, known, complete(trials.values()))
         assert [plan["layers.0.ffn"].keep for plan in found] == fitting
         assert all(found[plan] == kls[plan] for plan in found)
+    timed = replace(
+        known, wholes={"searched-1": plans[1]}, measured={**known.measured, "searched-1": Milliseconds(21.0, 5.0)}
+    )
+    vars(timed)["model"] = model
+    run = SimpleNamespace(recipe=recipe(tiny_folder, budget={"bytes": None, "prefill": "50%"}))
+    assert list(pipeline.within(run, timed, complete(trials.values()))) == [plans[0]]  # it took more than was predicted
 
 
 @dataclass(frozen=True)
@@ -400,14 +409,8 @@ class Corrected:
     slow: Plan
     before: Latency
 
-    @property
-    def model(self):
-        model = self.before.model
-
-        def predict(plan):
-            return Milliseconds(*((100 if plan == self.slow else 1) * ms for ms in astuple(model.predict(plan))))
-
-        return SimpleNamespace(predict=predict, site_ms=model.site_ms, rest=model.rest)
+    def expected(self, plan):
+        return Milliseconds(*((100 if plan == self.slow else 1) * ms for ms in astuple(self.before.expected(plan))))
 
     def __getattr__(self, name):
         return getattr(self.before, name)

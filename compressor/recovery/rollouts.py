@@ -8,9 +8,10 @@ Shape letters: B rows, P tokens of a prompt, N new tokens, L = P + N, V vocabula
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +73,19 @@ def write(
     seed: int,
     ends: Collection[int] = (),
     together: int = ROWS,
+    report: Callable[[], None] = lambda: None,
 ) -> list[Rollouts]:
     """Continue every prompt [P] by sampling at temperature 1.
 
-    ends: ids of tokens that end a text. together: prompts of one length that run at once, at most.
+    ends: ids of tokens that end a text. together: prompts of one length that run at once, at most. report: called behind
+    every token of these.
     """
     generator = torch.Generator(network.device).manual_seed(seed)
 
     def pick(logits_BV: Tensor) -> Tensor:
-        return sampled(torch.softmax(logits_BV, -1), generator)
+        ids_B = sampled(torch.softmax(logits_BV, -1), generator)
+        report()
+        return ids_B
 
     by_length: dict[int, list[Tensor]] = {}
     for prompt_P in prompts:
@@ -113,18 +118,29 @@ def rows_at_once(decoder: Decoder, length: int) -> int:
     return max(1, min(MOST_ROWS, CACHES // cache_bytes(decoder, length)))
 
 
-def of_its_own(network: Network, tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
+def of_its_own(
+    network: Network,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    seed: int,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
     """Windows [rows, length] that a network writes from nothing, all at once: what its tokenizer puts in front of a text, a
     random token, and what is sampled at temperature 1.
 
     As Liu et al. 2023, "LLM-QAT", and Williams et al. 2024, "Self-calibration for Language Model Quantization and Pruning",
     have it, but with no token chosen greedily and none that ends a text: behind one the next text begins.
+
+    report: told how long they are, again and again.
     """
     words = {*range(network.decoder.vocabulary)} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
     before, _ = around(tokenizer)
     firsts = np.random.default_rng(seed).choice(sorted(words), rows).tolist()
     prompts = [torch.tensor([*before, word]) for word in firsts]
-    (written,) = write(network, prompts, length - 1 - len(before), seed, together=rows)
+    lengths = itertools.count(len(prompts[0]) + 1)
+    new_tokens = length - len(prompts[0])
+    (written,) = write(network, prompts, new_tokens, seed, together=rows, report=lambda: report(next(lengths)))
     return written.ids_BL.cpu()
 
 
