@@ -64,8 +64,11 @@ class Latency:
 
     def expected(self, plan: Plan) -> Milliseconds:
         """What is predicted of a plan, and no less than what it took where it was timed as a whole."""
-        took = [self.measured[name] for name, whole in self.wholes.items() if whole == plan]
-        return Milliseconds(*(max(getattr(ms, p) for ms in (self.model.predict(plan), *took)) for p in PHASES))
+        known = [
+            self.model.predict(plan),
+            *(self.measured[name] for name, whole in self.wholes.items() if whole == plan),
+        ]
+        return Milliseconds(*(max(getattr(ms, phase) for ms in known) for phase in PHASES))
 
     def at(self, now: Mapping[str, Milliseconds]) -> Latency:
         """The same on a machine that is as fast as it is now; now: what the models in `folders` take."""
